@@ -1,0 +1,30 @@
+"""L0 regularisation with Hard Concrete gates that attach to any PyTorch model."""
+
+from importlib.metadata import version
+
+from l0hooks.attach import sparsify
+from l0hooks.distribution import HardConcrete
+from l0hooks.errors import L0HooksError
+from l0hooks.export import prune
+from l0hooks.gate import Gate, iter_gates, set_temperature
+from l0hooks.optim import param_groups
+from l0hooks.penalties import penalty, register_penalty
+from l0hooks.spec import GateSpec
+from l0hooks.summary import summary
+
+__version__ = version("l0hooks")
+
+__all__ = [
+    "Gate",
+    "GateSpec",
+    "HardConcrete",
+    "L0HooksError",
+    "iter_gates",
+    "param_groups",
+    "penalty",
+    "prune",
+    "register_penalty",
+    "set_temperature",
+    "sparsify",
+    "summary",
+]

@@ -1,0 +1,190 @@
+"""``prune``: from a gated model to a plain one."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any, Literal, overload
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from l0hooks.errors import SpecError, StateError, explain
+from l0hooks.noise import remove_doors
+from l0hooks.penalties import iter_gated
+from l0hooks.summary import Summary, summary
+from l0hooks.tracing import evaluating
+from l0hooks.weights import Site, iter_sites, parametrization_lists, remove_gates
+
+SparseFormat = Literal["csr", "bsr"]
+
+
+@overload
+def prune(
+    model: nn.Module,
+    *,
+    example_inputs: Sequence[Any] | None = None,
+    inplace: bool = False,
+    sparse_format: SparseFormat | None = None,
+    block_size: tuple[int, int] = (4, 4),
+    return_report: Literal[False] = False,
+) -> nn.Module: ...
+
+
+@overload
+def prune(
+    model: nn.Module,
+    *,
+    example_inputs: Sequence[Any] | None = None,
+    inplace: bool = False,
+    sparse_format: SparseFormat | None = None,
+    block_size: tuple[int, int] = (4, 4),
+    return_report: Literal[True],
+) -> tuple[nn.Module, Summary]: ...
+
+
+def prune(
+    model: nn.Module,
+    *,
+    example_inputs: Sequence[Any] | None = None,
+    inplace: bool = False,
+    sparse_format: SparseFormat | None = None,
+    block_size: tuple[int, int] = (4, 4),
+    return_report: bool = False,
+) -> nn.Module | tuple[nn.Module, Summary]:
+    """A plain model that computes what the gated one computes in evaluation: weight ← weight · test-time gate.
+
+    The result holds no parametrization, hook or class of l0hooks: it pickles, scripts, exports and loads wherever
+    the original did. Weights whose gate is closed are exact zeros.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Not changed unless ``inplace``.
+    example_inputs : sequence, optional
+        Positional arguments; if given, the outputs of both models are compared on them in evaluation mode.
+    inplace : bool
+        Prune ``model`` itself, without a copy; its parameters stay the same objects.
+    sparse_format : "csr" or "bsr", optional
+        Store the weights of plain Linear layers (float32 or float64) as sparse tensors.
+    block_size : (int, int)
+        Of ``"bsr"``; layers that it does not divide stay dense.
+    return_report : bool
+        Return the summary of what was removed, too.
+
+    Returns
+    -------
+    nn.Module, or (nn.Module, Summary)
+
+    Raises
+    ------
+    StateError
+        If there are no gates, a gate stands alone, log-odds are not finite, or the outputs differ.
+    SpecError
+        If the sparse format is unknown.
+
+    Examples
+    --------
+    >>> from l0hooks import sparsify
+    >>> model = nn.Sequential(nn.Linear(8, 4))
+    >>> _ = sparsify(model, "weight")
+    >>> prune(model)
+    Sequential(
+      (0): Linear(in_features=8, out_features=4, bias=True)
+    )
+    """
+    _check(model, sparse_format)
+    report = summary(model, example_inputs=example_inputs)
+    expected = None if example_inputs is None else _evaluate(model, example_inputs)
+    target = model if inplace else copy.deepcopy(model)
+    _remove_all(list(iter_sites(target)))
+    for module in target.modules():
+        remove_doors(module)
+    if sparse_format is not None:
+        _store_sparse(model, target, sparse_format, block_size)
+    if example_inputs is not None:
+        _compare(expected, _evaluate(target, example_inputs))
+    return (target, report) if return_report else target
+
+
+def _check(model: nn.Module, sparse_format: str | None) -> None:
+    gated = list(iter_gated(model))
+    if not gated:
+        raise StateError(explain("prune", "the model must hold gates.", got="none", hint="sparsify(model, ...) first"))
+    for one in gated:
+        if not one.sites:
+            raise StateError(
+                explain(
+                    f"prune at {one.name!r}",
+                    "a standalone gate is part of the model's own code and cannot be folded away.",
+                    hint="replace it in the model by a constant mask from gate.eval()() first",
+                )
+            )
+        if not bool(torch.isfinite(one.gate.log_alpha).all()):
+            raise StateError(
+                explain(f"prune at {one.name!r}", "log-odds must be finite.", got="NaN", hint="a smaller gate_lr")
+            )
+    for site in iter_sites(model):
+        if len(parametrization_lists(site.module)[site.tensor_name]) > 1:
+            raise StateError(
+                explain(
+                    f"prune at {site.name!r}",
+                    "gates must be the only parametrization of their weight.",
+                    got="another one after them",
+                    hint="torch.nn.utils.parametrize.remove_parametrizations on a copy, or gate the plain weight",
+                )
+            )
+    if sparse_format not in (None, "csr", "bsr"):
+        raise SpecError(
+            explain("prune", "the sparse format must be known.", expected="'csr' or 'bsr'", got=repr(sparse_format))
+        )
+
+
+def _remove_all(sites: list[Site]) -> None:
+    """Fold every weight once, a tied one too, then make its layers plain."""
+    done: set[int] = set()
+    for site in sites:
+        remove_gates(site, folded=site.weight.data_ptr() in done)
+        done.add(site.weight.data_ptr())
+
+
+def _evaluate(model: nn.Module, example_inputs: Sequence[Any]) -> Any:
+    with evaluating(model):
+        return model(*example_inputs)
+
+
+def _compare(expected: Any, got: Any) -> None:
+    pairs = zip(pytree.tree_leaves(expected), pytree.tree_leaves(got), strict=True)
+    for a, b in pairs:
+        if isinstance(a, Tensor) and a.is_floating_point() and a.numel():
+            scale = max(float(a.abs().max()), torch.finfo(a.dtype).tiny)
+            error = float((a - b).abs().max()) / scale
+            if not error <= 100 * torch.finfo(a.dtype).eps:
+                raise StateError(
+                    explain(
+                        "prune",
+                        "the pruned model must compute what the gated one computes.",
+                        expected=f"a difference of at most {100 * torch.finfo(a.dtype).eps:.1e} of the output's scale",
+                        got=f"{error:.1e}",
+                        hint="a model whose evaluation is deterministic",
+                    )
+                )
+
+
+def _store_sparse(
+    gated: nn.Module, target: nn.Module, sparse_format: SparseFormat, block_size: tuple[int, int]
+) -> None:
+    """Linear weights that were gated as CSR or BSR; torch has no such kernels for other layers and dtypes."""
+    names = {site.module_name for site in iter_sites(gated)}
+    for name in names:
+        module = target.get_submodule(name)
+        parent = target.get_submodule(name.rpartition(".")[0])
+        fused = isinstance(parent, nn.TransformerEncoderLayer)  # its fused path reads the weights as dense
+        if type(module) is not nn.Linear or fused or module.weight.dtype not in (torch.float32, torch.float64):
+            continue
+        weight = module.weight.detach()
+        if sparse_format == "csr":
+            module.weight = nn.Parameter(weight.to_sparse_csr(), requires_grad=module.weight.requires_grad)
+        elif not (weight.shape[0] % block_size[0] or weight.shape[1] % block_size[1]):
+            module.weight = nn.Parameter(weight.to_sparse_bsr(block_size), requires_grad=module.weight.requires_grad)

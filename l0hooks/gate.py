@@ -1,0 +1,285 @@
+"""``Gate``: learnable log-odds, their noise, and the one rule that says which gates stay."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from l0hooks.errors import InvalidValueError, explain, near_names
+from l0hooks.families import Family, FamilyName, make_family
+from l0hooks.hard_concrete import GAMMA, ZETA, check_constants
+from l0hooks.noise import Door, NoiseSource
+
+Estimator = Literal["median", "paper", "mean"]
+DEFAULT_MEAN = 0.95  # a pretrained weight loses 5 % on average; a keep probability of 0.95 would cost it 30 %
+
+
+class Gate(nn.Module):
+    r"""Learnable gates z in [0, 1] over an array of any shape.
+
+    In training ``gate()`` samples, in evaluation it returns the test-time gates, exactly zero outside
+    :meth:`support`. The log-odds live in float32 whatever the model's dtype, and are projected to the family's
+    limits after every optimiser step.
+
+    Parameters
+    ----------
+    shape : int or sequence of int
+        Shape of the gates.
+    family : "hard_concrete", "straight_through", "stg" or "deterministic"
+    init_mean : float in (0, 1), optional
+        E[z] at the start; 0.95 if ``init_keep_prob`` is not given either.
+    init_keep_prob : float in (0, 1), optional
+        P(z ≠ 0) at the start; not together with ``init_mean``.
+    temperature : float, > 0, optional
+        β (the noise's standard deviation for "stg"); the family's default if not given.
+    gamma, zeta : float, gamma < 0, zeta > 1
+        Stretch interval.
+    estimator : "median", "paper" or "mean"
+        The test-time gate.
+    device : torch.device, optional
+    door : Door, optional
+        Where the noise comes from; a source of its own if not given.
+    index : int
+        The gate's number at that source.
+
+    Raises
+    ------
+    InvalidValueError
+        If a value is out of range, or both starts are given.
+
+    Examples
+    --------
+    >>> gate = Gate(3, init_keep_prob=0.5).eval()
+    >>> gate.keep_prob()
+    tensor([0.5000, 0.5000, 0.5000], grad_fn=<SigmoidBackward0>)
+    >>> gate.expected_l0().item()
+    1.5
+
+    References
+    ----------
+    Louizos, Welling & Kingma (2018), section 2.2.
+    """
+
+    log_alpha: nn.Parameter
+
+    def __init__(
+        self,
+        shape: int | Sequence[int],
+        *,
+        family: FamilyName = "hard_concrete",
+        init_mean: float | None = None,
+        init_keep_prob: float | None = None,
+        temperature: float | None = None,
+        gamma: float = GAMMA,
+        zeta: float = ZETA,
+        estimator: Estimator = "median",
+        device: torch.device | str | None = None,
+        door: Door | None = None,
+        index: int = 0,
+    ) -> None:
+        super().__init__()
+        size = (shape,) if isinstance(shape, int) else tuple(shape)
+        if any(n < 1 for n in size):
+            raise InvalidValueError(explain("Gate", "every axis must be positive.", expected=">= 1", got=size))
+        self.family: Family = make_family(family, gamma, zeta)
+        self.temperature = self.family.default_temperature if temperature is None else temperature
+        start = initial_log_alpha(self.family, init_mean, init_keep_prob, self.temperature)
+        low, high = self.family.limits
+        self.limits = (min(low, start), max(high, start))
+        self.estimator = check_estimator_name(estimator)
+        self.log_alpha = nn.Parameter(torch.full(size, start, dtype=torch.float32, device=device))
+        self._door = NoiseSource().add_door("", ()) if door is None else door
+        self._index = index
+        self._projected = self.log_alpha._version
+        _live.add(self)
+
+    @property
+    def temperature(self) -> float:
+        """β, the scale of the noise."""
+        return self._temperature
+
+    @temperature.setter
+    def temperature(self, value: float) -> None:
+        check_constants("temperature", value, GAMMA, ZETA)
+        self._temperature = float(value)
+
+    def forward(self) -> Tensor:
+        """The gates: a sample in training, the test-time gates in evaluation; float32, shape of ``log_alpha``."""
+        return self.sample() if self.training else self.value()
+
+    def noise(self) -> Tensor:
+        """Uniform noise of the running forward, shape of ``log_alpha``; every caller gets memory of its own."""
+        return self._door.uniform(self._index, self.log_alpha)
+
+    def sample(self) -> Tensor:
+        """Gates with the noise of the running forward, differentiable."""
+        return self.family.sample(self.log_alpha, self.noise(), self.temperature)
+
+    def value(self, log_alpha: Tensor | None = None) -> Tensor:
+        """The test-time gates, differentiable, exactly zero outside :meth:`support`.
+
+        ``log_alpha`` may be given to stand for the gate's own, with equal values.
+        """
+        estimate: Callable[[Tensor, float], Tensor] = {
+            "median": self.family.median,
+            "paper": self.family.paper,
+            "mean": self.family.mean,
+        }[self.estimator]
+        return torch.where(
+            self.support(), estimate(self.log_alpha if log_alpha is None else log_alpha, self.temperature), 0.0
+        )
+
+    def support(self) -> Tensor:
+        """Which gates stay: boolean, shape of ``log_alpha``. Evaluation, statistics and pruning all ask here."""
+        return self.family.median(self.log_alpha.detach(), self.temperature) > 0
+
+    def keep_prob(self) -> Tensor:
+        """P(z ≠ 0) of every gate, differentiable."""
+        return self.family.keep_prob(self.log_alpha, self.temperature)
+
+    def expected_l0(self) -> Tensor:
+        """The expected number of gates that are not zero, differentiable, shape ()."""
+        return self.keep_prob().sum()
+
+    @torch.no_grad()
+    def project(self) -> None:
+        """Bring ``log_alpha`` back into the limits. Runs by itself after every ``torch.optim`` step."""
+        if self.log_alpha._version != self._projected:
+            self.log_alpha.clamp_(*self.limits)
+            self._projected = self.log_alpha._version
+
+    def extra_repr(self) -> str:
+        """Shape, temperature and estimator."""
+        return f"{tuple(self.log_alpha.shape)}, temperature={self.temperature:.4g}, estimator={self.estimator!r}"
+
+    def get_extra_state(self) -> Tensor:
+        """The temperature, so that a checkpoint resumes with it."""
+        return torch.tensor(self.temperature, dtype=torch.float64)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Restore the temperature."""
+        self.temperature = float(state)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        _live.add(self)  # a deepcopy is never constructed
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Gate:
+        def keep_dtype(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        super()._apply(keep_dtype, recurse)
+        return self
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        if self.log_alpha.dtype != torch.float32:  # load_state_dict(assign=True) takes the checkpoint's dtype
+            self.log_alpha = nn.Parameter(self.log_alpha.float(), requires_grad=self.log_alpha.requires_grad)
+
+
+_live: weakref.WeakSet[Gate] = weakref.WeakSet()
+
+
+def _project_all(*_: object) -> None:
+    for gate in _live:
+        gate.project()
+
+
+register_optimizer_step_post_hook(_project_all)
+
+
+def initial_log_alpha(
+    family: Family, init_mean: float | None, init_keep_prob: float | None, temperature: float
+) -> float:
+    """The location that the user's start asks for.
+
+    Raises
+    ------
+    InvalidValueError
+        If both are given, or one is outside (0, 1).
+    """
+    if init_mean is not None and init_keep_prob is not None:
+        raise InvalidValueError(
+            explain(
+                "gate start",
+                "a mean and a keep probability cannot be given together.",
+                expected="init_mean or init_keep_prob",
+                got=f"init_mean={init_mean}, init_keep_prob={init_keep_prob}",
+            )
+        )
+    if init_keep_prob is not None:
+        return family.start_keep_prob(init_keep_prob, temperature)
+    return family.start_mean(DEFAULT_MEAN if init_mean is None else init_mean, temperature)
+
+
+def check_estimator_name(name: Estimator) -> Estimator:
+    """``name``, if it is one of the test-time gates.
+
+    Raises
+    ------
+    InvalidValueError
+        If it is not.
+    """
+    if name not in get_args(Estimator):
+        raise InvalidValueError(
+            explain(
+                "estimator",
+                "the test-time gate must be known.",
+                got=repr(name),
+                hint=near_names(str(name), get_args(Estimator)),
+            )
+        )
+    return name
+
+
+def iter_gates(model: nn.Module) -> Iterator[tuple[str, Gate]]:
+    """Every gate below ``model``, wherever it lives, each once, with its qualified name.
+
+    Parameters
+    ----------
+    model : nn.Module
+
+    Yields
+    ------
+    (str, Gate)
+
+    Examples
+    --------
+    >>> [name for name, _ in iter_gates(nn.ModuleDict({"samples": Gate(4)}))]
+    ['samples']
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, Gate):
+            yield name, module
+
+
+def set_temperature(model: nn.Module, temperature: float) -> None:
+    """Give every gate below ``model`` the temperature β.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Changed in place.
+    temperature : float, > 0
+
+    Raises
+    ------
+    InvalidValueError
+        If ``temperature`` is not positive; no gate is changed.
+
+    Examples
+    --------
+    >>> gate = Gate(4)
+    >>> set_temperature(gate, 0.5)
+    >>> gate.temperature
+    0.5
+    """
+    check_constants("set_temperature", temperature, GAMMA, ZETA)
+    for _, gate in iter_gates(model):
+        gate.temperature = temperature

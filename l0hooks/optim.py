@@ -1,0 +1,56 @@
+"""Parameter groups for any ``torch.optim`` optimiser."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from l0hooks.errors import InvalidValueError, explain
+from l0hooks.gate import iter_gates
+
+
+def param_groups(model: nn.Module, *, lr: float, gate_lr: float, weight_decay: float = 0.0) -> list[dict[str, Any]]:
+    """Weights and gates as two groups: gates learn at their own rate and never decay.
+
+    Parameters
+    ----------
+    model : nn.Module
+    lr : float, >= 0
+        Learning rate of everything but the gates.
+    gate_lr : float, >= 0
+        Learning rate of the gates; with Adam, 10 to 100 times ``lr`` works well.
+    weight_decay : float, >= 0
+        For everything but the gates.
+
+    Returns
+    -------
+    list of dict
+        Parameters with ``requires_grad=False`` are left out.
+
+    Raises
+    ------
+    InvalidValueError
+        If a number is negative.
+
+    Examples
+    --------
+    >>> from l0hooks import sparsify
+    >>> model = nn.Linear(4, 2)
+    >>> _ = sparsify(model, "weight")
+    >>> [(group["lr"], len(group["params"])) for group in param_groups(model, lr=1e-3, gate_lr=1e-1)]
+    [(0.001, 2), (0.1, 1)]
+    """
+    for name, value in (("lr", lr), ("gate_lr", gate_lr), ("weight_decay", weight_decay)):
+        if not value >= 0:
+            raise InvalidValueError(
+                explain("param_groups", f"{name} must not be negative.", expected=">= 0", got=value)
+            )
+    gates = [gate.log_alpha for _, gate in iter_gates(model) if gate.log_alpha.requires_grad]
+    known = {id(p) for p in gates}
+    rest = [p for p in model.parameters() if p.requires_grad and id(p) not in known]
+    groups = [
+        {"params": rest, "lr": lr, "weight_decay": weight_decay},
+        {"params": gates, "lr": gate_lr, "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]

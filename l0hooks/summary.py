@@ -1,0 +1,266 @@
+"""``summary``: how sparse a gated model is, layer by layer; readable when printed, a table when asked."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from l0hooks.extras import import_extra
+from l0hooks.layers import Granularity
+from l0hooks.penalties import Gated, iter_gated
+from l0hooks.spec import named_modules
+from l0hooks.tracing import count_positions
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+_BAR = 20
+
+
+@dataclass(frozen=True)
+class SummaryRow:
+    """One gated weight (tied ones together), or one standalone gate.
+
+    Attributes
+    ----------
+    name, kind : str
+        Qualified name and type of the module.
+    granularity : str or (int, int) or None
+        None for a standalone gate.
+    gates : int
+    expected_sparsity, sparsity : float in [0, 1]
+        Share of the gates that are zero: in expectation, and in evaluation (what ``prune`` removes).
+    parameters, parameters_kept : int
+        Weights behind the gates, and those that evaluation keeps.
+    macs, macs_kept : int or None
+        Multiply-adds on the example inputs; None if none were given.
+    """
+
+    name: str
+    kind: str
+    granularity: Granularity | None
+    gates: int
+    expected_sparsity: float
+    sparsity: float
+    parameters: int
+    parameters_kept: int
+    macs: int | None
+    macs_kept: int | None
+
+
+@dataclass(frozen=True)
+class Summary:
+    """A model's gates at one moment; ``print`` it, or take ``to_dict()`` and ``to_frame()``.
+
+    Attributes
+    ----------
+    rows : tuple of SummaryRow
+    model_parameters : int
+        All parameters of the model, the gates' own not counted.
+    ungated : tuple of str
+        Modules with matrices or kernels that carry no gates.
+    """
+
+    rows: tuple[SummaryRow, ...]
+    model_parameters: int
+    ungated: tuple[str, ...] = ()
+
+    @property
+    def gates(self) -> int:
+        """Number of gates."""
+        return sum(row.gates for row in self.rows)
+
+    @property
+    def expected_sparsity(self) -> float:
+        """Expected share of the gated weights (of the gates, if there are no weights) that are zero."""
+        return self._share([row.expected_sparsity for row in self.rows])
+
+    @property
+    def sparsity(self) -> float:
+        """Share of the gated weights (of the gates, if there are no weights) that evaluation sets to zero."""
+        return self._share([row.sparsity for row in self.rows])
+
+    @property
+    def parameters(self) -> int:
+        """Number of gated weights."""
+        return sum(row.parameters for row in self.rows)
+
+    @property
+    def parameters_kept(self) -> int:
+        """Number of gated weights that evaluation keeps."""
+        return sum(row.parameters_kept for row in self.rows)
+
+    @property
+    def model_parameters_kept(self) -> int:
+        """All parameters of the model less those that evaluation sets to zero."""
+        return self.model_parameters - self.parameters + self.parameters_kept
+
+    @property
+    def macs(self) -> int | None:
+        """Multiply-adds of the gated layers; None unless counted for every row."""
+        counts = [row.macs for row in self.rows if row.macs is not None]
+        return sum(counts) if len(counts) == len(self.rows) else None
+
+    @property
+    def macs_kept(self) -> int | None:
+        """Those with weights that evaluation keeps."""
+        counts = [row.macs_kept for row in self.rows if row.macs_kept is not None]
+        return sum(counts) if len(counts) == len(self.rows) else None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Totals and rows as plain data, ready for JSON."""
+        totals = (
+            *("gates", "expected_sparsity", "sparsity", "parameters", "parameters_kept"),
+            *("model_parameters", "model_parameters_kept", "macs", "macs_kept"),
+        )
+        values: dict[str, Any] = {name: self.__getattribute__(name) for name in totals}
+        return {**values, "ungated": list(self.ungated), "rows": [asdict(row) for row in self.rows]}
+
+    def to_frame(self) -> pd.DataFrame:
+        """The rows as a pandas frame, indexed by name.
+
+        Raises
+        ------
+        MissingExtraError
+            If pandas is not installed.
+        """
+        pandas = import_extra("pandas", extra="examples", where="Summary.to_frame")
+        frame: pd.DataFrame = pandas.DataFrame([asdict(row) for row in self.rows]).set_index("name")
+        return frame
+
+    def bars(self) -> str:
+        """What each row keeps, as one bar a line."""
+        width = max((len(row.name) for row in self.rows), default=0)
+        return "\n".join(
+            f"{row.name:<{width}}  {_bar(row.sparsity)}  {1 - row.sparsity:7.2%} kept" for row in self.rows
+        )
+
+    def __str__(self) -> str:
+        header = ("layer", "type", "gates on", "gates", "expected", "evaluated", "weights kept", "MACs kept")
+        cells = [header, *(_cells(row) for row in self.rows)]
+        cells.append(
+            (
+                *("total", "", "", f"{self.gates:,}", f"{self.expected_sparsity:.2%}", f"{self.sparsity:.2%}"),
+                *(_of(self.parameters_kept, self.parameters), _of(self.macs_kept, self.macs)),
+            )
+        )
+        if self.macs is None:
+            cells = [row[:-1] for row in cells]
+        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+        lines = [
+            "  ".join(_pad(cell, width, i) for i, (cell, width) in enumerate(zip(row, widths, strict=True))).rstrip()
+            for row in cells
+        ]
+        rule = "─" * max(map(len, lines))
+        lines[1:1] = [rule]
+        lines[-1:] = [rule, lines[-1]]
+        lines.append(f"whole model: {_of(self.model_parameters_kept, self.model_parameters)} parameters")
+        if self.ungated:
+            lines.append("not gated: " + ", ".join(self.ungated))
+        return "\n".join(lines)
+
+    def _share(self, shares: list[float]) -> float:
+        weights = [row.parameters for row in self.rows]
+        if not any(weights):
+            weights = [row.gates for row in self.rows]
+        total = sum(weights)
+        return sum(s * w for s, w in zip(shares, weights, strict=True)) / total if total else 0.0
+
+
+@torch.no_grad()
+def summary(model: nn.Module, *, example_inputs: Sequence[Any] | None = None) -> Summary:
+    """How sparse ``model`` is now.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Not changed.
+    example_inputs : sequence, optional
+        Positional arguments of ``model``, to count multiply-adds; those of ``sparsify`` serve if not given.
+
+    Returns
+    -------
+    Summary
+
+    Examples
+    --------
+    >>> from l0hooks import sparsify
+    >>> model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
+    >>> _ = sparsify(model, "weight")
+    >>> report = summary(model, example_inputs=(torch.zeros(1, 8),))
+    >>> report.parameters, report.macs, report.sparsity
+    (192, 192, 0.0)
+    """
+    positions = None if example_inputs is None else count_positions(model, example_inputs)
+    rows = tuple(_row(gated, positions) for gated in iter_gated(model))
+    own = {id(gated.gate.log_alpha) for gated in iter_gated(model)}
+    total = sum(p.numel() for p in model.parameters() if id(p) not in own)
+    return Summary(rows, total, tuple(_ungated(model)))
+
+
+def _row(gated: Gated, positions: dict[tuple[int, str], int] | None) -> SummaryRow:
+    gate = gated.gate
+    gates, kept = gate.log_alpha.numel(), int(gate.support().sum())
+    parameters = sum(site.weight.numel() for site in gated.weights())
+    macs = _macs(gated, positions)
+    first = gated.sites[0] if gated.sites else None
+    plain = first is None or first.tensor_name == "weight"
+    return SummaryRow(
+        name=" = ".join(dict.fromkeys(s.module_name for s in gated.sites))
+        if plain and first
+        else (first.name if first else gated.name),
+        kind=_kind(gated.module),
+        granularity=first.gating.granularity if first else None,
+        gates=gates,
+        expected_sparsity=1 - float(gate.keep_prob().double().mean()),
+        sparsity=1 - kept / gates,
+        parameters=parameters,
+        parameters_kept=kept * parameters // gates,
+        macs=macs,
+        macs_kept=None if macs is None else kept * macs // gates,
+    )
+
+
+def _macs(gated: Gated, positions: dict[tuple[int, str], int] | None) -> int | None:
+    total = 0
+    for site in gated.sites:
+        count = site.gating.positions if positions is None else positions.get((id(site.module), site.tensor_name), 0)
+        if count is None:
+            return None
+        total += count * site.weight.numel()
+    return total
+
+
+def _ungated(model: nn.Module) -> Iterator[str]:
+    for name, module in named_modules(model):
+        if any(p is not None and p.ndim > 1 for p in module._parameters.values()):
+            yield f"{name or 'the model itself'} ({_kind(module)})"
+
+
+def _kind(module: nn.Module) -> str:
+    return type(module).__name__.removeprefix("Parametrized")
+
+
+def _cells(row: SummaryRow) -> tuple[str, ...]:
+    return (
+        *(row.name or "(root)", row.kind, str(row.granularity or "–"), f"{row.gates:,}"),
+        *(f"{row.expected_sparsity:.2%}", f"{row.sparsity:.2%}"),
+        *(_of(row.parameters_kept, row.parameters), _of(row.macs_kept, row.macs)),
+    )
+
+
+def _of(kept: int | None, total: int | None) -> str:
+    return "" if kept is None or total is None else f"{kept:,} of {total:,}"
+
+
+def _pad(cell: str, width: int, column: int) -> str:
+    return f"{cell:<{width}}" if column < 3 else f"{cell:>{width}}"
+
+
+def _bar(sparsity: float) -> str:
+    full = round((1 - sparsity) * _BAR)
+    return "█" * full + "░" * (_BAR - full)

@@ -1,0 +1,112 @@
+"""How often each weight is used in one pass over example inputs: the multiply-adds behind ``macs``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from l0hooks.errors import SpecError, explain
+from l0hooks.layers import EMBEDDINGS, TRANSPOSED, is_gateable
+
+
+def count_positions(model: nn.Module, example_inputs: Sequence[Any]) -> dict[tuple[int, str], int]:
+    """Multiply-adds per weight element in one evaluation pass, keyed by (id of the module, tensor name).
+
+    A convolution's weight works once for every output position (a transposed one: input position) of every example,
+    a Linear's once for every row; padding counts as work. The model is left in the mode it was in.
+
+    Parameters
+    ----------
+    model : nn.Module
+    example_inputs : sequence
+        Positional arguments of ``model``.
+
+    Raises
+    ------
+    SpecError
+        If ``example_inputs`` is a bare tensor.
+    """
+    if isinstance(example_inputs, Tensor):
+        raise SpecError(
+            explain(
+                "example_inputs",
+                "the positional arguments must come as a tuple.",
+                got="a Tensor",
+                hint="example_inputs=(x,)",
+            )
+        )
+    counts: dict[tuple[int, str], int] = {}
+
+    def add(module: nn.Module, tensor_name: str, positions: int) -> None:
+        key = (id(module), tensor_name)
+        counts[key] = counts.get(key, 0) + positions
+
+    with ExitStack() as stack:
+        for module in model.modules():
+            if is_gateable(module):
+                handle = module.register_forward_hook(_counter(add), with_kwargs=True)
+                stack.callback(handle.remove)
+        stack.enter_context(evaluating(model))
+        stack.enter_context(_slow_attention())
+        model(*example_inputs)
+    return counts
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients; every module's own mode comes back afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+@contextmanager
+def _slow_attention() -> Iterator[None]:
+    """torch's fused encoder path calls no submodule, so no hook would see it."""
+    enabled = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(enabled)
+
+
+def _counter(add: Callable[[nn.Module, str, int], None]) -> Callable[..., None]:
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        if isinstance(module, nn.MultiheadAttention):
+            _count_attention(add, module, args, kwargs)
+        elif isinstance(module, EMBEDDINGS):
+            add(module, "weight", 0)  # a look-up multiplies nothing
+        elif isinstance(module, TRANSPOSED):
+            seen = args[0] if args else kwargs["input"]
+            add(module, "weight", seen.numel() // module.in_channels)
+        else:
+            channels = module.out_channels if isinstance(module, nn.modules.conv._ConvNd) else output.shape[-1]
+            add(module, "weight", output.numel() // channels)
+
+    return hook
+
+
+def _count_attention(
+    add: Callable[[nn.Module, str, int], None],
+    module: nn.MultiheadAttention,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> None:
+    names = ("query", "key", "value")
+    query, key, value = (args[i] if i < len(args) else kwargs[name] for i, name in enumerate(names))
+    tokens = [t.numel() // t.shape[-1] for t in (query, key, value)]
+    # the packed projection has a third of its rows for each of the three
+    add(module, "in_proj_weight", sum(tokens) // 3)
+    for name, n in zip(("q_proj_weight", "k_proj_weight", "v_proj_weight"), tokens, strict=True):
+        add(module, name, n)
+    add(module.out_proj, "weight", tokens[0])
