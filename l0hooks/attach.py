@@ -18,7 +18,7 @@ from l0hooks.noise import Door, NoiseSource
 from l0hooks.spec import GateSpec, Pattern, Shorthand, as_spec, first_matches, is_excluded, matches, named_modules
 from l0hooks.summary import Summary, summary
 from l0hooks.tracing import count_positions
-from l0hooks.weights import GatedWeight, accept_dense
+from l0hooks.weights import GatedWeight, accept_dense, own_class
 
 Spec = GateSpec | Shorthand | Mapping[Pattern, GateSpec | Shorthand]
 _WILDCARD = re.compile(r"[*?\[]")
@@ -238,7 +238,7 @@ def _same_memory(a: Tensor, b: Tensor) -> bool:
     return a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.stride() == b.stride()
 
 
-def _attach(model: nn.Module, plans: list[_Plan], positions: Mapping[tuple[int, str], int], *, counted: bool) -> None:
+def _attach(model: nn.Module, plans: list[_Plan], positions: Mapping[tuple[int, str], float], *, counted: bool) -> None:
     """Build every gate, then hang them in; nothing here can fail for the user's input."""
     source = NoiseSource()
     doors = _doors(model, source, {id(p.module) for p in plans})
@@ -264,10 +264,14 @@ def _attach(model: nn.Module, plans: list[_Plan], positions: Mapping[tuple[int, 
         gating = GatedWeight(gates[key], plan.layout, plan.spec.granularity, count)
         gating.order = tuple(plan.module._parameters)
         gatings.append(gating.train(plan.module.training))
+    owners = {id(p.module): p.module for p in plans}.values()
+    for module in owners:
+        if parametrize.is_parametrized(module):
+            own_class(module)
     for plan, gating in zip(plans, gatings, strict=True):
         parametrize.register_parametrization(plan.module, plan.tensor_name, gating, unsafe=True)
-    for module in {id(p.module): p.module for p in plans}.values():
-        module.register_load_state_dict_pre_hook(accept_dense)
+    for module in owners:
+        module.register_load_state_dict_pre_hook(accept_dense)  # type: ignore[no-untyped-call]
     for module, door in doors.values():
         door.attach(module)
 

@@ -73,7 +73,7 @@ class HardConcrete(Distribution):
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> HardConcrete:
         """The same distribution with its parameters expanded to ``batch_shape``, without a copy."""
-        new: HardConcrete = self._get_checked_instance(HardConcrete, _instance)
+        new: HardConcrete = self._get_checked_instance(HardConcrete, _instance)  # type: ignore[no-untyped-call]
         shape = torch.Size(batch_shape)
         new.log_alpha, new.temperature = self.log_alpha.expand(shape), self.temperature.expand(shape)
         new.gamma, new.zeta = self.gamma, self.zeta
@@ -117,7 +117,7 @@ class HardConcrete(Distribution):
         """Log-probability of an atom, log-density elsewhere."""
         if self._validate_args:
             self._validate_sample(value)
-        value, log_alpha = torch.broadcast_tensors(value, self.log_alpha)
+        value, log_alpha = torch.broadcast_tensors(value, self.log_alpha)  # type: ignore[no-untyped-call]
         return hc.log_prob(value, log_alpha, *self._parameters[1:])
 
     def cdf(self, value: Tensor) -> Tensor:

@@ -89,5 +89,5 @@ def gated_weight(
     >>> gated_weight(torch.ones(2), torch.tensor([9.0, -9.0]), torch.full((2,), 0.5))
     tensor([1., 0.])
     """
-    gated: Tensor = _GatedWeight.apply(weight, log_alpha, noise, temperature, gamma, zeta)[0]
+    gated: Tensor = _GatedWeight.apply(weight, log_alpha, noise, temperature, gamma, zeta)[0]  # type: ignore[no-untyped-call]
     return gated

@@ -110,7 +110,8 @@ def tensors_of(module: nn.Module) -> list[tuple[str, Tensor]]:
     own: list[tuple[str, Tensor]] = [(k, p) for k, p in module._parameters.items() if p is not None]
     lists = module._modules.get("parametrizations")
     if isinstance(lists, nn.ModuleDict):
-        own += [(k, plist.original) for k, plist in lists.items() if isinstance(plist.original, Tensor)]
+        single = [(k, plist) for k, plist in lists.items() if plist.is_tensor]  # weight_norm has two originals
+        own += [(k, plist.original) for k, plist in single if isinstance(plist.original, Tensor)]
     return own
 
 

@@ -13,31 +13,36 @@ All of it also runs inside ``torch.compile(fullgraph=True)``, through two operat
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import types
 import weakref
 from collections import deque
-from collections.abc import Iterable
-from typing import NamedTuple
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.torch_version import TorchVersion
 
 from l0hooks.errors import StateError, explain
 
 _MEMORY = 4096  # forwards that can still be recomputed; a ticket is some 200 bytes
 _GOLDEN = 0x9E3779B97F4A7C15
-# Functions whose backward repeats a forward that ran inside them, without recording nodes of its own
-_RERUNNERS = ("CheckpointFunctionBackward", "CompiledFunctionBackward")
+# Functions whose forward ran a whole region without recording it; only the first repeats the region by itself
+_REENTRANT, _COMPILED = "CheckpointFunctionBackward", "CompiledFunctionBackward"
 _sources: weakref.WeakValueDictionary[int, NoiseSource] = weakref.WeakValueDictionary()
 _keys = itertools.count()
 
 
-class _Draw(NamedTuple):
-    sequence: int  # number of the next autograd node at the time of the draw
-    recorded: bool  # whether autograd was recording
+@dataclass(slots=True)
+class _Draw:
     door: str
     ticket: Tensor
+    start: int  # number of the next autograd node at the time of the draw
+    recorded: bool  # whether autograd was recording the forward
+    compiled: bool  # drawn by a compiled graph, after the node that stands for all of it was numbered
+    end: int | None = None  # number of the next node after the forward; None while it runs
 
 
 class NoiseSource:
@@ -74,16 +79,20 @@ class NoiseSource:
         self._covers[name] = frozenset(above) | {name}
         return Door(self, name)
 
-    def open(self, door: str) -> Tensor:
+    def open(self, door: str, *, recorded: bool, compiled: bool = False) -> Tensor:
         """The ticket of a forward that begins at ``door``: a new one, or the old one if the forward is repeated."""
         if torch._C._current_graph_task_id() != -1:
             replayed = self._replay(door)
             if replayed is not None:
                 return replayed
         ticket = torch.randint(2**62, ())
-        sequence, recorded = torch._C._autograd._get_sequence_nr(), torch.is_grad_enabled()
-        self._log.append(_Draw(sequence, recorded, door, ticket))
+        self._log.append(_Draw(door, ticket, torch._C._autograd._get_sequence_nr(), recorded, compiled))
         return ticket
+
+    def close(self) -> None:
+        """The forward that drew last has ended."""
+        if self._log and self._log[-1].end is None:
+            self._log[-1].end = torch._C._autograd._get_sequence_nr()
 
     def _replay(self, door: str) -> Tensor | None:
         node = torch._C._current_autograd_node()
@@ -105,15 +114,19 @@ class NoiseSource:
         return draw.ticket
 
     def _find(self, node: int, name: str, door: str) -> _Draw | None:
-        inside: _Draw | None = None
+        """The draw of the forward that recorded ``node``, or that ran inside it if it is a rerunner's."""
+        first_inside: _Draw | None = None
         for draw in reversed(self._log):
             if draw.door not in self._covers[door]:
                 continue
-            if draw.recorded and draw.sequence <= node:
-                return inside or draw
-            if name in _RERUNNERS and not draw.recorded and draw.sequence == node + 1:
-                inside = draw
-        return inside
+            if draw.recorded and draw.start <= node:
+                running = draw.end is None or node < draw.end
+                return draw if running or first_inside is None else first_inside
+            if (name == _REENTRANT and not draw.recorded and draw.start > node) or (
+                name == _COMPILED and draw.recorded and draw.compiled and draw.start == node + 1
+            ):
+                first_inside = draw
+        return first_inside
 
     def _refuse_twice(self, node: int, door: str) -> None:
         """Two forwards of one door in one checkpointed region drew two tickets that cannot be told apart."""
@@ -160,24 +173,33 @@ class Door:
         """End the forward that began here."""
         if self.source.owner == self.name:
             self.source.owner = None
+            if not torch.compiler.is_compiling():
+                self.source.close()
 
     def uniform(self, index: int, like: Tensor) -> Tensor:
         """Uniform noise of gate number ``index`` for the running forward, dtype, shape and device of ``like``.
 
         Outside every forward each call is a forward of its own. The result is fresh memory.
         """
-        ticket = self._open() if self.source.owner is None else self.source.ticket
+        ticket = self._read() if self.source.owner is None else self.source.ticket
         if torch.compiler.is_compiling():
             drawn: Tensor = torch.ops.l0hooks.uniform(ticket, index, like.detach())
             return drawn
         return _uniform(ticket, index, like)
 
+    def _read(self) -> Tensor:
+        ticket = self._open()
+        if not torch.compiler.is_compiling():
+            self.source.close()
+        return ticket
+
     def _open(self) -> Tensor:
         if torch.compiler.is_compiling():
             # The compiler never merges two calls of empty, hence never two forwards.
-            ticket: Tensor = torch.ops.l0hooks.open_forward(torch.empty(0), self.source.key, self.name)
+            recorded = torch.is_grad_enabled()
+            ticket: Tensor = torch.ops.l0hooks.open_forward(torch.empty(0), self.source.key, self.name, recorded)
             return ticket
-        return self.source.open(self.name)
+        return self.source.open(self.name, recorded=torch.is_grad_enabled())
 
 
 def remove_doors(module: nn.Module) -> None:
@@ -203,12 +225,12 @@ def _uniform(ticket: Tensor, index: int, like: Tensor) -> Tensor:
 
 
 @torch.library.custom_op("l0hooks::open_forward", mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,))
-def _open_forward(unique: Tensor, source: int, door: str) -> Tensor:
-    return _sources[source].open(door).clone()
+def _open_forward(unique: Tensor, source: int, door: str, recorded: bool) -> Tensor:
+    return _sources[source].open(door, recorded=recorded, compiled=True).clone()
 
 
 @_open_forward.register_fake
-def _(unique: Tensor, source: int, door: str) -> Tensor:
+def _(unique: Tensor, source: int, door: str, recorded: bool) -> Tensor:
     return torch.empty((), dtype=torch.int64)
 
 
@@ -220,3 +242,22 @@ def _uniform_op(ticket: Tensor, index: int, like: Tensor) -> Tensor:
 @_uniform_op.register_fake
 def _(ticket: Tensor, index: int, like: Tensor) -> Tensor:
     return torch.empty_like(like)
+
+
+def _run_eagerly(*functions: Callable[..., object]) -> None:
+    """Keep the compiler from turning a hook of the compiled model itself, which it calls eagerly, into a graph.
+
+    Hooks inside a graph are still traced. This is ``torch._dynamo.skip`` without the second that importing it takes.
+    """
+    frames = torch._C._dynamo.eval_frame
+    for function in functions:
+        code = inspect.unwrap(function).__code__
+        if TorchVersion(torch.__version__) < "2.7":
+            frames.skip_code(code)  # type: ignore[attr-defined]
+        else:
+            action = frames._FrameAction
+            frames.set_code_exec_strategy(code, frames._FrameExecStrategy(action.SKIP, action.DEFAULT))
+
+
+_run_eagerly(Door.enter, Door.leave, Door.uniform, Door._read, Door._open, _uniform)
+_run_eagerly(NoiseSource.open, NoiseSource.close, NoiseSource._replay, NoiseSource._find, NoiseSource._refuse_twice)

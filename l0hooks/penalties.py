@@ -41,7 +41,7 @@ class Gated:
 
     def weights(self) -> Iterator[Site]:
         """The sites with different weights: tied ones once."""
-        yield from {id(site.weight): site for site in self.sites}.values()
+        yield from {site.weight.data_ptr() or id(site.weight): site for site in self.sites}.values()
 
 
 def iter_gated(model: nn.Module) -> Iterator[Gated]:
@@ -218,7 +218,7 @@ def _params(gated: Gated) -> Tensor:
 
 @register_penalty("macs")
 def _macs(gated: Gated) -> Tensor:
-    macs = 0
+    macs = 0.0
     for site in gated.sites:  # a tied weight works at each of its sites
         if site.gating.positions is None:
             raise StateError(

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.nn.parameter import UninitializedParameter
 
 from l0hooks.extras import import_extra
 from l0hooks.layers import Granularity
@@ -129,7 +130,8 @@ class Summary:
             If pandas is not installed.
         """
         pandas = import_extra("pandas", extra="examples", where="Summary.to_frame")
-        frame: pd.DataFrame = pandas.DataFrame([asdict(row) for row in self.rows]).set_index("name")
+        columns = [field.name for field in fields(SummaryRow)]
+        frame: pd.DataFrame = pandas.DataFrame([asdict(row) for row in self.rows], columns=columns).set_index("name")
         return frame
 
     def bars(self) -> str:
@@ -198,11 +200,12 @@ def summary(model: nn.Module, *, example_inputs: Sequence[Any] | None = None) ->
     positions = None if example_inputs is None else count_positions(model, example_inputs)
     rows = tuple(_row(gated, positions) for gated in iter_gated(model))
     own = {id(gated.gate.log_alpha) for gated in iter_gated(model)}
-    total = sum(p.numel() for p in model.parameters() if id(p) not in own)
+    plain = {p.data_ptr() or id(p): p for p in _initialised(model.parameters()) if id(p) not in own}
+    total = sum(p.numel() for p in plain.values())
     return Summary(rows, total, tuple(_ungated(model)))
 
 
-def _row(gated: Gated, positions: dict[tuple[int, str], int] | None) -> SummaryRow:
+def _row(gated: Gated, positions: dict[tuple[int, str], float] | None) -> SummaryRow:
     gate = gated.gate
     gates, kept = gate.log_alpha.numel(), int(gate.support().sum())
     parameters = sum(site.weight.numel() for site in gated.weights())
@@ -225,20 +228,25 @@ def _row(gated: Gated, positions: dict[tuple[int, str], int] | None) -> SummaryR
     )
 
 
-def _macs(gated: Gated, positions: dict[tuple[int, str], int] | None) -> int | None:
+def _macs(gated: Gated, positions: dict[tuple[int, str], float] | None) -> int | None:
     total = 0
     for site in gated.sites:
         count = site.gating.positions if positions is None else positions.get((id(site.module), site.tensor_name), 0)
         if count is None:
             return None
-        total += count * site.weight.numel()
+        total += round(count * site.weight.numel())
     return total
 
 
 def _ungated(model: nn.Module) -> Iterator[str]:
     for name, module in named_modules(model):
-        if any(p is not None and p.ndim > 1 for p in module._parameters.values()):
+        if any(p.ndim > 1 for p in _initialised(module.parameters(recurse=False))):
             yield f"{name or 'the model itself'} ({_kind(module)})"
+
+
+def _initialised(parameters: Iterable[nn.Parameter]) -> Iterator[nn.Parameter]:
+    """Without those of lazy modules, which have no shape yet."""
+    return (p for p in parameters if not isinstance(p, UninitializedParameter))
 
 
 def _kind(module: nn.Module) -> str:

@@ -13,7 +13,7 @@ from l0hooks.errors import SpecError, explain
 from l0hooks.layers import EMBEDDINGS, TRANSPOSED, is_gateable
 
 
-def count_positions(model: nn.Module, example_inputs: Sequence[Any]) -> dict[tuple[int, str], int]:
+def count_positions(model: nn.Module, example_inputs: Sequence[Any]) -> dict[tuple[int, str], float]:
     """Multiply-adds per weight element in one evaluation pass, keyed by (id of the module, tensor name).
 
     A convolution's weight works once for every output position (a transposed one: input position) of every example,
@@ -39,9 +39,9 @@ def count_positions(model: nn.Module, example_inputs: Sequence[Any]) -> dict[tup
                 hint="example_inputs=(x,)",
             )
         )
-    counts: dict[tuple[int, str], int] = {}
+    counts: dict[tuple[int, str], float] = {}
 
-    def add(module: nn.Module, tensor_name: str, positions: int) -> None:
+    def add(module: nn.Module, tensor_name: str, positions: float) -> None:
         key = (id(module), tensor_name)
         counts[key] = counts.get(key, 0) + positions
 
@@ -58,11 +58,12 @@ def count_positions(model: nn.Module, example_inputs: Sequence[Any]) -> dict[tup
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; every module's own mode comes back afterwards."""
+    """Evaluation mode without gradients; every module's own mode and the random state come back afterwards."""
     modes = [(module, module.training) for module in model.modules()]
+    gpus = {p.device.index for p in model.parameters() if p.device.type == "cuda"}
     model.eval()
     try:
-        with torch.no_grad():
+        with torch.random.fork_rng(gpus), torch.no_grad():
             yield
     finally:
         for module, training in modes:
@@ -80,7 +81,7 @@ def _slow_attention() -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(enabled)
 
 
-def _counter(add: Callable[[nn.Module, str, int], None]) -> Callable[..., None]:
+def _counter(add: Callable[[nn.Module, str, float], None]) -> Callable[..., None]:
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         if isinstance(module, nn.MultiheadAttention):
             _count_attention(add, module, args, kwargs)
@@ -97,7 +98,7 @@ def _counter(add: Callable[[nn.Module, str, int], None]) -> Callable[..., None]:
 
 
 def _count_attention(
-    add: Callable[[nn.Module, str, int], None],
+    add: Callable[[nn.Module, str, float], None],
     module: nn.MultiheadAttention,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
@@ -106,7 +107,7 @@ def _count_attention(
     query, key, value = (args[i] if i < len(args) else kwargs[name] for i, name in enumerate(names))
     tokens = [t.numel() // t.shape[-1] for t in (query, key, value)]
     # the packed projection has a third of its rows for each of the three
-    add(module, "in_proj_weight", sum(tokens) // 3)
+    add(module, "in_proj_weight", sum(tokens) / 3)
     for name, n in zip(("q_proj_weight", "k_proj_weight", "v_proj_weight"), tokens, strict=True):
         add(module, name, n)
     add(module.out_proj, "weight", tokens[0])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -26,11 +26,13 @@ class GatedWeight(nn.Module):
         How the gates lie over the weight.
     granularity : str or (int, int)
         The name the layout goes by.
-    positions : int, optional
+    positions : float, optional
         How often each weight is used in one pass over the example inputs: multiply-adds per weight.
     """
 
-    def __init__(self, gate: Gate, layout: GateLayout, granularity: Granularity, positions: int | None = None) -> None:
+    def __init__(
+        self, gate: Gate, layout: GateLayout, granularity: Granularity, positions: float | None = None
+    ) -> None:
         super().__init__()
         self.gate = gate
         self.layout = layout
@@ -43,11 +45,14 @@ class GatedWeight(nn.Module):
         """The gated weight, dtype and shape of ``weight``."""
         if self.training:
             return self._sampled(weight)
-        if _is_traced():
+        if _is_traced() or weight.is_inference() or self.gate.log_alpha.is_inference():  # no versions to compare
             return self.fold(weight)
         kept = self._kept.product(self, weight)
         if torch.is_grad_enabled() and (weight.requires_grad or self.gate.log_alpha.requires_grad):
-            folded: Tensor = _Folded.apply(weight, self.gate.log_alpha, kept, self)
+            gates, slopes = self._kept.gates(self.gate)
+            folded: Tensor = _Folded.apply(  # type: ignore[no-untyped-call]
+                weight, self.gate.log_alpha, kept, gates, slopes, self.layout
+            )
             return folded
         return kept
 
@@ -70,6 +75,11 @@ class GatedWeight(nn.Module):
         super().train(mode)
         return self
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> GatedWeight:
+        self._kept.drop()  # a move to another dtype and back may put other values at the same address
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self
+
     def _sampled(self, weight: Tensor) -> Tensor:
         gate, family = self.gate, self.gate.family
         if self.layout.pattern is None and type(family) is HardConcreteFamily and not _is_traced():
@@ -87,30 +97,39 @@ class _Kept:
 
     def __init__(self) -> None:
         self._product: Tensor | None = None
-        self._weight: weakref.ref[Tensor] | None = None
+        self._gates: tuple[Tensor, Tensor] | None = None
+        self._of: tuple[weakref.ref[Tensor], ...] = ()
         self._key: tuple[Any, ...] = ()
 
     def __deepcopy__(self, memo: dict[int, object]) -> _Kept:
         return _Kept()
 
     def product(self, owner: GatedWeight, weight: Tensor) -> Tensor:
-        log_alpha = owner.gate.log_alpha
-        if weight.is_inference() or log_alpha.is_inference():  # no version counter to tell a change by
-            return owner.fold(weight)
+        of = weight, owner.gate.log_alpha
         if (
             self._product is None
-            or self._weight is None
-            or self._weight() is not weight
+            or any(kept() is not now for kept, now in zip(self._of, of, strict=True))
             or self._key != self._key_of(owner, weight, self._product)
         ):
             with torch.inference_mode(False), torch.no_grad():
                 self._product = owner.fold(weight)
-            self._weight = weakref.ref(weight)
+            self._gates = None
+            self._of = tuple(map(weakref.ref, of))
             self._key = self._key_of(owner, weight, self._product)
         return self._product
 
+    def gates(self, gate: Gate) -> tuple[Tensor, Tensor]:
+        """The test-time gates of the product asked for last, and their slopes dz/dlogα."""
+        if self._gates is None:
+            with torch.inference_mode(False), torch.enable_grad():
+                location = gate.log_alpha.detach().requires_grad_()
+                gates = gate.value(location) + 0 * location  # binary gates have no slope of their own
+                (slopes,) = torch.autograd.grad(gates.sum(), location)
+            self._gates = gates.detach(), slopes
+        return self._gates
+
     def drop(self) -> None:
-        self._product = None
+        self._product = self._gates = None
 
     @staticmethod
     def _key_of(owner: GatedWeight, weight: Tensor, product: Tensor) -> tuple[Any, ...]:
@@ -127,22 +146,27 @@ class _Folded(torch.autograd.Function):
     """The kept product going forward; the gradient of the product it was computed from going back."""
 
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, log_alpha: Tensor, kept: Tensor, owner: GatedWeight) -> Tensor:
-        ctx.save_for_backward(weight, log_alpha)
-        ctx.owner = owner
+    def forward(
+        ctx: Any, weight: Tensor, log_alpha: Tensor, kept: Tensor, gates: Tensor, slopes: Tensor, layout: GateLayout
+    ) -> Tensor:
+        ctx.save_for_backward(weight, gates, slopes)
+        ctx.layout = layout
         return kept.detach()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        weight, log_alpha = ctx.saved_tensors
-        owner: GatedWeight = ctx.owner
-        with torch.enable_grad():
-            weight_leaf, location = weight.detach().requires_grad_(), log_alpha.detach().requires_grad_()
-            product = weight_leaf * owner.spread(owner.gate.value(location), weight_leaf)
-            grads = torch.autograd.grad(product, (weight_leaf, location), grad)
-        wanted = ctx.needs_input_grad
-        return grads[0] if wanted[0] else None, grads[1] if wanted[1] else None, None, None
+        weight, gates, slopes = ctx.saved_tensors
+        layout: GateLayout = ctx.layout
+        grad_weight = grad * layout.spread(gates).to(grad.dtype) if ctx.needs_input_grad[0] else None
+        grad_alpha = None
+        if ctx.needs_input_grad[1]:
+            with torch.enable_grad():
+                leaf = gates.detach().requires_grad_()
+                spread = layout.spread(leaf)
+            (summed,) = torch.autograd.grad(spread, leaf, (grad * weight).to(gates.dtype).sum_to_size(spread.shape))
+            grad_alpha = summed * slopes
+        return grad_weight, grad_alpha, None, None, None, None
 
 
 class Site(NamedTuple):
@@ -172,10 +196,17 @@ def iter_sites(model: nn.Module) -> Iterator[Site]:
     """Every gated weight below ``model``; a weight shared by several modules comes once for each."""
     for name, module in model.named_modules():
         for tensor_name, chain in parametrization_lists(module).items():
-            gating, weight = chain[0], chain.original
-            if isinstance(gating, GatedWeight) and isinstance(weight, Tensor):
+            gating = chain[0]
+            if isinstance(gating, GatedWeight) and isinstance(chain.original, Tensor):
                 full = f"{name}.{tensor_name}" if name else tensor_name
-                yield Site(full, module, tensor_name, weight, gating)
+                yield Site(full, module, tensor_name, chain.original, gating)
+
+
+def own_class(module: nn.Module, *, without: str = "") -> None:
+    """Give a parametrized module a class of its own: its deepcopies share the one that holds the properties."""
+    shared: type[nn.Module] = type(module)
+    namespace = {k: v for k, v in vars(shared).items() if k not in (without, "__dict__", "__weakref__")}
+    module.__class__ = type(shared.__name__, shared.__bases__, namespace)
 
 
 def accept_dense(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: object) -> None:
@@ -198,13 +229,10 @@ def remove_gates(site: Site, *, folded: bool) -> None:
     module, tensor_name, weight = site.module, site.tensor_name, site.weight
     if not folded:
         weight.copy_(site.gating.fold(weight))
-    gated_class: type[nn.Module] = type(module)
-    plain = gated_class.__bases__[0]
-    namespace = {k: v for k, v in vars(gated_class).items() if k not in (tensor_name, "__dict__", "__weakref__")}
+    plain: type[nn.Module] = type(module).__bases__[0]
     del module.parametrizations[tensor_name]  # type: ignore[operator, union-attr]  # torch types it as Module
     if parametrization_lists(module):
-        # Deepcopies share the class that holds the properties: give this module one of its own
-        module.__class__ = type(gated_class.__name__, (plain,), namespace)
+        own_class(module, without=tensor_name)
     else:
         module.__class__ = plain
         del module._modules["parametrizations"]
