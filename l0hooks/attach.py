@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -208,7 +208,8 @@ def _check_tied(model: nn.Module, plans: list[_Plan]) -> None:
             other = planned.get((id(module), tensor_name))
             if (
                 other is None
-                or (other.spec, other.layout) != (plan.spec, plan.layout)
+                or replace(other.spec, granularity=plan.spec.granularity) != plan.spec  # input here is output there
+                or other.layout != plan.layout
                 or not _same_memory(plan.weight, tensor)
             ):
                 raise SpecError(

@@ -59,6 +59,8 @@ def near_names(name: str, known: Iterable[str], *, limit: int = 4) -> str:
     "did you mean 'layer1.conv'?"
     """
     names = list(known)
+    if not names:
+        return "there is none to choose from"
     close = difflib.get_close_matches(name, names, n=limit, cutoff=0.5)
     if close:
         return "did you mean " + ", ".join(repr(c) for c in close) + "?"

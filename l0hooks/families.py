@@ -108,6 +108,7 @@ class StraightThroughFamily(HardConcreteFamily):
         return (super().paper(log_alpha, temperature) > 0).to(log_alpha.dtype)
 
     def start_mean(self, mean: float, temperature: float) -> float:
+        hc.check_open_unit("init_mean", mean)
         return self.start_keep_prob(mean, temperature)
 
 
@@ -143,7 +144,8 @@ class GaussianFamily:
     def mean(self, log_alpha: Tensor, temperature: float) -> Tensor:
         low, high = -log_alpha / temperature, (1 - log_alpha) / temperature
         inside = _normal_cdf(high) - _normal_cdf(low)
-        return log_alpha * inside + temperature * (_normal_density(low) - _normal_density(high)) + _normal_cdf(-high)
+        spread = temperature * (_normal_density(low) - _normal_density(high))
+        return (log_alpha * inside + spread + _normal_cdf(-high)).clamp(0, 1)
 
     def median(self, log_alpha: Tensor, temperature: float) -> Tensor:
         return log_alpha.clamp(0, 1)

@@ -35,7 +35,7 @@ def linear(start: float, stop: float, steps: int) -> Schedule:
     (1.0, 0.5, 0.0)
     """
     _check_steps("linear", steps)
-    return lambda step: start + (stop - start) * _progress(step, steps)
+    return lambda step: _between(start, stop, _progress(step, steps))
 
 
 def exponential(start: float, stop: float, steps: int) -> Schedule:
@@ -66,7 +66,7 @@ def exponential(start: float, stop: float, steps: int) -> Schedule:
         raise InvalidValueError(
             explain("exponential", "both ends must be positive.", expected="> 0", got=f"start={start}, stop={stop}")
         )
-    return lambda step: start * (stop / start) ** _progress(step, steps)
+    return lambda step: start ** (1 - (t := _progress(step, steps))) * stop**t
 
 
 def cosine(start: float, stop: float, steps: int) -> Schedule:
@@ -93,7 +93,12 @@ def cosine(start: float, stop: float, steps: int) -> Schedule:
     (1.0, 0.5, 0.0)
     """
     _check_steps("cosine", steps)
-    return lambda step: stop + (start - stop) * (1 + math.cos(math.pi * _progress(step, steps))) / 2
+    return lambda step: _between(stop, start, (1 + math.cos(math.pi * _progress(step, steps))) / 2)
+
+
+def _between(start: float, stop: float, t: float) -> float:
+    """``start`` at t = 0 and ``stop`` at t = 1, both exactly."""
+    return (1 - t) * start + t * stop
 
 
 def _progress(step: int, steps: int) -> float:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from l0hooks.families import HardConcreteFamily
 from l0hooks.fused import gated_weight
@@ -92,6 +93,17 @@ def _is_traced() -> bool:
     return torch.compiler.is_compiling() or torch._C._functorch.maybe_current_level() is not None
 
 
+_steps = 0  # of all optimisers: fused ones write without a new version
+
+
+def _count_step(*_: object) -> None:
+    global _steps
+    _steps += 1
+
+
+register_optimizer_step_post_hook(_count_step)
+
+
 class _Kept:
     """The folded weight, kept while neither weight, gates nor temperature have changed."""
 
@@ -139,6 +151,7 @@ class _Kept:
             *(weight._version, weight.data_ptr(), weight.dtype, weight.device),
             *(log_alpha._version, log_alpha.data_ptr(), gate.temperature, gate.estimator),
             product._version,  # the caller was handed this very tensor
+            _steps,
         )
 
 
