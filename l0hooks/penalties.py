@@ -82,7 +82,7 @@ def register_penalty(name: str, *, strengths: int = 1) -> Callable[[F], F]:
     >>> @register_penalty("variance_of_keep_prob")
     ... def variance_of_keep_prob(gated):
     ...     return gated.gate.keep_prob().var()
-    >>> float(penalty(Gate(4), variance_of_keep_prob=1.0))
+    >>> penalty(Gate(4), variance_of_keep_prob=1.0).item()
     0.0
     """
     if name in _registry:
@@ -130,9 +130,9 @@ def penalty(model: nn.Module, **strengths: Strength | Mapping[Pattern, Strength]
     Examples
     --------
     >>> gates = nn.ModuleDict({"a": Gate(2, init_keep_prob=0.5), "b": Gate(4, init_keep_prob=0.25)})
-    >>> round(float(penalty(gates, l0=1.0)), 6)
+    >>> round(penalty(gates, l0=1.0).item(), 6)
     2.0
-    >>> round(float(penalty(gates, l0={"a": 10.0, "b": 1.0})), 6)
+    >>> round(penalty(gates, l0={"a": 10.0, "b": 1.0}).item(), 6)
     11.0
 
     References
