@@ -1,10 +1,10 @@
 r"""Hard Concrete mathematics as pure tensor functions: the one place where the gate formula stands.
 
-A Hard Concrete gate is a logistic variable, squashed, stretched to :math:`(\gamma, \zeta)` and clamped to
+A Hard Concrete gate is a logistic variable, squashed, stretched to \((\gamma, \zeta)\) and clamped to
 [0, 1] (Louizos, Welling & Kingma, 2018, arXiv:1712.01312):
 
-.. math:: z = \min(1, \max(0, \gamma + (\zeta - \gamma)\,
-          \sigma((\operatorname{logit} u + \log\alpha) / \beta)))
+\[ z = \min(1, \max(0, \gamma + (\zeta - \gamma)\,
+          \sigma((\operatorname{logit} u + \log\alpha) / \beta))) \]
 
 Every function takes ``log_alpha`` (any floating dtype, any shape, log-odds), ``temperature`` β > 0 (a float, or a
 tensor that broadcasts) and the stretch interval ``gamma`` < 0 < 1 < ``zeta``. All are elementwise, differentiable
@@ -122,7 +122,7 @@ def sample(
 ) -> Tensor:
     r"""Gates for given uniform noise: the inverse cdf at ``noise``.
 
-    .. math:: z = \min(1, \max(0, \gamma + (\zeta-\gamma)\,\sigma((\operatorname{logit} u+\log\alpha)/\beta)))
+    \[ z = \min(1, \max(0, \gamma + (\zeta-\gamma)\,\sigma((\operatorname{logit} u+\log\alpha)/\beta))) \]
 
     Parameters
     ----------
@@ -161,7 +161,7 @@ def cdf(
     gamma: float = GAMMA,
     zeta: float = ZETA,
 ) -> Tensor:
-    r"""P(z ≤ value): :math:`\sigma(\beta\operatorname{logit} s(x) - \log\alpha)` on [0, 1), 0 below and 1 from 1 on.
+    r"""P(z ≤ value): \(\sigma(\beta\operatorname{logit} s(x) - \log\alpha)\) on [0, 1), 0 below and 1 from 1 on.
 
     Examples
     --------
@@ -199,7 +199,7 @@ def icdf(
 def keep_prob(
     log_alpha: Tensor, temperature: float | Tensor = TEMPERATURE, gamma: float = GAMMA, zeta: float = ZETA
 ) -> Tensor:
-    r"""P(z ≠ 0) :math:`= \sigma(\log\alpha - \beta\ln(-\gamma/\zeta))`, the gate's share of the expected L0 norm.
+    r"""P(z ≠ 0) \(= \sigma(\log\alpha - \beta\ln(-\gamma/\zeta))\), the gate's share of the expected L0 norm.
 
     Examples
     --------
@@ -217,7 +217,7 @@ def keep_prob(
 def prob_one(
     log_alpha: Tensor, temperature: float | Tensor = TEMPERATURE, gamma: float = GAMMA, zeta: float = ZETA
 ) -> Tensor:
-    r"""P(z = 1) :math:`= \sigma(\log\alpha - \beta\ln((1-\gamma)/(\zeta-1)))`.
+    r"""P(z = 1) \(= \sigma(\log\alpha - \beta\ln((1-\gamma)/(\zeta-1)))\).
 
     Examples
     --------
@@ -231,7 +231,7 @@ def prob_one(
 def mean(
     log_alpha: Tensor, temperature: float | Tensor = TEMPERATURE, gamma: float = GAMMA, zeta: float = ZETA
 ) -> Tensor:
-    r"""E[z] :math:`= \int_0^1 (1 - F(x))\,dx` by Gauss–Legendre quadrature, exact to rounding for β ≤ 2 at γ = −0.1.
+    r"""E[z] \(= \int_0^1 (1 - F(x))\,dx\) by Gauss–Legendre quadrature, exact to rounding for β ≤ 2 at γ = −0.1.
 
     Examples
     --------
@@ -248,7 +248,7 @@ def mean(
 def second_moment(
     log_alpha: Tensor, temperature: float | Tensor = TEMPERATURE, gamma: float = GAMMA, zeta: float = ZETA
 ) -> Tensor:
-    r"""E[z²] :math:`= \int_0^1 2x(1 - F(x))\,dx` by the same quadrature.
+    r"""E[z²] \(= \int_0^1 2x(1 - F(x))\,dx\) by the same quadrature.
 
     Examples
     --------
@@ -285,7 +285,7 @@ def variance(
 def median(
     log_alpha: Tensor, temperature: float | Tensor = TEMPERATURE, gamma: float = GAMMA, zeta: float = ZETA
 ) -> Tensor:
-    r"""The median gate, stretched :math:`\sigma(\log\alpha/\beta)`: 0 if and only if ``keep_prob`` ≤ ½.
+    r"""The median gate, stretched \(\sigma(\log\alpha/\beta)\): 0 if and only if ``keep_prob`` ≤ ½.
 
     Examples
     --------
@@ -297,7 +297,7 @@ def median(
 
 @_full_precision
 def paper_estimate(log_alpha: Tensor, gamma: float = GAMMA, zeta: float = ZETA) -> Tensor:
-    r"""The paper's test-time gate, stretched :math:`\sigma(\log\alpha)` without the temperature.
+    r"""The paper's test-time gate, stretched \(\sigma(\log\alpha)\) without the temperature.
 
     Examples
     --------
@@ -322,7 +322,7 @@ def log_prob(
     r"""Log-probability of the atoms at 0 and 1, log-density in between, −∞ outside [0, 1].
 
     With t = s(x) and v = β·logit t − logα, the density inside is
-    :math:`\log\beta - \log(\zeta-\gamma) - \log t - \log(1-t) + \log\sigma(v) + \log\sigma(-v)`.
+    \(\log\beta - \log(\zeta-\gamma) - \log t - \log(1-t) + \log\sigma(v) + \log\sigma(-v)\).
 
     Examples
     --------
@@ -345,7 +345,7 @@ def log_prob(
 def entropy(
     log_alpha: Tensor, temperature: float | Tensor = TEMPERATURE, gamma: float = GAMMA, zeta: float = ZETA
 ) -> Tensor:
-    r"""Entropy :math:`-\sum_{a\in\{0,1\}} P_a\ln P_a - \int_0^1 f\ln f\,dx`, in nats, of the mixed distribution.
+    r"""Entropy \(-\sum_{a\in\{0,1\}} P_a\ln P_a - \int_0^1 f\ln f\,dx\), in nats, of the mixed distribution.
 
     Examples
     --------
@@ -364,7 +364,7 @@ def entropy(
 def log_alpha_from_keep_prob(
     probability: float, temperature: float = TEMPERATURE, gamma: float = GAMMA, zeta: float = ZETA
 ) -> float:
-    r"""The location with P(z ≠ 0) = ``probability``: :math:`\operatorname{logit} p + \beta\ln(-\gamma/\zeta)`.
+    r"""The location with P(z ≠ 0) = ``probability``: \(\operatorname{logit} p + \beta\ln(-\gamma/\zeta)\).
 
     Raises
     ------
