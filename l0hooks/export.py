@@ -82,7 +82,7 @@ def prune(
     StateError
         If there are no gates, a gate stands alone, log-odds are not finite, or the outputs differ.
     SpecError
-        If the sparse format is unknown.
+        If the sparse format is unknown, or the block size is not a pair of positive integers.
 
     Examples
     --------
@@ -94,7 +94,7 @@ def prune(
       (0): Linear(in_features=8, out_features=4, bias=True)
     )
     """
-    _check(model, sparse_format)
+    _check(model, sparse_format, block_size)
     report = summary(model, example_inputs=example_inputs)
     expected = None if example_inputs is None else _evaluate(model, example_inputs)
     names = {site.module_name for site in iter_sites(model)}
@@ -109,7 +109,7 @@ def prune(
     return (target, report) if return_report else target
 
 
-def _check(model: nn.Module, sparse_format: str | None) -> None:
+def _check(model: nn.Module, sparse_format: str | None, block_size: object) -> None:
     gated = list(iter_gated(model))
     if not gated:
         raise StateError(explain("prune", "the model must hold gates.", got="none", hint="sparsify(model, ...) first"))
@@ -140,6 +140,9 @@ def _check(model: nn.Module, sparse_format: str | None) -> None:
         raise SpecError(
             explain("prune", "the sparse format must be known.", expected="'csr' or 'bsr'", got=repr(sparse_format))
         )
+    pair = isinstance(block_size, tuple) and len(block_size) == 2
+    if not (pair and all(isinstance(n, int) and n > 0 for n in block_size)):  # type: ignore[attr-defined]
+        raise SpecError(explain("prune", "block_size must be two positive integers.", got=repr(block_size)))
 
 
 def _remove_all(sites: list[Site]) -> None:

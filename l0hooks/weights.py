@@ -89,8 +89,9 @@ class GatedWeight(nn.Module):
 
 
 def _is_traced() -> bool:
-    """Whether the plain formulas must run: in a graph being compiled, or under a torch.func transform."""
-    return torch.compiler.is_compiling() or torch._C._functorch.maybe_current_level() is not None
+    """Whether the plain formulas must run: in a graph being built, or under a torch.func transform."""
+    building = torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
+    return building or torch._C._functorch.maybe_current_level() is not None
 
 
 _steps = 0  # of all optimisers: fused ones write without a new version
