@@ -186,12 +186,13 @@ class Gate(nn.Module):
 _live: weakref.WeakSet[Gate] = weakref.WeakSet()
 
 
-def _project_all(*_: object) -> None:
+def _after_step(*_: object) -> None:
     for gate in _live:
         gate.project()
+        gate._door.source.owner = None  # no forward runs across a step: one that was interrupted is over
 
 
-register_optimizer_step_post_hook(_project_all)
+register_optimizer_step_post_hook(_after_step)
 
 
 def initial_log_alpha(

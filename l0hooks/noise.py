@@ -58,7 +58,7 @@ class NoiseSource:
 
     def __init__(self) -> None:
         self.owner: str | None = None
-        self.ticket = torch.zeros((), dtype=torch.int64)
+        self.ticket = torch.zeros((), dtype=torch.int64, device="cpu")
         self._covers: dict[str, frozenset[str]] = {}
         self._log: deque[_Draw] = deque(maxlen=_MEMORY)
         self._last_replay: tuple[int, int, str] | None = None
@@ -85,7 +85,7 @@ class NoiseSource:
             replayed = self._replay(door)
             if replayed is not None:
                 return replayed
-        ticket = torch.randint(2**62, ())
+        ticket = _draw_ticket()
         self._log.append(_Draw(door, ticket, torch._C._autograd._get_sequence_nr(), recorded, compiled))
         return ticket
 
@@ -110,7 +110,7 @@ class NoiseSource:
             )
         if draw.door == door:
             self._refuse_twice(node._sequence_nr(), door)
-            torch.randint(2**62, ())  # the forward drew here: keep a preserved RNG state in step
+            _draw_ticket()  # the forward drew here: keep a preserved RNG state in step
         return draw.ticket
 
     def _find(self, node: int, name: str, door: str) -> _Draw | None:
@@ -141,6 +141,10 @@ class NoiseSource:
                 )
             )
         self._last_replay = replay
+
+
+def _draw_ticket() -> Tensor:
+    return torch.randint(2**62, (), device="cpu")
 
 
 def _restore(covers: dict[str, frozenset[str]]) -> NoiseSource:
@@ -197,7 +201,9 @@ class Door:
         if torch.compiler.is_compiling():
             # The compiler never merges two calls of empty, hence never two forwards.
             recorded = torch.is_grad_enabled()
-            ticket: Tensor = torch.ops.l0hooks.open_forward(torch.empty(0), self.source.key, self.name, recorded)
+            ticket: Tensor = torch.ops.l0hooks.open_forward(
+                torch.empty(0, device="cpu"), self.source.key, self.name, recorded
+            )
             return ticket
         return self.source.open(self.name, recorded=torch.is_grad_enabled())
 
@@ -231,7 +237,7 @@ def _open_forward(unique: Tensor, source: int, door: str, recorded: bool) -> Ten
 
 @_open_forward.register_fake
 def _(unique: Tensor, source: int, door: str, recorded: bool) -> Tensor:
-    return torch.empty((), dtype=torch.int64)
+    return torch.empty((), dtype=torch.int64, device="cpu")
 
 
 @torch.library.custom_op("l0hooks::uniform", mutates_args=())
@@ -259,5 +265,5 @@ def _run_eagerly(*functions: Callable[..., object]) -> None:
             frames.set_code_exec_strategy(code, frames._FrameExecStrategy(action.SKIP, action.DEFAULT))
 
 
-_run_eagerly(Door.enter, Door.leave, Door.uniform, Door._read, Door._open, _uniform)
+_run_eagerly(Door.enter, Door.leave, Door.uniform, Door._read, Door._open, _uniform, _draw_ticket)
 _run_eagerly(NoiseSource.open, NoiseSource.close, NoiseSource._replay, NoiseSource._find, NoiseSource._refuse_twice)

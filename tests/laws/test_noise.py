@@ -1,8 +1,9 @@
-"""The noise law (DESIGN.md §5): every training forward has fresh noise of its own, and a recomputation sees it again."""
+"""The noise law (DESIGN.md §5): every training forward has noise of its own, and a recomputation sees it again."""
 
 from __future__ import annotations
 
 import copy
+import pickle
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -309,6 +310,22 @@ def test_an_interrupted_forward_does_not_freeze_the_noise() -> None:
         handle.remove()
         assert not torch.equal(net(x()), net(x()))
         assert not torch.equal(net.block1(x()), net.block1(x()))
+
+
+def test_an_optimiser_step_ends_a_forward_that_was_interrupted() -> None:
+    net = gated(Net())
+    handle = net.block2.register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        net(x())
+    handle.remove()
+    torch.optim.SGD(net.parameters(), lr=0.1).step()
+    assert not torch.equal(net.block1(x()), net.block1(x()))
+
+
+def test_a_standalone_gate_pickles() -> None:
+    gate = pickle.loads(pickle.dumps(l0hooks.Gate(5, init_keep_prob=0.3)))
+    assert not torch.equal(gate.noise(), gate.noise())
+    torch.testing.assert_close(gate.keep_prob(), torch.full((5,), 0.3))
 
 
 def test_a_deepcopy_after_a_training_forward_is_complete_and_independent() -> None:
