@@ -19,6 +19,8 @@ def import_extra(package: str, *, extra: str, where: str) -> ModuleType:
     try:
         return importlib.import_module(package)
     except ModuleNotFoundError as error:
+        if error.name != package.partition(".")[0]:  # installed, but something it needs is not
+            raise
         raise MissingExtraError(
             explain(where, f"the package {package!r} must be installed.", hint=f'pip install "l0hooks[{extra}]"')
         ) from error

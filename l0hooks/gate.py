@@ -95,7 +95,6 @@ class Gate(nn.Module):
         self.log_alpha = nn.Parameter(torch.full(size, start, dtype=torch.float32, device=device))
         self._door = NoiseSource().add_door("", ()) if door is None else door
         self._index = index
-        self._projected = self.log_alpha._version
         _live.add(self)
 
     @property
@@ -135,8 +134,15 @@ class Gate(nn.Module):
         )
 
     def support(self) -> Tensor:
-        """Which gates stay: boolean, shape of ``log_alpha``. Evaluation, statistics and pruning all ask here."""
-        return self.family.median(self.log_alpha.detach(), self.temperature) > 0
+        """Which gates stay: boolean, shape of ``log_alpha``. Evaluation, statistics and pruning all ask here.
+
+        A gate stays if its median is positive; with the paper's estimate and β > 1, if that is positive too.
+        """
+        log_alpha = self.log_alpha.detach()
+        stays = self.family.median(log_alpha, self.temperature) > 0
+        if self.estimator == "paper":
+            stays &= self.family.paper(log_alpha, self.temperature) > 0
+        return stays
 
     def keep_prob(self) -> Tensor:
         """P(z ≠ 0) of every gate, differentiable."""
@@ -149,9 +155,7 @@ class Gate(nn.Module):
     @torch.no_grad()
     def project(self) -> None:
         """Bring ``log_alpha`` back into the limits. Runs by itself after every ``torch.optim`` step."""
-        if self.log_alpha._version != self._projected:
-            self.log_alpha.clamp_(*self.limits)
-            self._projected = self.log_alpha._version
+        self.log_alpha.clamp_(*self.limits)
 
     def extra_repr(self) -> str:
         """Shape, temperature and estimator."""
@@ -186,9 +190,21 @@ class Gate(nn.Module):
 _live: weakref.WeakSet[Gate] = weakref.WeakSet()
 
 
-def _after_step(*_: object) -> None:
+_steps = 0
+
+
+def steps_taken() -> int:
+    """How many steps all optimisers of this process have taken: fused ones change tensors without a new version."""
+    return _steps
+
+
+def _after_step(optimizer: torch.optim.Optimizer, *_: object) -> None:
+    global _steps
+    _steps += 1
+    stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
     for gate in _live:
-        gate.project()
+        if id(gate.log_alpha) in stepped:
+            gate.project()
         gate._door.source.owner = None  # no forward runs across a step: one that was interrupted is over
 
 

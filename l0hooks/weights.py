@@ -9,11 +9,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
-from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from l0hooks.families import HardConcreteFamily
 from l0hooks.fused import gated_weight
-from l0hooks.gate import Gate
+from l0hooks.gate import Gate, steps_taken
 from l0hooks.layers import GateLayout, Granularity
 
 
@@ -58,7 +57,7 @@ class GatedWeight(nn.Module):
         return kept
 
     def right_inverse(self, weight: Tensor) -> Tensor:
-        """Assigning to the layer's weight replaces the weight beneath the gates."""
+        """Assigning a tensor (torch takes no Parameter here) to the layer's weight replaces it beneath the gates."""
         return weight
 
     def spread(self, gates: Tensor, weight: Tensor) -> Tensor:
@@ -92,17 +91,6 @@ def _is_traced() -> bool:
     """Whether the plain formulas must run: in a graph being built, or under a torch.func transform."""
     building = torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
     return building or torch._C._functorch.maybe_current_level() is not None
-
-
-_steps = 0  # of all optimisers: fused ones write without a new version
-
-
-def _count_step(*_: object) -> None:
-    global _steps
-    _steps += 1
-
-
-register_optimizer_step_post_hook(_count_step)
 
 
 class _Kept:
@@ -152,7 +140,7 @@ class _Kept:
             *(weight._version, weight.data_ptr(), weight.dtype, weight.device),
             *(log_alpha._version, log_alpha.data_ptr(), gate.temperature, gate.estimator),
             product._version,  # the caller was handed this very tensor
-            _steps,
+            steps_taken(),
         )
 
 

@@ -1,0 +1,33 @@
+"""Settings and helpers that every test shares."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+
+from l0hooks import iter_gates
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _reproducible() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def close_gates() -> Callable[..., int]:
+    """A function that closes about a third of a model's gates at random, in place, and says how many."""
+
+    @torch.no_grad()
+    def close(model: nn.Module, share: float = 1 / 3) -> int:
+        closed = 0
+        for _, gate in iter_gates(model):
+            shut = torch.rand_like(gate.log_alpha) < share
+            # open gates between about 0.4 and 1, closed ones well below one half
+            gate.log_alpha.copy_(torch.where(shut, -4.0, torch.empty_like(gate.log_alpha).uniform_(-0.2, 3.0)))
+            closed += int(shut.sum())
+        return closed
+
+    return close

@@ -1,0 +1,357 @@
+"""Each penalty against a count by hand."""
+
+import itertools
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from l0hooks import Gate, GateSpec, iter_gates, penalty, register_penalty, set_temperature, sparsify
+from l0hooks import penalties as room
+from l0hooks.errors import SpecError, StateError
+from l0hooks.penalties import iter_gated
+
+NAMES = ["l0", "l2", "expected_l2", "params", "macs"]
+
+
+def keep(log_alpha, temperature=2 / 3, gamma=-0.1, zeta=1.1):
+    """P(z ≠ 0) of one gate, in plain Python."""
+    return 1 / (1 + math.exp(-(float(log_alpha) - temperature * math.log(-gamma / zeta))))
+
+
+def build(layer, granularity, example=None):
+    """A gated layer whose gates all differ, and its log-odds as nested lists."""
+    model = nn.Sequential(layer)
+    sparsify(model, {"0": granularity}, example_inputs=None if example is None else (example,))
+    gate = next(gate for _, gate in iter_gates(model))
+    with torch.no_grad():
+        gate.log_alpha.uniform_(-3, 3)
+    return model, gate.log_alpha.detach()
+
+
+def gate_of_element(layer, granularity, log_alpha, index):
+    """The log-odds of the gate that multiplies one element of the weight, by the layer's own geometry."""
+    first, second, *_ = index
+    transposed = isinstance(layer, (nn.ConvTranspose2d, nn.Embedding))
+    groups = layer.groups if isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d)) else 1
+    per_group = layer.weight.shape[0] // groups
+    other = first // per_group * layer.weight.shape[1] + second  # number of the channel on the second axis
+    output, inner = (other, first) if transposed else (first, other)
+    if granularity == "weight":
+        return log_alpha[index]
+    if granularity == "kernel":
+        return log_alpha[first, second]
+    if isinstance(granularity, tuple):
+        rows, cols = granularity[::-1] if transposed else granularity
+        return log_alpha[first // rows, second // cols]
+    return log_alpha[output if granularity == "output" else inner]
+
+
+# layer, example input, and how often each weight works on it
+LAYERS = {
+    "linear": (lambda: nn.Linear(4, 6), (3, 5, 4), 15),
+    "conv": (lambda: nn.Conv2d(4, 6, 3, padding=1, stride=2), (2, 4, 5, 7), 2 * 3 * 4),
+    "grouped": (lambda: nn.Conv2d(8, 4, (3, 1), groups=2), (1, 8, 6, 5), 4 * 5),
+    "depthwise": (lambda: nn.Conv2d(4, 4, 3, groups=4), (2, 4, 5, 5), 2 * 3 * 3),
+    "transposed": (lambda: nn.ConvTranspose2d(8, 4, 3, groups=2, stride=2), (2, 8, 3, 4), 2 * 3 * 4),
+    "embedding": (lambda: nn.Embedding(4, 6), None, 0),
+}
+GRANULARITIES = ["weight", "input", "output", "kernel", (2, 2)]
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES, ids=str)
+@pytest.mark.parametrize("name", LAYERS)
+def test_every_penalty_is_its_sum_over_the_elements(name, granularity):
+    make, shape, positions = LAYERS[name]
+    layer = make()
+    if name == "depthwise" and isinstance(granularity, tuple):
+        granularity = (1, 1)
+    example = torch.zeros(2, 3, dtype=torch.long) if shape is None else torch.randn(shape)
+    weight = layer.weight.detach().clone()
+    model, log_alpha = build(layer, granularity, example)
+    expected = dict.fromkeys([*NAMES, "l0l2"], 0.0)
+    expected["l0"] = sum(keep(a) for a in log_alpha.flatten())
+    for index in itertools.product(*map(range, weight.shape)):
+        p, w = keep(gate_of_element(layer, granularity, log_alpha, index)), float(weight[index])
+        expected["l2"] += w**2
+        expected["expected_l2"] += p * w**2
+        expected["params"] += p
+        expected["macs"] += positions * p
+        expected["l0l2"] += p * (0.3 + 0.7 / 2 * w**2)
+    for penalty_name in NAMES:
+        value = penalty(model, **{penalty_name: 1.0}).item()
+        assert value == pytest.approx(expected[penalty_name], rel=1e-5, abs=1e-7), penalty_name
+        assert penalty(model, **{penalty_name: 2.5}).item() == pytest.approx(2.5 * value, rel=1e-6)
+    assert penalty(model, l0l2=(0.3, 0.7)).item() == pytest.approx(expected["l0l2"], rel=1e-5)
+
+
+def test_penalties_add_up():
+    model, _ = build(nn.Linear(4, 6), "output", torch.zeros(1, 4))
+    both = penalty(model, l0=0.1, l2=0.01, macs=1e-3).item()
+    assert both == pytest.approx(
+        sum(penalty(model, **{k: v}).item() for k, v in {"l0": 0.1, "l2": 0.01, "macs": 1e-3}.items()), rel=1e-6
+    )
+
+
+def test_the_penalty_is_a_differentiable_scalar_in_float32():
+    model, _ = build(nn.Linear(4, 6).double(), "weight")
+    value = penalty(model, l0=1.0, l2=1.0, expected_l2=1.0, params=1.0, l0l2=(1.0, 1.0))
+    assert value.shape == ()
+    assert value.dtype == torch.float32
+    value.backward()
+    assert all(p.grad is not None for name, p in model.named_parameters() if "bias" not in name)
+
+
+def test_the_expected_l2_norm_is_that_of_the_weights_whose_gates_are_not_zero():
+    """E[Σ (1[z ≠ 0]·w)²] = Σ keep_prob·w², by sampling the gates."""
+    model, _ = build(nn.Linear(4, 6), "output")
+    gate = next(gate for _, gate in iter_gates(model))
+    squares = model[0].parametrizations.weight.original.detach().square().sum(1)
+    with torch.no_grad():
+        norms = torch.stack([((gate.sample() != 0) * squares).sum() for _ in range(4000)])
+    assert abs(norms.mean() - penalty(model, expected_l2=1.0).item()) < 4 * norms.std() / 4000**0.5
+    assert norms.std() > 0
+
+
+def test_the_gradients_are_those_of_the_formulas():
+    model, log_alpha = build(nn.Linear(4, 6), "input")
+    gate = next(gate for _, gate in iter_gates(model))
+    weight = model[0].parametrizations.weight.original
+    penalty(model, l0l2=(0.3, 0.7)).backward()
+    p = torch.tensor([keep(a) for a in log_alpha])
+    w = weight.detach()
+    torch.testing.assert_close(weight.grad, 0.7 * p * w)
+    torch.testing.assert_close(gate.log_alpha.grad, p * (1 - p) * (0.3 * 6 + 0.35 * w.square().sum(0)))
+    model.zero_grad()
+    penalty(model, l2=2.0).backward()
+    torch.testing.assert_close(weight.grad, 4 * w)
+    assert gate.log_alpha.grad is None or not bool(gate.log_alpha.grad.any())
+
+
+def test_descending_the_l0_penalty_closes_gates():
+    model = nn.Sequential(nn.Linear(8, 8))
+    sparsify(model, "weight")
+    optimizer = torch.optim.Adam([gate.log_alpha for _, gate in iter_gates(model)], lr=0.5)
+    for _ in range(30):
+        optimizer.zero_grad()
+        penalty(model, l0=1.0).backward()
+        optimizer.step()
+    assert not any(bool(gate.support().any()) for _, gate in iter_gates(model))
+
+
+# --------------------------------------------------------------------------------- gates wherever they live
+
+
+class Fitter(nn.Module):
+    """Standalone gates on two levels beside gated weights."""
+
+    def __init__(self):
+        super().__init__()
+        self.samples = Gate(10, init_keep_prob=0.3)
+        self.inner = nn.ModuleDict({"features": Gate((2, 2), init_keep_prob=0.75)})
+        self.fc = nn.Linear(4, 2)
+
+
+def test_standalone_gates_inside_a_model_count():
+    model = Fitter()
+    assert penalty(model, l0=1.0).item() == pytest.approx(10 * 0.3 + 4 * 0.75, rel=1e-5)
+    sparsify(model, GateSpec(init_keep_prob=0.5))
+    assert penalty(model, l0=1.0).item() == pytest.approx(10 * 0.3 + 4 * 0.75 + 8 * 0.5, rel=1e-5)
+    assert penalty(model.inner, l0=1.0).item() == pytest.approx(4 * 0.75, rel=1e-5)
+    assert penalty(model.samples, l0=2.0).item() == pytest.approx(2 * 10 * 0.3, rel=1e-5)
+
+
+def test_a_standalone_gate_has_no_weights_to_count():
+    model = Fitter()
+    assert penalty(model, params=1.0).item() == 0
+    assert penalty(model, l2=1.0).item() == 0
+    assert penalty(model, expected_l2=1.0).item() == 0
+
+
+def test_iter_gated_names_the_layers_and_the_standalone_gates():
+    model = Fitter()
+    sparsify(model, "weight")
+    found = {one.name: (one.gate, [site.name for site in one.sites]) for one in iter_gated(model)}
+    assert set(found) == {"samples", "inner.features", "fc"}
+    assert found["samples"] == (model.samples, [])
+    assert found["fc"][1] == ["fc.weight"]
+
+
+@pytest.mark.parametrize("kind", ["one parameter", "two parameters", "one layer, two names"])
+def test_tied_weights_count_once_but_work_at_each_place(kind):
+    first, second = nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False)
+    if kind == "one parameter":
+        second.weight = first.weight
+    elif kind == "two parameters":
+        second.weight = nn.Parameter(first.weight.data)
+    else:
+        second = first
+    weight = first.weight.detach().clone()
+    model = nn.Sequential(first, second)
+    sparsify(model, GateSpec(init_keep_prob=0.5), example_inputs=(torch.zeros(3, 4),))
+    assert penalty(model, l0=1.0).item() == pytest.approx(8, rel=1e-5)
+    assert penalty(model, params=1.0).item() == pytest.approx(8, rel=1e-5)
+    assert penalty(model, l2=1.0).item() == pytest.approx(float(weight.square().sum()), rel=1e-5)
+    assert penalty(model, expected_l2=1.0).item() == pytest.approx(float(weight.square().sum()) / 2, rel=1e-5)
+    assert penalty(model, macs=1.0).item() == pytest.approx(2 * 3 * 16 / 2, rel=1e-5)
+
+
+def test_an_attention_layer_counts_all_its_projections():
+    model = nn.ModuleDict({"attention": nn.MultiheadAttention(4, 2)})
+    sparsify(model, GateSpec(granularity="output", init_keep_prob=0.5))
+    assert penalty(model, l0=1.0).item() == pytest.approx((12 + 4) / 2, rel=1e-5)
+    assert penalty(model, params=1.0).item() == pytest.approx((48 + 16) / 2, rel=1e-5)
+
+
+def test_l2_sees_the_gated_weights_only():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.BatchNorm1d(4))
+    sparsify(model, {"0": "weight"})
+    expected = float(model[0].parametrizations.weight.original.detach().square().sum())
+    with torch.no_grad():  # neither gates, nor biases, nor other layers
+        next(iter_gates(model))[1].log_alpha.fill_(7.0)
+        model[0].bias.fill_(50.0)
+        model[1].weight.fill_(50.0)
+    assert penalty(model, l2=1.0).item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_the_mode_and_the_noise_do_not_matter():
+    model, _ = build(nn.Linear(4, 6), "weight")
+    value = penalty(model, l0=1.0, expected_l2=1.0).item()
+    assert penalty(model, l0=1.0, expected_l2=1.0).item() == value
+    assert penalty(model.eval(), l0=1.0, expected_l2=1.0).item() == value
+
+
+def test_the_temperature_matters():
+    model, log_alpha = build(nn.Linear(4, 6), "output")
+    set_temperature(model, 0.3)
+    assert penalty(model, l0=1.0).item() == pytest.approx(sum(keep(a, 0.3) for a in log_alpha), rel=1e-5)
+
+
+def test_half_precision_weights_are_squared_in_float32():
+    model = nn.Sequential(nn.Linear(64, 64).half())
+    with torch.no_grad():
+        model[0].weight.fill_(16.0)
+    sparsify(model, "weight")
+    assert penalty(model, l2=1.0).item() == 64 * 64 * 256.0  # beyond float16
+
+
+# ------------------------------------------------------------------------------------------------- strengths
+
+
+def three_layers():
+    model = nn.ModuleDict({"a": nn.Linear(2, 2), "b": nn.Linear(2, 3), "c": Gate(5, init_keep_prob=0.5)})
+    sparsify(model, GateSpec(init_keep_prob=0.5))
+    return model
+
+
+@pytest.mark.parametrize(
+    ("strength", "expected"),
+    [
+        ({"a": 1.0}, 2),
+        ({"a": 1.0, "*": 10.0}, 2 + 30 + 25),
+        ({"*": 10.0, "a": 1.0}, 20 + 30 + 25),  # the first one counts
+        ({nn.Linear: 1.0}, 5),
+        ({Gate: 1.0}, 2.5),
+        ({"all-linear": 1.0, "c": 4.0}, 5 + 10),
+    ],
+    ids=str,
+)
+def test_strengths_may_differ_by_pattern(strength, expected):
+    assert penalty(three_layers(), l0=strength).item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_strengths_by_pattern_may_be_pairs():
+    model = three_layers()
+    squares = model["b"].parametrizations.weight.original.detach().square().sum().item()
+    assert penalty(model, l0l2={"b": (1.0, 0.5)}).item() == pytest.approx(3 + 0.25 * squares / 2, rel=1e-5)
+
+
+def test_a_strength_may_be_a_tensor_that_learns():
+    multiplier = torch.tensor(0.5, requires_grad=True)
+    model = three_layers()
+    penalty(model, l0=multiplier).backward()
+    assert multiplier.grad.item() == pytest.approx(7.5, rel=1e-5)
+
+
+def test_a_strength_of_zero_costs_nothing():
+    assert penalty(three_layers(), l0=0.0, l2=0.0).item() == 0
+
+
+# ---------------------------------------------------------------------------------------------------- errors
+
+
+@pytest.mark.parametrize(
+    ("strengths", "error", "message"),
+    [
+        ({"l1": 1.0}, SpecError, "penalty: the penalty must be registered(.|\n)*got: 'l1'(.|\n)*'l0'"),
+        ({"parms": 1.0}, SpecError, "did you mean 'params'"),
+        ({}, SpecError, "at least one strength"),
+        ({"l0": {"d": 1.0}}, SpecError, "penalty l0: a pattern must match(.|\n)*got: 'd'"),
+        ({"l0": {"a": 1.0, nn.Conv2d: 1.0}}, SpecError, "got: Conv2d, which matches none"),
+        ({"l0": (1.0, 2.0)}, SpecError, r"penalty l0: the number of strengths(.|\n)*1 strength\(s\)"),
+        ({"l0l2": 1.0}, SpecError, r"penalty l0l2: (.|\n)*expected: 2 strength\(s\)\n  got: 1.0"),
+        ({"l0l2": (1.0,)}, SpecError, "number of strengths"),
+        ({"l0l2": {"a": 1.0}}, SpecError, "number of strengths"),
+        ({"macs": 1.0}, StateError, "penalty macs of 'a.weight': multiply-adds(.|\n)*example_inputs"),
+    ],
+    ids=str,
+)
+def test_what_makes_no_sense_is_refused(strengths, error, message):
+    with pytest.raises(error, match=message):
+        penalty(three_layers(), **strengths)
+
+
+@pytest.mark.parametrize("model", [nn.Linear(2, 2), nn.ReLU()], ids=str)
+def test_a_model_without_gates_is_refused(model):
+    with pytest.raises(StateError, match=r"the model must hold gates(.|\n)*sparsify"):
+        penalty(model, l0=1.0)
+
+
+# -------------------------------------------------------------------------------------------------- registry
+
+
+@pytest.fixture
+def registry():
+    """The registry, as it was afterwards."""
+    before = dict(room._registry)
+    yield room._registry
+    room._registry.clear()
+    room._registry.update(before)
+
+
+def test_a_penalty_of_the_users_own(registry):
+    @register_penalty("entropy_like")
+    def entropy_like(gated):
+        p = gated.gate.keep_prob()
+        return (p * (1 - p)).sum()
+
+    assert callable(entropy_like)
+    model = three_layers()
+    assert penalty(model, entropy_like=2.0).item() == pytest.approx(2 * 15 * 0.25, rel=1e-5)
+    assert penalty(model, entropy_like={"a": 1.0}, l0=1.0).item() == pytest.approx(1 + 7.5, rel=1e-5)
+
+
+def test_a_penalty_of_the_users_own_may_take_several_strengths(registry):
+    @register_penalty("mixed", strengths=3)
+    def mixed(gated, a, b, c):
+        return a + b * gated.gate.expected_l0() + c * len(gated.sites)
+
+    assert penalty(three_layers(), mixed=(1.0, 2.0, 3.0)).item() == pytest.approx(3 + 2 * 7.5 + 3 * 2, rel=1e-5)
+    with pytest.raises(SpecError, match=r"expected: 3 strength\(s\)"):
+        penalty(three_layers(), mixed=(1.0, 2.0))
+
+
+@pytest.mark.parametrize("name", ["l0", "macs", "mine"])
+def test_a_name_that_is_taken_is_refused_and_keeps_its_meaning(registry, name):
+    if name == "mine":
+        register_penalty("mine")(lambda gated: gated.gate.expected_l0())
+    before = registry[name]
+    with pytest.raises(SpecError, match=f"a penalty's name must be new(.|\n)*got: '{name}'"):
+        register_penalty(name)
+    assert registry[name] is before
+
+
+def test_the_penalty_lies_on_the_gates_device():
+    model = three_layers().to("meta")
+    assert penalty(model, l0=1.0, l2=1.0, l0l2=(1.0, 1.0)).device.type == "meta"

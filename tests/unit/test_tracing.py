@@ -1,0 +1,227 @@
+"""Multiply-adds against torch's own counter."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+from transformers.pytorch_utils import Conv1D
+
+from l0hooks import iter_gates, sparsify
+from l0hooks.errors import SpecError
+from l0hooks.tracing import count_positions, evaluating
+from l0hooks.weights import iter_sites
+
+
+class Twice(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+
+    def forward(self, x):
+        return self.fc(self.fc(x)[:, :1])
+
+
+class Attending(nn.Module):
+    """Attention from 5 queries to 7 keys."""
+
+    def __init__(self, **options):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(8, 2, **options)
+
+    def forward(self, query, key, value):
+        return self.attention(query, key, value=value)[0]
+
+
+class Unused(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.used, self.unused = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x):
+        return self.used(input=x)
+
+
+def tensor(*shape):
+    return torch.randn(shape)
+
+
+def attention_products(queries, keys, size=8):
+    """Multiply-adds of Q·Kᵀ and of the product with V, which belong to no weight."""
+    return 2 * queries * keys * size
+
+
+# model, inputs, multiply-adds that belong to no weight
+MODELS = {
+    "linear": (lambda: nn.Linear(4, 6), (tensor(3, 5, 4),), 0),
+    "linear on a vector": (lambda: nn.Linear(4, 6), (tensor(4),), 0),
+    "conv1d": (lambda: nn.Conv1d(4, 6, 3, stride=2, padding=1), (tensor(2, 4, 9),), 0),
+    "conv2d": (lambda: nn.Conv2d(3, 6, (3, 2), dilation=2), (tensor(2, 3, 9, 8),), 0),
+    "conv3d": (lambda: nn.Conv3d(2, 4, 2, padding=1), (tensor(2, 2, 3, 4, 5),), 0),
+    "conv2d, no batch": (lambda: nn.Conv2d(3, 6, 3), (tensor(3, 9, 8),), 0),
+    "grouped": (lambda: nn.Conv2d(6, 12, 3, groups=3), (tensor(2, 6, 5, 6),), 0),
+    "depthwise": (lambda: nn.Conv2d(6, 12, 3, groups=6), (tensor(2, 6, 5, 6),), 0),
+    "transposed": (lambda: nn.ConvTranspose2d(4, 6, 3, stride=2), (tensor(2, 4, 5, 6),), 0),
+    "transposed, grouped": (lambda: nn.ConvTranspose1d(4, 6, 3, groups=2, padding=1), (tensor(2, 4, 5),), 0),
+    "transposed 3d": (lambda: nn.ConvTranspose3d(2, 4, 2, output_padding=0), (tensor(1, 2, 3, 4, 5),), 0),
+    "hugging face conv1d": (lambda: Conv1D(6, 4), (tensor(2, 3, 4),), 0),
+    "embedding": (lambda: nn.Sequential(nn.Embedding(7, 4), nn.Linear(4, 3)), (torch.zeros(2, 5).long(),), 0),
+    "one layer twice": (Twice, (tensor(2, 3, 4),), 0),
+    "a layer that is not used": (Unused, (tensor(2, 4),), 0),
+    "self attention": (Attending, (x := tensor(5, 8), x, x), attention_products(5, 5)),
+    "cross attention": (Attending, (tensor(5, 8), y := tensor(7, 8), y), attention_products(5, 7)),
+    "attention, other sizes": (
+        lambda: Attending(kdim=6, vdim=4),
+        (tensor(5, 8), tensor(7, 6), tensor(7, 4)),
+        attention_products(5, 7),
+    ),
+    "attention, batched": (
+        lambda: Attending(batch_first=True),
+        (x := tensor(3, 5, 8), x, x),
+        3 * attention_products(5, 5),
+    ),
+    "encoder layer": (
+        lambda: nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True),
+        (tensor(3, 5, 8),),
+        3 * attention_products(5, 5),
+    ),
+    "encoder": (
+        lambda: nn.TransformerEncoder(
+            nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True), 2, enable_nested_tensor=False
+        ),
+        (tensor(3, 5, 8),),
+        2 * 3 * attention_products(5, 5),
+    ),
+    "cnn": (
+        lambda: nn.Sequential(
+            nn.Conv2d(3, 8, 3, padding=1, bias=False),
+            nn.BatchNorm2d(8),
+            nn.ReLU(),
+            nn.Conv2d(8, 8, 3, groups=8, stride=2),
+            nn.Conv2d(8, 16, 1),
+            nn.AdaptiveAvgPool2d(1),
+            nn.Flatten(),
+            nn.Linear(16, 10),
+        ),
+        (tensor(2, 3, 8, 8),),
+        0,
+    ),
+}
+
+
+def counted_by_torch(model, inputs):
+    # the fused kernel is one operator that the counter does not know
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        model(*inputs)
+    flops = counter.get_total_flops()
+    assert flops % 2 == 0
+    return flops // 2
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_multiply_adds_are_those_that_torch_counts(name):
+    make, inputs, elsewhere = MODELS[name]
+    model = make()
+    expected = counted_by_torch(copy.deepcopy(model), inputs) - elsewhere
+    counts = count_positions(model, inputs)
+    by_id = {id(m): m for m in model.modules()}
+    total = sum(
+        positions * getattr(by_id[key], tensor_name).numel()
+        for (key, tensor_name), positions in counts.items()
+        if getattr(by_id[key], tensor_name) is not None
+    )
+    assert total == pytest.approx(expected, abs=1e-6)
+    assert expected > 0
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_gated_model_counts_like_the_dense_one(name):
+    make, inputs, elsewhere = MODELS[name]
+    model = make()
+    expected = counted_by_torch(copy.deepcopy(model), inputs) - elsewhere
+    report = sparsify(model, {"all": "weight"}, example_inputs=inputs)
+    assert report.macs == expected
+    assert isinstance(report.macs, int)
+
+
+def test_every_weight_remembers_how_often_it_works():
+    model = Unused()
+    sparsify(model, "weight", example_inputs=(torch.zeros(3, 4),))
+    assert {site.name: site.gating.positions for site in iter_sites(model)} == {
+        "used.weight": 3,
+        "unused.weight": 0,
+    }
+
+
+def moody():
+    """Modules in different modes, with BatchNorm and Dropout."""
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Sequential(nn.Dropout(0.5), nn.Conv2d(4, 4, 1)), nn.BatchNorm2d(4)
+    )
+    model[1].eval()
+    model[2][0].eval()
+    return model
+
+
+@pytest.mark.parametrize("fails", [False, True], ids=["passes", "fails"])
+def test_counting_leaves_no_trace(fails):
+    model = moody()
+    modes = [m.training for m in model.modules()]
+    state = {k: v.clone() for k, v in model.state_dict().items()}
+    random_state, fast = torch.get_rng_state(), torch.backends.mha.get_fastpath_enabled()
+    if fails:
+        with pytest.raises(RuntimeError, match="channels"):
+            count_positions(model, (torch.zeros(2, 5, 6, 6),))
+    else:
+        count_positions(model, (torch.randn(2, 3, 6, 6, generator=torch.Generator().manual_seed(0)),))
+    assert [m.training for m in model.modules()] == modes
+    assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), random_state)
+    assert torch.backends.mha.get_fastpath_enabled() == fast
+    assert not any(m._forward_hooks for m in model.modules())
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_gates_keep_their_modes_too():
+    model = moody()
+    sparsify(model, "weight")
+    model[0].eval()
+    before = {name: gate.training for name, gate in iter_gates(model)}
+    assert set(before.values()) == {True, False}
+    count_positions(model, (torch.zeros(2, 3, 6, 6),))
+    assert {name: gate.training for name, gate in iter_gates(model)} == before
+
+
+def test_a_fused_attention_switched_off_by_the_user_stays_off():
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        count_positions(nn.Linear(2, 2), (torch.zeros(1, 2),))
+        assert not torch.backends.mha.get_fastpath_enabled()
+    finally:
+        torch.backends.mha.set_fastpath_enabled(True)
+
+
+def test_a_bare_tensor_is_refused():
+    with pytest.raises(SpecError, match=r"positional arguments must come as a tuple(.|\n)*example_inputs=\(x,\)"):
+        count_positions(nn.Linear(2, 2), torch.zeros(1, 2))
+
+
+def test_evaluating_switches_modes_and_gradients_off_and_gives_both_back():
+    model = moody()
+    modes = [m.training for m in model.modules()]
+    before = torch.get_rng_state()
+
+    def stumble():
+        with evaluating(model):
+            assert not any(m.training for m in model.modules())
+            assert not torch.is_grad_enabled()
+            torch.rand(3)
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        stumble()
+    assert [m.training for m in model.modules()] == modes
+    assert torch.is_grad_enabled()
+    assert torch.equal(torch.get_rng_state(), before)
