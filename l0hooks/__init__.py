@@ -9,7 +9,9 @@ from l0hooks.export import prune
 from l0hooks.gate import Gate, iter_gates, set_temperature
 from l0hooks.optim import param_groups
 from l0hooks.penalties import penalty, register_penalty
+from l0hooks.serial import load_pruned, save_pruned
 from l0hooks.spec import GateSpec
+from l0hooks.structure import channel_groups
 from l0hooks.summary import summary
 
 __version__ = version("l0hooks")
@@ -19,11 +21,14 @@ __all__ = [
     "GateSpec",
     "HardConcrete",
     "L0HooksError",
+    "channel_groups",
     "iter_gates",
+    "load_pruned",
     "param_groups",
     "penalty",
     "prune",
     "register_penalty",
+    "save_pruned",
     "set_temperature",
     "sparsify",
     "summary",

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,14 +12,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from l0hooks.coupling import build_readers, choose_groups, hook_inputs
 from l0hooks.errors import SpecError, explain
 from l0hooks.gate import Gate
 from l0hooks.layers import GateLayout, WeightLayout, gate_layout, gateable_weights, is_gateable, tensors_of
 from l0hooks.noise import Door, NoiseSource
 from l0hooks.spec import GateSpec, Pattern, Shorthand, as_spec, first_matches, is_excluded, matches, named_modules
+from l0hooks.structure import ChannelGroup, GroupSite
 from l0hooks.summary import Summary, summary
 from l0hooks.tracing import count_positions
-from l0hooks.weights import GatedWeight, accept_dense, own_class
+from l0hooks.weights import GatedWeight, Gating, accept_dense, own_class
 
 Spec = GateSpec | Shorthand | Mapping[Pattern, GateSpec | Shorthand]
 _WILDCARD = re.compile(r"[*?\[]")
@@ -86,13 +89,18 @@ def sparsify(
     ----------
     Louizos, Welling & Kingma (2018), equation 9.
     """
-    plans = _plan(model, spec, exclude)
-    positions = {} if example_inputs is None else count_positions(model, example_inputs)
-    _attach(model, plans, positions, counted=example_inputs is not None)
+    plans, groups = _plan(model, spec, exclude, example_inputs)
+    positions = None if example_inputs is None else count_positions(model, example_inputs)
+    _attach(model, plans, groups, positions)
     return summary(model)
 
 
-def _plan(model: nn.Module, spec: Spec, exclude: Pattern | Sequence[Pattern]) -> list[_Plan]:
+def _plan(
+    model: nn.Module,
+    spec: Spec,
+    exclude: Pattern | Sequence[Pattern],
+    example_inputs: Sequence[Any] | None,
+) -> tuple[list[_Plan], list[tuple[ChannelGroup, GateSpec]]]:
     """Everything that will be gated, checked; nothing is changed."""
     values = spec if isinstance(spec, Mapping) else {"all": spec}
     specs = {pattern: as_spec(value) for pattern, value in values.items()}
@@ -103,7 +111,7 @@ def _plan(model: nn.Module, spec: Spec, exclude: Pattern | Sequence[Pattern]) ->
     _refuse_ungateable(specs, assigned, modules)
     plans: dict[tuple[int, str], _Plan] = {}
     for name, module_spec in assigned.items():
-        if not is_gateable(modules[name]):
+        if not is_gateable(modules[name]) or module_spec.granularity == "coupled":
             continue
         for owner, tensor_name, layout in gateable_weights(name, modules[name]):
             owner_name = name if owner is modules[name] else ".".join(filter(None, (name, "out_proj")))
@@ -113,7 +121,29 @@ def _plan(model: nn.Module, spec: Spec, exclude: Pattern | Sequence[Pattern]) ->
                 plans[id(owner), tensor_name] = plan
     found = list(plans.values())
     _check_tied(model, found)
-    return found
+    if not any(spec.granularity == "coupled" for spec in assigned.values()):
+        return found, []
+    groups = choose_groups(model, assigned, exclude, example_inputs)
+    _check_readers(model, groups, found)
+    return found, groups
+
+
+def _check_readers(model: nn.Module, groups: list[tuple[ChannelGroup, GateSpec]], plans: list[_Plan]) -> None:
+    """The weights that read coupled groups must be plain, finite, and not gated otherwise."""
+    planned = {(id(plan.module), plan.tensor_name) for plan in plans}
+    for group, _ in groups:
+        for site in _every_reader(group):
+            module, name = model.get_submodule(site.module), site.names[0]
+            _check_values(name, module.get_parameter(name.rpartition(".")[2]))
+            if (id(module), name.rpartition(".")[2]) in planned:
+                raise SpecError(
+                    explain(
+                        repr(name),
+                        "a weight can be gated only once.",
+                        got=f"other gates, and those of the group {group}",
+                        hint="leave the group out, or the weight",
+                    )
+                )
 
 
 def _refuse_ungateable(
@@ -133,7 +163,7 @@ def _refuse_ungateable(
 def _plan_weight(name: str, module: nn.Module, tensor_name: str, layout: WeightLayout, spec: GateSpec) -> _Plan:
     """One weight's plan, after every check that needs nothing but the weight."""
     if parametrize.is_parametrized(module, tensor_name):
-        gated = isinstance(module.parametrizations[tensor_name][0], GatedWeight)  # type: ignore[index]
+        gated = isinstance(module.parametrizations[tensor_name][0], Gating)  # type: ignore[index]
         raise SpecError(
             explain(
                 repr(name),
@@ -239,42 +269,85 @@ def _same_memory(a: Tensor, b: Tensor) -> bool:
     return a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.stride() == b.stride()
 
 
-def _attach(model: nn.Module, plans: list[_Plan], positions: Mapping[tuple[int, str], float], *, counted: bool) -> None:
+def _attach(
+    model: nn.Module,
+    plans: list[_Plan],
+    groups: list[tuple[ChannelGroup, GateSpec]],
+    positions: Mapping[tuple[int, str], float] | None,
+) -> None:
     """Build every gate, then hang them in; nothing here can fail for the user's input."""
-    source = NoiseSource()
-    doors = _doors(model, source, {id(p.module) for p in plans})
+    readers_of = {model.get_submodule(s.module) for group, _ in groups for s in _every_reader(group)}
+    doors = _doors(model, NoiseSource(), {id(p.module) for p in plans} | {id(m) for m in readers_of})
+    numbers = itertools.count()
+
+    def make(shape: Sequence[int], spec: GateSpec, module: nn.Module, device: torch.device) -> Gate:
+        return Gate(
+            shape,
+            family=spec.family,
+            init_mean=spec.init_mean,
+            init_keep_prob=spec.init_keep_prob,
+            temperature=spec.temperature,
+            gamma=spec.gamma,
+            zeta=spec.zeta,
+            estimator=spec.estimator,
+            device=device,
+            door=doors[id(module)][1],
+            index=next(numbers),
+        )
+
     gates: dict[int, Gate] = {}
-    gatings: list[GatedWeight] = []
+    hangings: list[tuple[nn.Module, str, Gating]] = []
     for plan in plans:
         key = plan.weight.data_ptr()
         if key not in gates:
-            gates[key] = Gate(
-                plan.layout.shape,
-                family=plan.spec.family,
-                init_mean=plan.spec.init_mean,
-                init_keep_prob=plan.spec.init_keep_prob,
-                temperature=plan.spec.temperature,
-                gamma=plan.spec.gamma,
-                zeta=plan.spec.zeta,
-                estimator=plan.spec.estimator,
-                device=plan.weight.device,
-                door=doors[id(plan.module)][1],
-                index=len(gates),
-            )
-        count = positions.get((id(plan.module), plan.tensor_name), 0) if counted else None
+            gates[key] = make(plan.layout.shape, plan.spec, plan.module, plan.weight.device)
+        count = None if positions is None else positions.get((id(plan.module), plan.tensor_name), 0)
         gating = GatedWeight(gates[key], plan.layout, plan.spec.granularity, count)
-        gating.order = tuple(plan.module._parameters)
-        gatings.append(gating.train(plan.module.training))
-    owners = {id(p.module): p.module for p in plans}.values()
+        hangings.append((plan.module, plan.tensor_name, gating))
+    named = _named_positions(model, positions or {})
+    readers = build_readers(
+        model, groups, named, lambda group, spec, module: make((group.size,), spec, module, _device(module))
+    )
+    hangings += [(reader.module, reader.tensor_name, reader.gating) for reader in readers]
+    _hang(hangings)
+    for module, door in doors.values():
+        door.attach(module)
+    hook_inputs(readers)
+
+
+def _hang(hangings: Sequence[tuple[nn.Module, str, Gating]]) -> None:
+    """Register parametrizations that are built already."""
+    owners = {id(module): module for module, _, _ in hangings}.values()
     for module in owners:
         if parametrize.is_parametrized(module):
             own_class(module)
-    for plan, gating in zip(plans, gatings, strict=True):
-        parametrize.register_parametrization(plan.module, plan.tensor_name, gating, unsafe=True)
+    for module, _, gating in hangings:
+        gating.order = tuple(module._parameters)
+    for module, tensor_name, gating in hangings:
+        gating.train(module.training)
+        parametrize.register_parametrization(module, tensor_name, gating, unsafe=True)
     for module in owners:
         module.register_load_state_dict_pre_hook(accept_dense)  # type: ignore[no-untyped-call]
-    for module, door in doors.values():
-        door.attach(module)
+
+
+def _every_reader(group: ChannelGroup) -> Iterator[GroupSite]:
+    """The readers of a group under every name they have."""
+    for site in group.readers:
+        yield from (replace(site, names=(name,)) for name in site.names)
+
+
+def _named_positions(model: nn.Module, positions: Mapping[tuple[int, str], float]) -> dict[str, float]:
+    """Multiply-adds per weight by the parameter's qualified name."""
+    found = {}
+    for name, module in named_modules(model):
+        for tensor_name, _ in tensors_of(module):
+            if (id(module), tensor_name) in positions:
+                found[".".join(filter(None, (name, tensor_name)))] = positions[id(module), tensor_name]
+    return found
+
+
+def _device(module: nn.Module) -> torch.device:
+    return next(tensor for _, tensor in tensors_of(module)).device
 
 
 def _doors(model: nn.Module, source: NoiseSource, gated: set[int]) -> dict[int, tuple[nn.Module, Door]]:

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import Any, Literal, overload
 
 import torch
-from torch import Tensor, nn
-from torch.utils import _pytree as pytree
+from torch import nn
 
 from l0hooks.errors import SpecError, StateError, explain
 from l0hooks.noise import remove_doors
 from l0hooks.penalties import iter_gated
+from l0hooks.shrink import batches, difference, members_that_stay, outputs, shrink, tolerance, unhook_masks
 from l0hooks.summary import Summary, summary
-from l0hooks.tracing import evaluating
 from l0hooks.weights import Site, iter_sites, parametrization_lists, remove_gates
 
 SparseFormat = Literal["csr", "bsr"]
@@ -95,17 +95,33 @@ def prune(
     )
     """
     _check(model, sparse_format, block_size)
+    _check_coupled(model, example_inputs, inplace=inplace)
     report = summary(model, example_inputs=example_inputs)
-    expected = None if example_inputs is None else _evaluate(model, example_inputs)
+    inputs = [] if example_inputs is None else list(batches(example_inputs))
+    same = _comparison(outputs(model, inputs), inputs, tolerance(model)) if inputs else None
+    groups = members_that_stay(iter_gated(model))
     names = {site.module_name for site in iter_sites(model)}
     target = model if inplace else copy.deepcopy(model)
     _remove_all(list(iter_sites(target)))
     for module in target.modules():
         remove_doors(module)
+    unhook_masks(target)
+    if groups and same is not None and example_inputs is not None:
+        target, note = shrink(target, groups, same, example_inputs)
+        report = replace(report, note=note)
     if sparse_format is not None:
         _store_sparse(target, names, sparse_format, block_size)
-    if example_inputs is not None:
-        _compare(expected, _evaluate(target, example_inputs))
+    wrong = "" if same is None else same(target)
+    if wrong:
+        raise StateError(
+            explain(
+                "prune",
+                "the pruned model must compute what the gated one computes.",
+                expected=f"a difference of at most {tolerance(model):.1e} of the output's scale",
+                got=wrong,
+                hint="a model whose evaluation is deterministic",
+            )
+        )
     return (target, report) if return_report else target
 
 
@@ -145,6 +161,35 @@ def _check(model: nn.Module, sparse_format: str | None, block_size: object) -> N
         raise SpecError(explain("prune", "block_size must be two positive integers.", got=repr(block_size)))
 
 
+def _check_coupled(model: nn.Module, example_inputs: Sequence[Any] | None, *, inplace: bool) -> None:
+    """Cutting needs inputs to prove itself on, and a copy to fall back from."""
+    coupled = [one.coupled for one in iter_gated(model) if one.coupled]
+    if not coupled:
+        return
+    if coupled[0].prefix:
+        raise StateError(
+            explain(
+                "prune",
+                "a model with coupled gates is cut as it was sparsified.",
+                got=f"a wrapper that holds it at {coupled[0].prefix.rstrip('.')!r}",
+                hint="prune that module",
+            )
+        )
+    if example_inputs is None:
+        raise StateError(
+            explain(
+                "prune",
+                "a model with coupled gates is compared before and after it is cut.",
+                got="no example_inputs",
+                hint="prune(model, example_inputs=(x,))",
+            )
+        )
+    if inplace:
+        raise StateError(
+            explain("prune", "a model with coupled gates is cut in a copy.", got="inplace=True", hint="inplace=False")
+        )
+
+
 def _remove_all(sites: list[Site]) -> None:
     """Fold every weight once, a tied one too, then make its layers plain."""
     done: set[int] = set()
@@ -153,28 +198,23 @@ def _remove_all(sites: list[Site]) -> None:
         done.add(site.weight.data_ptr())
 
 
-def _evaluate(model: nn.Module, example_inputs: Sequence[Any]) -> Any:
-    with evaluating(model):
-        return model(*example_inputs)
+def _comparison(
+    expected: Sequence[Any], inputs: Sequence[tuple[Any, ...]], allowed: float
+) -> Callable[[nn.Module], str]:
+    """Whether a model computes ``expected`` for ``inputs``: empty if it does, else what is wrong."""
 
+    def same(model: nn.Module) -> str:
+        try:
+            got = outputs(model, inputs)
+        except (RuntimeError, ValueError, TypeError, IndexError, AssertionError) as error:  # sizes do not fit
+            return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        for a, b in zip(expected, got, strict=True):
+            gap = difference(a, b)
+            if not gap <= allowed:  # nor if it is NaN
+                return f"a difference of {gap:.1e} of the output's scale"
+        return ""
 
-def _compare(expected: Any, got: Any) -> None:
-    pairs = zip(pytree.tree_leaves(expected), pytree.tree_leaves(got), strict=True)
-    for a, b in pairs:
-        if isinstance(a, Tensor) and a.is_floating_point() and a.numel():
-            scale = max(float(a.nan_to_num(0, 0, 0).abs().max()), torch.finfo(a.dtype).tiny)
-            same = (a == b) | (a.isnan() & b.isnan())  # infinite where both are: masked logits
-            error = float(torch.where(same, 0.0, (a - b).abs()).max()) / scale
-            if not error <= 100 * torch.finfo(a.dtype).eps:
-                raise StateError(
-                    explain(
-                        "prune",
-                        "the pruned model must compute what the gated one computes.",
-                        expected=f"a difference of at most {100 * torch.finfo(a.dtype).eps:.1e} of the output's scale",
-                        got=f"{error:.1e}",
-                        hint="a model whose evaluation is deterministic",
-                    )
-                )
+    return same
 
 
 def _store_sparse(

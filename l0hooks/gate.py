@@ -111,13 +111,17 @@ class Gate(nn.Module):
         """The gates: a sample in training, the test-time gates in evaluation; float32, shape of ``log_alpha``."""
         return self.sample() if self.training else self.value()
 
-    def noise(self) -> Tensor:
-        """Uniform noise of the running forward, shape of ``log_alpha``; every caller gets memory of its own."""
-        return self._door.uniform(self._index, self.log_alpha)
+    def noise(self, examples: int | None = None) -> Tensor:
+        """Uniform noise of the running forward, shape of ``log_alpha``; every caller gets memory of its own.
 
-    def sample(self) -> Tensor:
-        """Gates with the noise of the running forward, differentiable."""
-        return self.family.sample(self.log_alpha, self.noise(), self.temperature)
+        With ``examples``, a first axis of that length: independent noise for each.
+        """
+        like = self.log_alpha if examples is None else self.log_alpha.new_empty((examples, *self.log_alpha.shape))
+        return self._door.uniform(self._index, like)
+
+    def sample(self, examples: int | None = None) -> Tensor:
+        """Gates with the noise of the running forward, differentiable; for each example if ``examples`` is given."""
+        return self.family.sample(self.log_alpha, self.noise(examples), self.temperature)
 
     def value(self, log_alpha: Tensor | None = None) -> Tensor:
         """The test-time gates, differentiable, exactly zero outside :meth:`support`.

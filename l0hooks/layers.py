@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from l0hooks.errors import SpecError, UnsupportedModuleError, explain
 
-Granularity = Literal["weight", "input", "output", "kernel"] | tuple[int, int]
-GRANULARITIES = ("weight", "input", "output", "kernel")
+Granularity = Literal["weight", "input", "output", "kernel", "coupled"] | tuple[int, int]
+GRANULARITIES = ("weight", "input", "output", "kernel", "coupled")
 
 _OUTPUT_FIRST = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _INPUT_FIRST = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.Embedding, nn.EmbeddingBag)

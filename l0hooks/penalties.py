@@ -4,19 +4,45 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from l0hooks.coupled import CoupledPlan, CoupledWeight
 from l0hooks.errors import SpecError, StateError, explain, near_names
 from l0hooks.gate import Gate, iter_gates
 from l0hooks.spec import Pattern, matches, no_match
+from l0hooks.structure import ChannelGroup
 from l0hooks.weights import Site, iter_sites
 
 Strength = float | Tensor | tuple[float, float]
 F = TypeVar("F", bound=Callable[..., Tensor])
 _registry: dict[str, tuple[Callable[..., Tensor], int]] = {}
+
+
+@dataclass(frozen=True)
+class Coupled:
+    """A coupled group: its plan, its number there, and the gates of all groups of the plan.
+
+    ``prefix`` is what a wrapper puts before the names in the plan.
+    """
+
+    plan: CoupledPlan
+    number: int
+    gates: tuple[Gate, ...]
+    prefix: str = ""
+
+    @property
+    def group(self) -> ChannelGroup:
+        """The group itself."""
+        return self.plan.groups[self.number]
+
+    def expected(self, count: Callable[[Callable[[int], Tensor]], Any]) -> Tensor | float:
+        """The expected cost of the whole plan, told by its first group."""
+        keep = [gate.expected_l0() for gate in self.gates]
+        cost: Tensor | float = count(keep.__getitem__) if self.number == 0 else 0.0
+        return cost
 
 
 @dataclass(frozen=True)
@@ -31,13 +57,16 @@ class Gated:
         That module.
     gate : Gate
     sites : tuple of Site
-        Several if the weight is tied.
+        Several if the weight is tied, or if the gate is a coupled group's.
+    coupled : Coupled or None
+        The group that the gate belongs to.
     """
 
     name: str
     module: nn.Module
     gate: Gate
     sites: tuple[Site, ...] = ()
+    coupled: Coupled | None = None
 
     def weights(self) -> Iterator[Site]:
         """The sites with different weights: tied ones once."""
@@ -48,13 +77,58 @@ def iter_gated(model: nn.Module) -> Iterator[Gated]:
     """Every gate below ``model`` once, with the weights it multiplies."""
     by_gate: dict[int, list[Site]] = {}
     for site in iter_sites(model):
-        by_gate.setdefault(id(site.gating.gate), []).append(site)
+        for gate in site.gating.gates:
+            by_gate.setdefault(id(gate), []).append(site)
+    groups = _coupled(by_gate)
     for name, gate in iter_gates(model):
         sites = tuple(by_gate.get(id(gate), ()))
-        if sites:
+        coupled = groups.get(id(gate))
+        if coupled is not None:
+            yield Gated(coupled.prefix + coupled.group.name, _written_by(model, coupled), gate, sites, coupled)
+        elif sites:
             yield Gated(sites[0].module_name, sites[0].module, gate, sites)
         else:
             yield Gated(name, gate, gate)
+
+
+def _coupled(by_gate: Mapping[int, list[Site]]) -> dict[int, Coupled]:
+    """The group of every coupled gate, by the gate's id."""
+    members: dict[int, tuple[CoupledPlan, str, dict[int, Gate]]] = {}
+    for sites in by_gate.values():
+        gating = sites[0].gating
+        if isinstance(gating, CoupledWeight):
+            prefix = sites[0].name.removesuffix(gating.name)
+            _, _, gates = members.setdefault(id(gating.plan), (gating.plan, prefix, {}))
+            gates.update(zip(gating.numbers, gating.gates, strict=True))
+            if not sites[0].name.endswith(gating.name):
+                raise _not_whole(gating.name)
+    found = {}
+    for plan, prefix, gates in members.values():
+        if len(gates) < len(plan.groups):
+            raise _not_whole(next(group.name for n, group in enumerate(plan.groups) if n not in gates))
+        ordered = tuple(gates[number] for number in range(len(plan.groups)))
+        for number, gate in enumerate(ordered):
+            found[id(gate)] = Coupled(plan, number, ordered, prefix)
+    return found
+
+
+def _written_by(model: nn.Module, coupled: Coupled) -> nn.Module:
+    first = (*coupled.group.writers, *coupled.group.sites)[0]
+    try:
+        return model.get_submodule((coupled.prefix + first.module).rstrip("."))
+    except AttributeError as error:
+        raise _not_whole(first.names[0]) from error
+
+
+def _not_whole(name: str) -> StateError:
+    return StateError(
+        explain(
+            f"coupled gates at {name!r}",
+            "groups run through the whole model.",
+            expected="the model that was sparsified, or one that contains it",
+            got="a part of it",
+        )
+    )
 
 
 def register_penalty(name: str, *, strengths: int = 1) -> Callable[[F], F]:
@@ -194,15 +268,22 @@ def _l0(gated: Gated) -> Tensor:
 
 @register_penalty("l2")
 def _l2(gated: Gated) -> Tensor:
-    return _sum(gated, [site.weight.float().square().sum() for site in gated.weights()])
+    return _squares(gated, torch.ones_like(gated.gate.log_alpha))
 
 
 @register_penalty("expected_l2")
 def _expected_l2(gated: Gated) -> Tensor:
-    keep = gated.gate.keep_prob()
-    return _sum(
-        gated, [(site.gating.layout.spread(keep) * site.weight.float().square()).sum() for site in gated.weights()]
-    )
+    return _squares(gated, gated.gate.keep_prob())
+
+
+def _squares(gated: Gated, values: Tensor) -> Tensor:
+    """Σ value·w² over the weights behind a gate, one value for each of its gates."""
+    total = torch.zeros((), device=values.device)
+    for site in gated.weights():
+        gates = site.gating.gates
+        mine = [values if gate is gated.gate else torch.zeros_like(gate.log_alpha) for gate in gates]
+        total = total + (site.gating.factor(mine, 0.0) * site.weight.float().square()).sum()
+    return total
 
 
 @register_penalty("l0l2", strengths=2)
@@ -212,12 +293,16 @@ def _l0l2(gated: Gated, l0: float, l2: float) -> Tensor:
 
 @register_penalty("params")
 def _params(gated: Gated) -> Tensor:
+    if gated.coupled is not None:
+        return gated.gate.log_alpha.new_zeros(()) + gated.coupled.expected(gated.coupled.plan.parameters)
     per_gate = sum(site.weight.numel() for site in gated.weights()) / gated.gate.log_alpha.numel()
     return per_gate * gated.gate.expected_l0()
 
 
 @register_penalty("macs")
 def _macs(gated: Gated) -> Tensor:
+    if gated.coupled is not None:
+        return gated.gate.log_alpha.new_zeros(()) + gated.coupled.expected(gated.coupled.plan.macs)
     macs = 0.0
     for site in gated.sites:  # a tied weight works at each of its sites
         if site.gating.positions is None:
@@ -230,7 +315,3 @@ def _macs(gated: Gated) -> Tensor:
             )
         macs += site.gating.positions * site.weight.numel()
     return macs / gated.gate.log_alpha.numel() * gated.gate.expected_l0()
-
-
-def _sum(gated: Gated, terms: list[Tensor]) -> Tensor:
-    return sum(terms, torch.zeros((), device=gated.gate.log_alpha.device))

@@ -6,7 +6,7 @@ import fnmatch
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Literal, TypeVar, get_args
 
 from torch import nn
 
@@ -23,6 +23,7 @@ from l0hooks.layers import (
     is_gateable,
     is_hugging_face_conv1d,
 )
+from l0hooks.structure import Kind
 
 Pattern = str | re.Pattern[str] | type[nn.Module]
 Shorthand = str | tuple[int, int]
@@ -35,9 +36,9 @@ class GateSpec:
 
     Parameters
     ----------
-    granularity : "weight", "input", "output", "kernel" or (rows, cols)
+    granularity : "weight", "input", "output", "kernel", (rows, cols) or "coupled"
         One gate for each weight, input channel, output channel, convolution kernel, or block of ``rows`` output by
-        ``cols`` input channels.
+        ``cols`` input channels; or, coupled, for each channel, neuron or head through all layers that share it.
     family : "hard_concrete", "straight_through", "stg" or "deterministic"
     init_mean : float in (0, 1), optional
         E[z] at the start; 0.95 if no start is given.
@@ -49,11 +50,15 @@ class GateSpec:
         Stretch interval.
     estimator : "median", "paper" or "mean"
         The test-time gate.
+    noise : "step" or "example"
+        For coupled groups: one draw for a forward, or one for each example.
+    kinds : tuple of "channel", "neuron" and "head", optional
+        For coupled groups: gate only groups of these kinds.
 
     Raises
     ------
     SpecError
-        If the granularity is unknown.
+        If the granularity, the noise or a kind is unknown.
     InvalidValueError
         If a number is out of range, or both starts are given.
 
@@ -71,9 +76,14 @@ class GateSpec:
     gamma: float = GAMMA
     zeta: float = ZETA
     estimator: Estimator = "median"
+    noise: Literal["step", "example"] = "step"
+    kinds: tuple[Kind, ...] | None = None
 
     def __post_init__(self) -> None:
         check_granularity(self.granularity)
+        check_one_of("noise", self.noise, ("step", "example"))
+        for kind in self.kinds or ():
+            check_one_of("kinds", kind, get_args(Kind))
         family = make_family(self.family, self.gamma, self.zeta)
         temperature = family.default_temperature if self.temperature is None else self.temperature
         check_constants("GateSpec", temperature, self.gamma, self.zeta)
@@ -107,6 +117,18 @@ def check_granularity(granularity: object) -> None:
             hint=near_names(granularity, GRANULARITIES) if isinstance(granularity, str) else None,
         )
     )
+
+
+def check_one_of(where: str, value: str, known: Sequence[str]) -> None:
+    """Refuse a name that is not ``known``.
+
+    Raises
+    ------
+    SpecError
+        If it is not.
+    """
+    if value not in known:
+        raise SpecError(explain(where, "the name must be known.", got=repr(value), hint=near_names(str(value), known)))
 
 
 def as_spec(value: GateSpec | Shorthand) -> GateSpec:

@@ -11,10 +11,13 @@ from torch import nn
 from torch.nn.parameter import UninitializedParameter
 
 from l0hooks.extras import import_extra
+from l0hooks.gate import Gate
 from l0hooks.layers import Granularity
 from l0hooks.penalties import Gated, iter_gated
 from l0hooks.spec import named_modules
+from l0hooks.structure import ChannelGroup
 from l0hooks.tracing import count_positions
+from l0hooks.weights import iter_sites
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -54,6 +57,23 @@ class SummaryRow:
 
 
 @dataclass(frozen=True)
+class CoupledTotals:
+    """What coupled groups cost together: tensors that several of them run through counted once.
+
+    Attributes
+    ----------
+    parameters, parameters_kept : int
+        Of the tensors the groups run through.
+    macs, macs_kept : int or None
+    """
+
+    parameters: int
+    parameters_kept: int
+    macs: int | None
+    macs_kept: int | None
+
+
+@dataclass(frozen=True)
 class Summary:
     """A model's gates at one moment; ``print`` it, or take ``to_dict()`` and ``to_frame()``.
 
@@ -64,11 +84,17 @@ class Summary:
         All parameters of the model, the gates' own not counted.
     ungated : tuple of str
         Modules with matrices or kernels that carry no gates.
+    coupled : tuple of CoupledTotals
+        What the rows of coupled groups, which share tensors, come to together.
+    note : str
+        What else there is to know about a pruned model.
     """
 
     rows: tuple[SummaryRow, ...]
     model_parameters: int
     ungated: tuple[str, ...] = ()
+    coupled: tuple[CoupledTotals, ...] = ()
+    note: str = ""
 
     @property
     def gates(self) -> int:
@@ -88,12 +114,12 @@ class Summary:
     @property
     def parameters(self) -> int:
         """Number of gated weights."""
-        return sum(row.parameters for row in self.rows)
+        return sum(part.parameters for part in self._parts)
 
     @property
     def parameters_kept(self) -> int:
         """Number of gated weights that evaluation keeps."""
-        return sum(row.parameters_kept for row in self.rows)
+        return sum(part.parameters_kept for part in self._parts)
 
     @property
     def model_parameters_kept(self) -> int:
@@ -103,14 +129,14 @@ class Summary:
     @property
     def macs(self) -> int | None:
         """Multiply-adds of the gated layers; None unless counted for every row."""
-        counts = [row.macs for row in self.rows if row.macs is not None]
-        return sum(counts) if len(counts) == len(self.rows) else None
+        counts = [part.macs for part in self._parts if part.macs is not None]
+        return sum(counts) if len(counts) == len(self._parts) else None
 
     @property
     def macs_kept(self) -> int | None:
         """Those with weights that evaluation keeps."""
-        counts = [row.macs_kept for row in self.rows if row.macs_kept is not None]
-        return sum(counts) if len(counts) == len(self.rows) else None
+        counts = [part.macs_kept for part in self._parts if part.macs_kept is not None]
+        return sum(counts) if len(counts) == len(self._parts) else None
 
     def to_dict(self) -> dict[str, Any]:
         """Totals and rows as plain data, ready for JSON."""
@@ -119,7 +145,7 @@ class Summary:
             *("model_parameters", "model_parameters_kept", "macs", "macs_kept"),
         )
         values: dict[str, Any] = {name: self.__getattribute__(name) for name in totals}
-        return {**values, "ungated": list(self.ungated), "rows": [asdict(row) for row in self.rows]}
+        return {**values, "ungated": list(self.ungated), "note": self.note, "rows": [asdict(row) for row in self.rows]}
 
     def to_frame(self) -> pd.DataFrame:
         """The rows as a pandas frame, indexed by name.
@@ -163,7 +189,14 @@ class Summary:
         lines.append(f"whole model: {_of(self.model_parameters_kept, self.model_parameters)} parameters")
         if self.ungated:
             lines.append("not gated: " + ", ".join(self.ungated))
+        if self.note:
+            lines.append(f"note: {self.note}")
         return "\n".join(lines)
+
+    @property
+    def _parts(self) -> tuple[SummaryRow | CoupledTotals, ...]:
+        """Rows that add up: coupled groups by their totals."""
+        return *(row for row in self.rows if row.granularity != "coupled"), *self.coupled
 
     def _share(self, shares: list[float]) -> float:
         weights = [row.parameters for row in self.rows]
@@ -202,10 +235,50 @@ def summary(model: nn.Module, *, example_inputs: Sequence[Any] | None = None) ->
     own = {id(gated.gate.log_alpha) for gated in iter_gated(model)}
     plain = {p.data_ptr() or id(p): p for p in _initialised(model.parameters()) if id(p) not in own}
     total = sum(p.numel() for p in plain.values())
-    return Summary(rows, total, tuple(_ungated(model)))
+    otherwise = {site.name for site in iter_sites(model) if site.gating.granularity != "coupled"}
+    coupled = tuple(_totals(one, otherwise) for one in iter_gated(model) if one.coupled and one.coupled.number == 0)
+    return Summary(rows, total, tuple(_ungated(model)), coupled)
+
+
+def _totals(gated: Gated, otherwise: set[str]) -> CoupledTotals:
+    """The totals of the plan that a coupled gate belongs to; weights that are gated ``otherwise`` have rows."""
+    if gated.coupled is None:
+        raise TypeError("not a coupled gate")
+    plan, gates = gated.coupled.plan, gated.coupled.gates
+    kept = [_kept(gate) for gate in gates]
+    sizes = [group.size for group in plan.groups]
+    without = {name.removeprefix(gated.coupled.prefix) for name in otherwise}
+    parameters = (plan.parameters(c.__getitem__, without) for c in (sizes, kept))
+    macs = (round(plan.macs(c.__getitem__, without)) for c in (sizes, kept)) if plan.positions else (None, None)
+    return CoupledTotals(*parameters, *macs)
+
+
+def _kept(gate: Gate) -> int:
+    """How many members of a coupled group stay: one at least."""
+    return max(1, int(gate.support().sum()))
+
+
+def _coupled_row(gated: Gated, group: ChannelGroup) -> SummaryRow:
+    """One group as if the others were kept whole."""
+    kept = _kept(gated.gate)
+    each = group.parameters_each
+    return SummaryRow(
+        name=group.name,
+        kind=group.kind,
+        granularity="coupled",
+        gates=group.size,
+        expected_sparsity=1 - float(gated.gate.keep_prob().double().mean()),
+        sparsity=1 - kept / group.size,
+        parameters=each * group.size,
+        parameters_kept=each * kept,
+        macs=None,
+        macs_kept=None,
+    )
 
 
 def _row(gated: Gated, positions: dict[tuple[int, str], float] | None) -> SummaryRow:
+    if gated.coupled is not None:
+        return _coupled_row(gated, gated.coupled.plan.groups[gated.coupled.number])
     gate = gated.gate
     gates, kept = gate.log_alpha.numel(), int(gate.support().sum())
     parameters = sum(site.weight.numel() for site in gated.weights())
@@ -239,8 +312,10 @@ def _macs(gated: Gated, positions: dict[tuple[int, str], float] | None) -> int |
 
 
 def _ungated(model: nn.Module) -> Iterator[str]:
+    plans = {id(one.coupled.plan): one.coupled.plan for one in iter_gated(model) if one.coupled}.values()
+    coupled = {site.module for plan in plans for group in plan.groups for site in group.sites}
     for name, module in named_modules(model):
-        if any(p.ndim > 1 for p in _initialised(module.parameters(recurse=False))):
+        if name not in coupled and any(p.ndim > 1 for p in _initialised(module.parameters(recurse=False))):
             yield f"{name or 'the model itself'} ({_kind(module)})"
 
 

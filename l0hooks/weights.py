@@ -1,9 +1,9 @@
-"""``GatedWeight``: the parametrization that multiplies an existing weight with gates."""
+"""The parametrizations that multiply an existing weight with gates."""
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -16,43 +16,46 @@ from l0hooks.gate import Gate, steps_taken
 from l0hooks.layers import GateLayout, Granularity
 
 
-class GatedWeight(nn.Module):
-    """weight ↦ weight · spread(gates), with fresh gates in training and a kept product in evaluation.
+class Gating(nn.Module):
+    """A parametrization weight ↦ weight · factor, the factor made of gates; a kept product in evaluation.
 
-    Parameters
+    Attributes
     ----------
-    gate : Gate
-    layout : GateLayout
-        How the gates lie over the weight.
     granularity : str or (int, int)
-        The name the layout goes by.
-    positions : float, optional
+        The name that the shape of the gates goes by.
+    positions : float or None
         How often each weight is used in one pass over the example inputs: multiply-adds per weight.
+    order : tuple of str
+        The layer's parameters as they stood before, for pruning.
     """
 
-    def __init__(
-        self, gate: Gate, layout: GateLayout, granularity: Granularity, positions: float | None = None
-    ) -> None:
+    def __init__(self, granularity: Granularity, positions: float | None) -> None:
         super().__init__()
-        self.gate = gate
-        self.layout = layout
         self.granularity = granularity
         self.positions = positions
-        self.order: tuple[str, ...] = ()  # the layer's parameters as they stood before, for pruning
+        self.order: tuple[str, ...] = ()
         self._kept = _Kept()
+
+    @property
+    def gates(self) -> tuple[Gate, ...]:
+        """The gates that the factor is made of."""
+        raise NotImplementedError
+
+    def factor(self, values: Sequence[Tensor], rest: float = 1.0) -> Tensor:
+        """One array of values for each of ``gates``, laid over the weight; ``rest`` where it has no gate."""
+        raise NotImplementedError
 
     def forward(self, weight: Tensor) -> Tensor:
         """The gated weight, dtype and shape of ``weight``."""
         if self.training:
             return self._sampled(weight)
-        if _is_traced() or weight.is_inference() or self.gate.log_alpha.is_inference():  # no versions to compare
+        tensors = (weight, *(gate.log_alpha for gate in self.gates))
+        if _is_traced() or any(t.is_inference() for t in tensors):  # no versions to compare
             return self.fold(weight)
-        kept = self._kept.product(self, weight)
-        if torch.is_grad_enabled() and (weight.requires_grad or self.gate.log_alpha.requires_grad):
-            gates, slopes = self._kept.gates(self.gate)
-            folded: Tensor = _Folded.apply(  # type: ignore[no-untyped-call]
-                weight, self.gate.log_alpha, kept, gates, slopes, self.layout
-            )
+        kept = self._kept.product(self, tensors)
+        if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+            values, slopes = self._kept.gates(self)
+            folded: Tensor = _Folded.apply(self.factor, kept, *tensors, *values, *slopes)  # type: ignore[no-untyped-call]
             return folded
         return kept
 
@@ -60,31 +63,57 @@ class GatedWeight(nn.Module):
         """Assigning a tensor (torch takes no Parameter here) to the layer's weight replaces it beneath the gates."""
         return weight
 
-    def spread(self, gates: Tensor, weight: Tensor) -> Tensor:
-        """Gates of the gate's shape as a tensor that broadcasts with ``weight``, in its dtype."""
-        return self.layout.spread(gates).to(weight.dtype)
-
     def fold(self, weight: Tensor) -> Tensor:
         """The weight times the test-time gates, differentiable; +0.0 wherever a gate is closed."""
-        gates = self.spread(self.gate.value(), weight)
-        return torch.where(gates == 0, 0.0, weight * gates)
+        factor = self.factor([gate.value() for gate in self.gates]).to(weight.dtype)
+        return torch.where(factor == 0, 0.0, weight * factor)
 
-    def train(self, mode: bool = True) -> GatedWeight:
+    def train(self, mode: bool = True) -> Gating:
         """Switch modes; the kept product does not outlive the switch."""
         self._kept.drop()
         super().train(mode)
         return self
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> GatedWeight:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Gating:
         self._kept.drop()  # a move to another dtype and back may put other values at the same address
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
 
     def _sampled(self, weight: Tensor) -> Tensor:
+        return weight * self.factor([gate.sample() for gate in self.gates]).to(weight.dtype)
+
+
+class GatedWeight(Gating):
+    """One gate array laid over one weight.
+
+    Parameters
+    ----------
+    gate : Gate
+    layout : GateLayout
+        How the gates lie over the weight.
+    granularity : str or (int, int)
+    positions : float, optional
+    """
+
+    def __init__(
+        self, gate: Gate, layout: GateLayout, granularity: Granularity, positions: float | None = None
+    ) -> None:
+        super().__init__(granularity, positions)
+        self.gate = gate
+        self.layout = layout
+
+    @property
+    def gates(self) -> tuple[Gate, ...]:
+        return (self.gate,)
+
+    def factor(self, values: Sequence[Tensor], rest: float = 1.0) -> Tensor:
+        return self.layout.spread(values[0])
+
+    def _sampled(self, weight: Tensor) -> Tensor:
         gate, family = self.gate, self.gate.family
         if self.layout.pattern is None and type(family) is HardConcreteFamily and not _is_traced():
             return gated_weight(weight, gate.log_alpha, gate.noise(), gate.temperature, family.gamma, family.zeta)
-        return weight * self.spread(gate.sample(), weight)
+        return super()._sampled(weight)
 
 
 def _is_traced() -> bool:
@@ -98,77 +127,78 @@ class _Kept:
 
     def __init__(self) -> None:
         self._product: Tensor | None = None
-        self._gates: tuple[Tensor, Tensor] | None = None
+        self._gates: tuple[list[Tensor], list[Tensor]] | None = None
         self._of: tuple[weakref.ref[Tensor], ...] = ()
         self._key: tuple[Any, ...] = ()
 
     def __deepcopy__(self, memo: dict[int, object]) -> _Kept:
         return _Kept()
 
-    def product(self, owner: GatedWeight, weight: Tensor) -> Tensor:
-        of = weight, owner.gate.log_alpha
+    def product(self, owner: Gating, of: tuple[Tensor, ...]) -> Tensor:
+        """The product of a weight and its gates' values; ``of`` is the weight and the gates' log-odds."""
         if (
             self._product is None
             or any(kept() is not now for kept, now in zip(self._of, of, strict=True))
-            or self._key != self._key_of(owner, weight, self._product)
+            or self._key != self._key_of(owner, of, self._product)
         ):
             with torch.inference_mode(False), torch.no_grad():
-                self._product = owner.fold(weight)
+                self._product = owner.fold(of[0])
             self._gates = None
             self._of = tuple(map(weakref.ref, of))
-            self._key = self._key_of(owner, weight, self._product)
+            self._key = self._key_of(owner, of, self._product)
         return self._product
 
-    def gates(self, gate: Gate) -> tuple[Tensor, Tensor]:
+    def gates(self, owner: Gating) -> tuple[list[Tensor], list[Tensor]]:
         """The test-time gates of the product asked for last, and their slopes dz/dlogα."""
         if self._gates is None:
-            with torch.inference_mode(False), torch.enable_grad():
-                location = gate.log_alpha.detach().requires_grad_()
-                gates = gate.value(location) + 0 * location  # binary gates have no slope of their own
-                (slopes,) = torch.autograd.grad(gates.sum(), location)
-            self._gates = gates.detach(), slopes
+            self._gates = [], []
+            for gate in owner.gates:
+                with torch.inference_mode(False), torch.enable_grad():
+                    location = gate.log_alpha.detach().requires_grad_()
+                    value = gate.value(location) + 0 * location  # binary gates have no slope of their own
+                    (slope,) = torch.autograd.grad(value.sum(), location)
+                self._gates[0].append(value.detach())
+                self._gates[1].append(slope)
         return self._gates
 
     def drop(self) -> None:
+        """Forget everything."""
         self._product = self._gates = None
 
     @staticmethod
-    def _key_of(owner: GatedWeight, weight: Tensor, product: Tensor) -> tuple[Any, ...]:
-        gate = owner.gate
-        log_alpha = gate.log_alpha
-        return (
-            *(weight._version, weight.data_ptr(), weight.dtype, weight.device),
-            *(log_alpha._version, log_alpha.data_ptr(), gate.temperature, gate.estimator),
-            product._version,  # the caller was handed this very tensor
-            steps_taken(),
-        )
+    def _key_of(owner: Gating, of: tuple[Tensor, ...], product: Tensor) -> tuple[Any, ...]:
+        tensors = ((t._version, t.data_ptr(), t.dtype, t.device) for t in of)
+        settings = ((gate.temperature, gate.estimator) for gate in owner.gates)
+        return *tensors, *settings, product._version, steps_taken()  # the caller was handed this very product
 
 
 class _Folded(torch.autograd.Function):
     """The kept product going forward; the gradient of the product it was computed from going back."""
 
     @staticmethod
-    def forward(
-        ctx: Any, weight: Tensor, log_alpha: Tensor, kept: Tensor, gates: Tensor, slopes: Tensor, layout: GateLayout
-    ) -> Tensor:
-        ctx.save_for_backward(weight, gates, slopes)
-        ctx.layout = layout
+    def forward(ctx: Any, factor: Callable[[Sequence[Tensor]], Tensor], kept: Tensor, *tensors: Tensor) -> Tensor:
+        # a weight, then as many log-odds as values as slopes
+        ctx.count = len(tensors) // 3
+        ctx.save_for_backward(tensors[0], *tensors[1 + ctx.count :])
+        ctx.factor = factor
         return kept.detach()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        weight, gates, slopes = ctx.saved_tensors
-        layout: GateLayout = ctx.layout
-        grad_weight = grad * layout.spread(gates).to(grad.dtype) if ctx.needs_input_grad[0] else None
-        grad_alpha = None
-        if ctx.needs_input_grad[1]:
+        weight, *saved = ctx.saved_tensors
+        values, slopes = saved[: ctx.count], saved[ctx.count :]
+        wanted_weight, *wanted = ctx.needs_input_grad[2 : 3 + ctx.count]
+        grad_weight = grad * ctx.factor(values).to(grad.dtype) if wanted_weight else None
+        grads: list[Tensor | None] = [None] * ctx.count
+        if any(wanted):
             with torch.enable_grad():
-                leaf = gates.detach().requires_grad_()
-                spread = layout.spread(leaf)
-            (summed,) = torch.autograd.grad(spread, leaf, (grad * weight).to(gates.dtype).sum_to_size(spread.shape))
-            grad_alpha = summed * slopes
-        return grad_weight, grad_alpha, None, None, None, None
+                leaves = [value.detach().requires_grad_() for value in values]
+                spread = ctx.factor(leaves)
+            reduced = (grad * weight).to(spread.dtype).sum_to_size(spread.shape)
+            summed = torch.autograd.grad(spread, leaves, reduced)
+            grads = [g * slope if want else None for g, slope, want in zip(summed, slopes, wanted, strict=True)]
+        return None, None, grad_weight, *grads, *([None] * (2 * ctx.count))
 
 
 class Site(NamedTuple):
@@ -178,7 +208,7 @@ class Site(NamedTuple):
     module: nn.Module
     tensor_name: str
     weight: Tensor
-    gating: GatedWeight
+    gating: Gating
 
     @property
     def module_name(self) -> str:
@@ -199,7 +229,7 @@ def iter_sites(model: nn.Module) -> Iterator[Site]:
     for name, module in model.named_modules():
         for tensor_name, chain in parametrization_lists(module).items():
             gating = chain[0]
-            if isinstance(gating, GatedWeight) and isinstance(chain.original, Tensor):
+            if isinstance(gating, Gating) and isinstance(chain.original, Tensor):
                 full = f"{name}.{tensor_name}" if name else tensor_name
                 yield Site(full, module, tensor_name, chain.original, gating)
 
@@ -216,7 +246,7 @@ def accept_dense(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_:
     for tensor_name, chain in parametrization_lists(module).items():
         inner = f"{prefix}parametrizations.{tensor_name}."
         gating = chain[0]
-        if prefix + tensor_name in state_dict and isinstance(gating, GatedWeight):
+        if prefix + tensor_name in state_dict and isinstance(gating, Gating):
             state_dict[inner + "original"] = state_dict.pop(prefix + tensor_name)
             for key, value in gating.state_dict(prefix=inner + "0.").items():
                 state_dict.setdefault(key, value)

@@ -1,0 +1,19 @@
+"""Wall-clock times that can be compared: interleaved repeats, medians."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+
+
+def medians(functions: Mapping[str, Callable[[], object]], *, repeats: int = 25, warmup: int = 3) -> dict[str, float]:
+    """Median seconds of one call of each function; in every round each is called once, so that drift hits all alike."""
+    seconds: dict[str, list[float]] = {name: [] for name in functions}
+    for round_ in range(warmup + repeats):
+        for name, function in functions.items():
+            start = time.perf_counter()
+            function()
+            if round_ >= warmup:
+                seconds[name].append(time.perf_counter() - start)
+    return {name: statistics.median(times) for name, times in seconds.items()}

@@ -1,0 +1,163 @@
+"""Choose the coupled groups that a specification means, and hang their gates into every reader."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from l0hooks.coupled import CoupledPlan, CoupledWeight, MaskInput
+from l0hooks.errors import SpecError, StateError, explain
+from l0hooks.gate import Gate, iter_gates
+from l0hooks.layers import CONVOLUTIONS, TRANSPOSED, is_hugging_face_conv1d
+from l0hooks.spec import GateSpec, Pattern, is_excluded
+from l0hooks.structure import ChannelGroup, channel_groups
+
+
+@dataclass(frozen=True)
+class Reader:
+    """A weight that reads gated groups."""
+
+    name: str
+    module: nn.Module
+    tensor_name: str
+    gating: CoupledWeight
+
+
+def choose_groups(
+    model: nn.Module,
+    assigned: Mapping[str, GateSpec],
+    exclude: Pattern | Sequence[Pattern],
+    example_inputs: Sequence[Any] | None,
+) -> list[tuple[ChannelGroup, GateSpec]]:
+    """The groups to gate: those that a module with a coupled specification writes or reads, and no excluded one does.
+
+    Raises
+    ------
+    SpecError
+        If there are no example inputs, nothing is left to gate, or a weight reads along two axes.
+    StateError
+        If the model holds gates already.
+    UnsupportedModuleError
+        If ``torch.export`` cannot trace the model.
+    """
+    if example_inputs is None or isinstance(example_inputs, Tensor):
+        raise SpecError(
+            explain(
+                "sparsify",
+                "coupled groups are found by running the model.",
+                got="no example_inputs" if example_inputs is None else "a Tensor, not a tuple of arguments",
+                hint='sparsify(model, "coupled", example_inputs=(x,))',
+            )
+        )
+    if next(iter_gates(model), None) is not None:
+        raise StateError(
+            explain("sparsify", "coupled gates must be attached first, or in the same call.", got="a gated model")
+        )
+    chosen = []
+    for group in channel_groups(model, example_inputs):
+        modules = list(dict.fromkeys(site.module for site in (*group.writers, *group.readers)))
+        specs = [assigned[m] for m in modules if m in assigned and assigned[m].granularity == "coupled"]
+        wanted = [s for s in specs if s.kinds is None or group.kind in s.kinds]
+        if group.readers and wanted and not any(is_excluded(model, m, exclude) for m in modules):
+            chosen.append((group, wanted[0]))
+    if not chosen:
+        raise SpecError(
+            explain(
+                "sparsify",
+                "at least one coupled group must match.",
+                got="none",
+                hint="print(l0hooks.channel_groups(model, example_inputs)) shows the groups and what is frozen",
+            )
+        )
+    _check_axes(group for group, _ in chosen)
+    return chosen
+
+
+def _check_axes(groups: Iterable[ChannelGroup]) -> None:
+    """A weight that is used both as it is and transposed reads along two axes: one parametrization cannot gate both."""
+    axes: dict[str, int] = {}
+    for site in (site for group in groups for site in group.readers):
+        if axes.setdefault(site.names[0], site.axis) != site.axis:
+            raise SpecError(
+                explain(
+                    repr(site.names[0]),
+                    "coupled gates lie along one axis of a weight.",
+                    got="a weight that is used transposed, too",
+                    hint=f"exclude={site.module!r}",
+                )
+            )
+
+
+def build_readers(
+    model: nn.Module,
+    chosen: Sequence[tuple[ChannelGroup, GateSpec]],
+    positions: Mapping[str, float],
+    make_gate: Callable[[ChannelGroup, GateSpec, nn.Module], Gate],
+) -> list[Reader]:
+    """A parametrization for every weight that reads a chosen group; nothing is attached yet."""
+    plan = CoupledPlan(tuple(group for group, _ in chosen), dict(positions))
+    members: dict[str, dict[int, Gate]] = {}
+    for number, (group, spec) in enumerate(chosen):
+        gate = make_gate(group, spec, model.get_submodule(group.readers[0].module))
+        for site in group.readers:
+            for name in site.names:
+                members.setdefault(name, {})[number] = gate
+    by_example = _drawn_by_example(model, chosen, members, positions)
+    readers = []
+    done = set()
+    for name, gates in members.items():
+        path, _, tensor_name = name.rpartition(".")
+        module = model.get_submodule(path)
+        if (module, tensor_name) in done:  # a layer that has two names
+            continue
+        done.add((module, tensor_name))
+        weight = module.get_parameter(tensor_name)
+        gating = CoupledWeight(
+            plan,
+            gates,
+            name,
+            weight.dim(),
+            positions=positions.get(name),
+            example_noise=name in by_example,
+        )
+        readers.append(Reader(name, module, tensor_name, gating))
+    return readers
+
+
+def _drawn_by_example(
+    model: nn.Module,
+    chosen: Sequence[tuple[ChannelGroup, GateSpec]],
+    members: Mapping[str, Mapping[int, Gate]],
+    positions: Mapping[str, float],
+) -> set[str]:
+    """The readers that get a mask for each example: all readers of their groups can take one, and are to."""
+    by_step = {name for name in members if not _takes_mask(model, name, positions)}
+    by_step |= {name for name, numbers in members.items() if any(chosen[n][1].noise == "step" for n in numbers)}
+    while True:  # a group has one draw for all its readers, and a reader one way to take it
+        numbers = {n for name in by_step for n in members[name]}
+        more = {name for name, gates in members.items() if not numbers.isdisjoint(gates)}
+        if more == by_step:
+            return set(members) - by_step
+        by_step = more
+
+
+def _takes_mask(model: nn.Module, name: str, positions: Mapping[str, float]) -> bool:
+    """Whether a weight belongs to a layer that is called with the channels it reads.
+
+    Attention reads its projections without calling them, and a tied embedding writes what it is said to read.
+    """
+    module = model.get_submodule(name.rpartition(".")[0])
+    layer = isinstance(module, (nn.Linear, *CONVOLUTIONS, *TRANSPOSED)) or is_hugging_face_conv1d(module)
+    return layer and type(module) is not nn.modules.linear.NonDynamicallyQuantizableLinear and name in positions
+
+
+def hook_inputs(readers: Sequence[Reader]) -> None:
+    """The masks of readers whose noise is drawn for each example."""
+    for reader in readers:
+        if reader.gating.example_noise:
+            convolution = isinstance(reader.module, (*CONVOLUTIONS, *TRANSPOSED))
+            channel = 1 - reader.gating.dimensions if convolution else -1
+            reader.module.register_forward_pre_hook(MaskInput(reader.gating, channel), with_kwargs=True)

@@ -1,0 +1,270 @@
+"""``save_pruned`` and ``load_pruned``: a smaller model as one safetensors file, without pickle.
+
+The file holds the tensors, and in its header a small JSON plan. Loading builds the dense model from the user's own
+factory, cuts every tensor to the size in the file, corrects the modules' sizes, sets the attributes that pruning had
+to repair, and loads strictly.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from l0hooks.errors import InvalidValueError, StateError, explain
+from l0hooks.extras import import_extra
+from l0hooks.penalties import iter_gated
+from l0hooks.shrink import rewritten_from
+from l0hooks.structure.rewrite import rewrite
+from l0hooks.structure.surgery import Cut, apply_cuts
+
+_FORMAT = "l0hooks 1"
+_DTYPES = (
+    *(torch.float32, torch.float64, torch.float16, torch.bfloat16),
+    *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool),
+)
+
+
+def save_pruned(model: nn.Module, path: str | Path) -> None:
+    """Write a pruned model to ``path``: its tensors and the plan to rebuild it.
+
+    Parameters
+    ----------
+    model : nn.Module
+        What :func:`l0hooks.prune` returned, perhaps trained on since; any plain model will do.
+    path : str or Path
+        Of the safetensors file.
+
+    Raises
+    ------
+    StateError
+        If the model still holds gates, is a rewritten graph, or stores sparse tensors.
+    MissingExtraError
+        If safetensors is not installed.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> model = nn.Sequential(nn.Linear(4, 2))
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     save_pruned(model, Path(folder) / "small.safetensors")
+    ...     again = load_pruned(lambda: nn.Sequential(nn.Linear(4, 2)), Path(folder) / "small.safetensors")
+    >>> torch.equal(model[0].weight, again[0].weight)
+    True
+    """
+    safetensors = import_extra("safetensors.torch", extra="examples", where="save_pruned")
+    _check_plain(model)
+    state, hidden = _first_names(model), _hidden(model)
+    tensors = {name: tensor.detach().contiguous().clone() for name, tensor in {**state, **hidden}.items()}
+    plan: dict[str, Any] = {
+        "format": _FORMAT,
+        "tied": {name: first for name, first in _ties(model).items() if name != first},
+        "hidden": sorted(hidden),
+        "attributes": _integers(model),
+        "graph": _graph_plan(model),
+    }
+    plan["sha256"] = _digest(tensors, plan)
+    safetensors.save_file(tensors, str(path), metadata={"l0hooks": json.dumps(plan)})
+
+
+def load_pruned(factory: Callable[[], nn.Module], path: str | Path) -> nn.Module:
+    """Rebuild a model that :func:`save_pruned` wrote.
+
+    Parameters
+    ----------
+    factory : callable
+        Builds the dense model, as it was before pruning.
+    path : str or Path
+
+    Returns
+    -------
+    nn.Module
+        In the mode that ``factory`` leaves it in.
+
+    Raises
+    ------
+    InvalidValueError
+        If the file is damaged, not one of ours, or does not fit the factory's model.
+    MissingExtraError
+        If safetensors is not installed.
+    """
+    tensors, plan = _read(Path(path))
+    model = factory()
+    if plan["graph"] is not None:
+        cuts = [
+            Cut(tuple(n), tuple(shape), tuple((d, tuple(k)) for d, k in kept))
+            for n, shape, kept in plan["graph"]["cuts"]
+        ]
+        model = rewrite(model, cuts, _made_inputs(plan["graph"]["inputs"]))
+    hidden = {name: tensors.pop(name) for name in plan["hidden"]}
+    names = _ties(model)
+    expected = set(_first_names(model))
+    if expected != set(tensors) or any(names[name] != first for name, first in plan["tied"].items() if name in names):
+        raise InvalidValueError(
+            explain(
+                f"load_pruned {path}",
+                "the file must hold the tensors of the factory's model.",
+                expected=f"also {sorted(expected - set(tensors))[:4]}",
+                got=f"besides {sorted(set(tensors) - expected)[:4]}",
+                hint="the factory that built the model before it was pruned",
+            )
+        )
+    apply_cuts(model, [_cut(name, old, tensors[name], names, path) for name, old in _first_names(model).items()])
+    _load_hidden(model, hidden)
+    modules = dict(model.named_modules())
+    for module_name, attribute, value in plan["attributes"]:
+        own: dict[str, Any] = modules[module_name].__dict__ if module_name in modules else {}
+        if type(own.get(attribute)) is int:
+            own[attribute] = value
+    model.load_state_dict({name: tensors[first] for name, first in names.items()}, strict=True)
+    return model
+
+
+def _integers(model: nn.Module) -> list[tuple[str, str, int]]:
+    """The integers that modules know themselves by, as (module, attribute, value): pruning may have changed any."""
+    if isinstance(model, torch.fx.GraphModule):
+        return []
+    return [
+        (name, attribute, value)
+        for name, module in model.named_modules()
+        for attribute, value in vars(module).items()
+        if type(value) is int
+    ]
+
+
+def _hidden(model: nn.Module) -> dict[str, Tensor]:
+    """The floating buffers that the state leaves out: pruning may have cut them."""
+    if isinstance(model, torch.fx.GraphModule):
+        return {}
+    state = model.state_dict()
+    return {name: b for name, b in model.named_buffers() if name not in state and b.is_floating_point()}
+
+
+def _load_hidden(model: nn.Module, hidden: dict[str, Tensor]) -> None:
+    """Replace those buffers that are smaller than the factory's; others it may well make in another size."""
+    for name, old in _hidden(model).items():
+        new = hidden.get(name)
+        if new is None or new.dim() != old.dim() or new.shape == old.shape:
+            continue
+        if all(a <= b for a, b in zip(new.shape, old.shape, strict=True)):
+            path, _, attribute = name.rpartition(".")
+            model.get_submodule(path)._buffers[attribute] = new.to(old)
+
+
+def _graph_plan(model: nn.Module) -> dict[str, Any] | None:
+    """How to rewrite the dense model's graph again; None for a model of modules."""
+    recipe = rewritten_from(model)
+    if recipe is None:
+        return None
+    cuts, inputs = recipe
+    described: list[dict[str, Any]] = []
+    for value in inputs:
+        if isinstance(value, Tensor):
+            described.append({"shape": list(value.shape), "dtype": str(value.dtype).removeprefix("torch.")})
+        elif value is None or isinstance(value, (bool, int, float, str)):
+            described.append({"value": value})
+        else:
+            raise StateError(
+                explain(
+                    "save_pruned",
+                    "a rewritten graph is rebuilt from tensors and plain numbers as inputs.",
+                    got=f"an example input of type {type(value).__name__}",
+                    hint="torch.export.save",
+                )
+            )
+    return {"cuts": [(cut.names, cut.shape, cut.kept) for cut in cuts], "inputs": described}
+
+
+def _made_inputs(described: list[dict[str, Any]]) -> tuple[Any, ...]:
+    """Inputs of the kind that were given, all zeros: exporting needs their shapes only."""
+    dtypes: dict[str, torch.dtype] = {str(d).removeprefix("torch."): d for d in _DTYPES}
+    return tuple(torch.zeros(d["shape"], dtype=dtypes[d["dtype"]]) if "shape" in d else d["value"] for d in described)
+
+
+def _check_plain(model: nn.Module) -> None:
+    got = None
+    if next(iter_gated(model), None) is not None:
+        got = "a model with gates: prune it first"
+    elif isinstance(model, torch.fx.GraphModule) and rewritten_from(model) is None:
+        got = "a graph that prune did not return in this process: torch.export.save it"
+    elif any(tensor.layout != torch.strided for tensor in model.state_dict().values() if isinstance(tensor, Tensor)):
+        got = "sparse tensors: prune without sparse_format"
+    if got is not None:
+        raise StateError(explain("save_pruned", "the model must be plain and dense.", got=got))
+
+
+def _ties(model: nn.Module) -> dict[str, str]:
+    """For every tensor of the state its first name: its own, unless it is tied to an earlier one."""
+    first: dict[tuple[Any, ...], str] = {}
+    found = {}
+    for name, tensor in model.state_dict().items():
+        if isinstance(tensor, Tensor):
+            key = (tensor.data_ptr(), tensor.shape, tensor.stride()) if tensor.numel() else (name,)
+            found[name] = first.setdefault(key, name)
+    return found
+
+
+def _first_names(model: nn.Module) -> dict[str, Tensor]:
+    state = model.state_dict()
+    return {name: state[name] for name, first in _ties(model).items() if name == first}
+
+
+def _cut(name: str, old: Tensor, new: Tensor, ties: dict[str, str], path: str | Path) -> Cut:
+    """A cut that gives ``old`` the shape of ``new``; which indices stay does not matter, their values are loaded."""
+    if (
+        old.dim() != new.dim()
+        or any(a < b for a, b in zip(old.shape, new.shape, strict=True))
+        or old.dtype != new.dtype
+    ):
+        raise InvalidValueError(
+            explain(
+                f"load_pruned {path}",
+                f"{name!r} must fit the factory's model.",
+                expected=f"at most {tuple(old.shape)}, {old.dtype}",
+                got=f"{tuple(new.shape)}, {new.dtype}",
+                hint="the factory that built the model before it was pruned",
+            )
+        )
+    kept = tuple((d, tuple(range(n))) for d, n in enumerate(new.shape) if n != old.shape[d])
+    return Cut(tuple(n for n, first in ties.items() if first == name), tuple(old.shape), kept)
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    safetensors = import_extra("safetensors", extra="examples", where="load_pruned")
+
+    def refuse(got: str) -> InvalidValueError:
+        return InvalidValueError(
+            explain(f"load_pruned {path}", "the file must be one that save_pruned wrote, undamaged.", got=got)
+        )
+
+    try:
+        with safetensors.safe_open(str(path), framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a mapping
+    except safetensors.SafetensorError as error:
+        raise refuse(str(error)) from error
+    if "l0hooks" not in metadata:
+        raise refuse("a safetensors file without a plan")
+    try:
+        plan = json.loads(metadata["l0hooks"])
+    except ValueError as error:
+        raise refuse("a plan that is not JSON") from error
+    if not isinstance(plan, dict) or plan.get("format") != _FORMAT:
+        raise refuse(f"format {plan.get('format') if isinstance(plan, dict) else None!r}, not {_FORMAT!r}")
+    if plan.pop("sha256", None) != _digest(tensors, plan):
+        raise refuse("tensors or a plan that differ from those that were written")
+    return tensors, plan
+
+
+def _digest(tensors: dict[str, Tensor], plan: dict[str, Any]) -> str:
+    digest = hashlib.sha256(json.dumps(plan, sort_keys=True).encode())
+    for name in sorted(tensors):
+        tensor = tensors[name].cpu().contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

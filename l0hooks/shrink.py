@@ -1,0 +1,200 @@
+"""Cut the closed members of coupled groups out of a plain model, and prove on examples that nothing else changed."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from l0hooks.coupled import MaskInput
+from l0hooks.errors import StateError, explain
+from l0hooks.penalties import Gated
+from l0hooks.structure import ChannelGroup
+from l0hooks.structure.rewrite import rewrite
+from l0hooks.structure.surgery import Bools, Cut, apply_cuts, plan_cuts
+from l0hooks.tracing import evaluating
+
+_rewritten: weakref.WeakKeyDictionary[nn.Module, tuple[list[Cut], tuple[Any, ...]]] = weakref.WeakKeyDictionary()
+_MOST_NAMES = 8  # of attributes tried in a repair: 2^8 evaluations at the most
+
+
+def members_that_stay(gated: Iterable[Gated]) -> list[tuple[ChannelGroup, Bools]]:
+    """The final support of every coupled group; of one that is closed altogether, the member nearest to staying."""
+    found = []
+    for one in gated:
+        if one.coupled is not None:
+            mask = one.gate.support().cpu().numpy()
+            if not mask.any():
+                mask = np.arange(len(mask)) == int(one.gate.log_alpha.argmax())
+            found.append((one.coupled.plan.groups[one.coupled.number], mask))
+    return found
+
+
+def shrink(
+    model: nn.Module,
+    groups: Sequence[tuple[ChannelGroup, Bools]],
+    same: Callable[[nn.Module], str],
+    example_inputs: Sequence[Any],
+) -> tuple[nn.Module, str]:
+    """A copy of ``model`` cut down to the members that stay: its own modules if they can be, else its exported graph.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Plain, its closed members multiplied with zero wherever they are read; not changed.
+    groups : sequence of (ChannelGroup, bool array)
+    same : callable
+        Empty if a model computes what it should, else how it does not.
+    example_inputs : sequence
+
+    Returns
+    -------
+    (nn.Module, str)
+        The smaller model, and a remark for the report; empty if it consists of the model's own modules.
+
+    Raises
+    ------
+    StateError
+        If neither computes what it should.
+    """
+    cuts = plan_cuts(groups)
+    small = copy.deepcopy(model)
+    wrong = _cut_modules(small, cuts, groups, same)
+    if not wrong:
+        return small, ""
+    try:
+        small = rewrite(model, cuts, example_inputs)
+        failed = same(small)
+    except StateError as error:
+        failed = str(error)
+    if not failed:
+        _rewritten[small] = cuts, tuple(example_inputs)
+        return small, f"a GraphModule for evaluation, because the model's own code holds sizes by hand ({wrong})"
+    raise StateError(
+        explain(
+            "prune",
+            "the smaller model must compute what the gated one computes.",
+            got=f"as modules: {wrong}; as a graph: {failed}",
+            hint="exclude the group: sparsify(model, 'coupled', exclude=...)",
+        )
+    )
+
+
+def _cut_modules(
+    model: nn.Module,
+    cuts: Sequence[Cut],
+    groups: Sequence[tuple[ChannelGroup, Bools]],
+    same: Callable[[nn.Module], str],
+) -> str:
+    """Cut the modules of ``model`` **in place**, repairing attributes; what is wrong then, empty if nothing is."""
+    apply_cuts(model, cuts)
+    wrong = same(model)
+    if not wrong:
+        return ""
+    for changes in _repairs(model, groups, cuts):
+        old = [(module, name, vars(module)[name]) for module, name, _ in changes]
+        for module, name, value in changes:
+            vars(module)[name] = value
+        if not same(model):
+            return ""
+        for module, name, value in old:
+            vars(module)[name] = value
+    return wrong
+
+
+def rewritten_from(model: nn.Module) -> tuple[list[Cut], tuple[Any, ...]] | None:
+    """The cuts and example inputs that a pruned model's graph was rewritten for; None for a model of modules."""
+    return _rewritten.get(model)
+
+
+def unhook_masks(model: nn.Module) -> None:
+    """Remove the hooks that draw a mask for each example."""
+    for module in model.modules():
+        hooks = module._forward_pre_hooks
+        for key in [k for k, hook in hooks.items() if isinstance(hook, MaskInput)]:
+            del hooks[key]
+            module._forward_pre_hooks_with_kwargs.pop(key, None)
+
+
+def _repairs(
+    model: nn.Module, groups: Sequence[tuple[ChannelGroup, Bools]], cuts: Sequence[Cut]
+) -> Iterator[list[tuple[nn.Module, str, int]]]:
+    """Sets of integer attributes, near the cuts, that equal an old size and might have to become the new one.
+
+    Attributes are tried by name, the same name in all modules at once, few names before many.
+    """
+    sizes: dict[nn.Module, dict[int, int]] = {}
+    for cut in cuts:
+        for owner in _owners(model, cut.names[0]):
+            for axis, kept in cut.kept:
+                sizes.setdefault(owner, {})[cut.shape[axis]] = len(kept)
+    for group, mask in groups:
+        stay = int(mask.sum())
+        for site in group.sites:
+            for owner in _owners(model, site.names[0]):
+                known = sizes.setdefault(owner, {})
+                known[group.size] = stay
+                known[group.size * site.indices.shape[1]] = stay * int(site.indices.shape[1])
+    candidates: dict[str, list[tuple[nn.Module, str, int]]] = {}
+    for module, known in sizes.items():
+        for name, value in vars(module).items():
+            if type(value) is int and known.get(value, value) != value:
+                candidates.setdefault(name, []).append((module, name, known[value]))
+    names = sorted(candidates)[:_MOST_NAMES]
+    for count in range(1, len(names) + 1):
+        for subset in itertools.combinations(names, count):
+            yield [change for name in subset for change in candidates[name]]
+
+
+def _owners(model: nn.Module, parameter: str) -> Iterator[nn.Module]:
+    """The modules around a layer, from the one that holds it outwards; not the layer itself, whose sizes are known."""
+    path = parameter.rpartition(".")[0]
+    while path:
+        path = path.rpartition(".")[0]
+        yield model.get_submodule(path)
+
+
+def batches(example_inputs: Sequence[Any]) -> Iterator[tuple[Any, ...]]:
+    """The example inputs, and their first example twice over: two batch sizes, where the arguments allow it."""
+    yield tuple(example_inputs)
+    tensors = [t for t in pytree.tree_leaves(tuple(example_inputs)) if isinstance(t, Tensor)]
+    if tensors and all(t.dim() > 0 and len(t) == len(tensors[0]) for t in tensors):
+        count = 3 if len(tensors[0]) == 1 else 1
+
+        def resized(value: Any) -> Any:
+            return value[:1].repeat(count, *([1] * (value.dim() - 1))) if isinstance(value, Tensor) else value
+
+        yield pytree.tree_map(resized, tuple(example_inputs))
+
+
+def outputs(model: nn.Module, inputs: Iterable[tuple[Any, ...]]) -> list[Any]:
+    """What ``model`` computes in evaluation mode for each of ``inputs``."""
+    with evaluating(model):
+        return [model(*arguments) for arguments in inputs]
+
+
+def difference(expected: Any, got: Any) -> float:
+    """The largest difference between tensors of two outputs, as a share of the expected tensor's scale."""
+    largest = 0.0
+    for a, b in zip(pytree.tree_leaves(expected), pytree.tree_leaves(got), strict=True):
+        if isinstance(a, Tensor) and a.is_floating_point() and a.numel():
+            if a.shape != b.shape:
+                return float("inf")
+            scale = max(float(a.nan_to_num(0, 0, 0).abs().max()), torch.finfo(a.dtype).tiny)
+            equal = (a == b) | (a.isnan() & b.isnan())  # infinite where both are: masked logits
+            error = float(torch.where(equal, 0.0, (a - b).abs()).max()) / scale
+            largest = error if error > largest or error != error else largest
+    return largest
+
+
+def tolerance(model: nn.Module) -> float:
+    """What rounding explains: 100 units in the last place of the model's coarsest floating dtype."""
+    dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()} or {torch.float32}
+    return 100 * max(torch.finfo(dtype).eps for dtype in dtypes)

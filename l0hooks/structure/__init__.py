@@ -1,0 +1,5 @@
+"""A model seen as groups of channels that live and die together."""
+
+from l0hooks.structure.groups import ChannelGroup, ChannelGroups, FrozenChannels, GroupSite, Kind, channel_groups
+
+__all__ = ["ChannelGroup", "ChannelGroups", "FrozenChannels", "GroupSite", "Kind", "channel_groups"]

@@ -1,0 +1,383 @@
+"""A smaller model in a file: it comes back exactly, and a file that does not fit is refused."""
+
+import copy
+import itertools
+import json
+import pickle
+import struct
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from l0hooks import iter_gates, prune, sparsify
+from l0hooks.errors import InvalidValueError, StateError
+from l0hooks.serial import load_pruned, save_pruned
+
+
+class Convolutional(nn.Module):
+    """Convolutions, norms with statistics, a depthwise layer, and buffers of both kinds."""
+
+    def __init__(self, width=8):
+        super().__init__()
+        self.stem, self.norm = nn.Conv2d(3, width, 3, padding=1), nn.BatchNorm2d(width)
+        self.depth = nn.Conv2d(width, width, 3, groups=width)
+        self.head = nn.Linear(width, 3)
+        self.register_buffer("scale", torch.rand(width, 1, 1))
+        self.register_buffer("shift", torch.rand(width, 1, 1), persistent=False)
+        self.register_buffer("cache", None, persistent=False)
+        self.register_buffer("seen", torch.tensor(3), persistent=True)
+
+    def forward(self, x):
+        x = F.relu(self.norm(self.stem(x))) * self.scale + self.shift
+        return self.head(F.relu(self.depth(x)).mean((2, 3)))
+
+
+class Tied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed, self.head = nn.Embedding(11, 8), nn.Linear(8, 11, bias=False)
+        self.up, self.down = nn.Linear(8, 12), nn.Linear(12, 8)
+        self.head.weight = self.embed.weight
+
+    def forward(self, ids):
+        x = self.embed(ids)
+        return self.head(x + self.down(F.relu(self.up(x))))
+
+
+class Heads(nn.Module):
+    """Attention that reads its sizes from attributes, as GPT-2 does with ``split_size``."""
+
+    def __init__(self):
+        super().__init__()
+        self.heads, self.split_size, self.head_dim = 4, 16, 4
+        self.embed, self.qkv = nn.Linear(5, 16), nn.Linear(16, 48)
+        self.proj, self.out = nn.Linear(16, 16), nn.Linear(16, 3)
+
+    def forward(self, x):
+        x = torch.tanh(self.embed(x))
+        batch, length, _ = x.shape
+        q, k, v = (
+            t.view(batch, length, self.heads, self.head_dim).transpose(1, 2)
+            for t in self.qkv(x).split(self.split_size, dim=-1)
+        )
+        mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(batch, length, self.split_size)
+        return self.out(x + self.proj(mixed))
+
+
+def mlp(*sizes):
+    sizes = sizes or (5, 8, 6, 3)
+    layers = [m for a, b in itertools.pairwise(sizes) for m in (nn.Linear(a, b), nn.ReLU())]
+    return nn.Sequential(*layers[:-1])
+
+
+MODELS = {
+    "mlp": (mlp, lambda: torch.randn(4, 5)),
+    "convolutions": (Convolutional, lambda: torch.randn(2, 3, 6, 6)),
+    "tied": (Tied, lambda: torch.randint(11, (2, 4))),
+    "attributes": (Heads, lambda: torch.randn(2, 4, 5)),
+}
+models = pytest.mark.parametrize("name", MODELS)
+
+
+def pruned(build, x):
+    """A pruned model: a third of every group closed, and statistics of its own."""
+    torch.manual_seed(1)
+    model = build()
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.running_mean.normal_(), module.running_var.uniform_(0.5, 2)
+    sparsify(model.eval(), "coupled", example_inputs=(x,))
+    with torch.no_grad():
+        for _, gate in iter_gates(model):
+            gate.log_alpha.uniform_(-0.2, 3)
+            gate.log_alpha[torch.randperm(len(gate.log_alpha))[: len(gate.log_alpha) // 3 + 1]] = -4
+    return prune(model, example_inputs=(x,))
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """The path of a pruned MLP, and the model."""
+    small = pruned(mlp, torch.randn(4, 5))
+    save_pruned(small, tmp_path / "small.safetensors")
+    return tmp_path / "small.safetensors", small
+
+
+@models
+@pytest.mark.parametrize("through", ["as it is", "a deepcopy", "a pickle"])
+def test_a_model_comes_back_exactly(name, through, tmp_path):
+    build, inputs = MODELS[name]
+    x = inputs()
+    small = pruned(build, x)
+    if through == "a deepcopy":
+        small = copy.deepcopy(small)
+    elif through == "a pickle":
+        small = pickle.loads(pickle.dumps(small))
+    assert sum(p.numel() for p in small.parameters()) < sum(p.numel() for p in build().parameters())
+    save_pruned(small, tmp_path / "small")
+    torch.manual_seed(9)
+    loaded = load_pruned(build, tmp_path / "small")
+    assert loaded.training
+    assert type(loaded) is type(small)
+    assert str(loaded) == str(small)
+    assert list(loaded.state_dict()) == list(small.state_dict())
+    for key, tensor in small.state_dict().items():
+        assert torch.equal(tensor, loaded.state_dict()[key])
+        assert tensor.dtype == loaded.state_dict()[key].dtype
+    assert torch.equal(loaded.eval()(x), small.eval()(x))
+    loaded.train()(x).square().sum().backward()
+    assert all(p.grad is not None and p.grad.shape == p.shape for p in loaded.parameters())
+
+
+def test_tied_weights_come_back_tied_and_are_stored_once(tmp_path):
+    small = pruned(*[MODELS["tied"][0], MODELS["tied"][1]()])
+    save_pruned(small, tmp_path / "small")
+    assert len(load_file(tmp_path / "small")) == len(list(small.parameters()))
+    loaded = load_pruned(Tied, tmp_path / "small")
+    assert loaded.head.weight is loaded.embed.weight
+
+
+def test_repaired_attributes_come_back(tmp_path):
+    small = pruned(*[MODELS["attributes"][0], MODELS["attributes"][1]()])
+    assert (small.heads, small.split_size, small.head_dim) == (2, 8, 4)
+    save_pruned(small, tmp_path / "small")
+    loaded = load_pruned(Heads, tmp_path / "small")
+    assert (loaded.heads, loaded.split_size, loaded.head_dim) == (2, 8, 4)
+
+
+def test_buffers_that_the_state_leaves_out_come_back_if_they_were_cut(tmp_path):
+    small = pruned(Convolutional, torch.randn(2, 3, 6, 6))
+    assert len(small.shift) < 8
+    small.cache = torch.ones(99)  # a cache that has grown since is the factory's business
+    save_pruned(small, tmp_path / "small")
+    loaded = load_pruned(Convolutional, tmp_path / "small")
+    assert torch.equal(loaded.shift, small.shift)
+    assert loaded.cache is None
+    assert "shift" not in loaded.state_dict()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_dtypes_come_back(dtype, tmp_path):
+    x = torch.randn(4, 5, dtype=dtype)
+    small = pruned(lambda: mlp().to(dtype), x)
+    save_pruned(small, tmp_path / "small")
+    loaded = load_pruned(lambda: mlp().to(dtype), tmp_path / "small")
+    assert {p.dtype for p in loaded.parameters()} == {dtype}
+    assert torch.equal(loaded(x), small(x))
+
+
+def test_a_model_trained_on_after_pruning_is_saved_as_it_is(tmp_path):
+    small, x = pruned(mlp, torch.randn(4, 5)), torch.randn(4, 5)
+    optimizer = torch.optim.SGD(small.parameters(), lr=0.1)
+    small(x).square().sum().backward()
+    optimizer.step()
+    save_pruned(small, tmp_path / "small")
+    assert torch.equal(load_pruned(mlp, tmp_path / "small")(x), small(x))
+
+
+def test_a_plain_model_that_was_never_pruned_is_saved_too(tmp_path):
+    for build, inputs in MODELS.values():
+        model, x = build().eval(), inputs()
+        save_pruned(model, tmp_path / "plain")
+        loaded = load_pruned(build, tmp_path / "plain").eval()
+        if build is not Convolutional:  # its random buffer is the factory's
+            assert torch.equal(loaded(x), model(x))
+
+
+def test_frozen_parameters_and_the_factorys_mode_stay(saved):
+    path, _ = saved
+
+    def factory():
+        model = mlp().eval()
+        model[0].weight.requires_grad_(False)
+        return model
+
+    loaded = load_pruned(factory, path)
+    assert not loaded.training
+    assert [p.requires_grad for p in loaded.parameters()] == [False, *[True] * 5]
+
+
+def test_saving_changes_nothing(saved, tmp_path):
+    _, small = saved
+    before = {k: v.clone() for k, v in small.state_dict().items()}
+    attributes = [sorted(vars(m)) for m in small.modules()]
+    save_pruned(small, tmp_path / "again")
+    assert all(torch.equal(v, small.state_dict()[k]) for k, v in before.items())
+    assert [sorted(vars(m)) for m in small.modules()] == attributes
+
+
+def test_the_file_is_safetensors_with_a_json_plan_and_no_pickle(saved):
+    path, small = saved
+    data = path.read_bytes()
+    (length,) = struct.unpack("<Q", data[:8])
+    header = json.loads(data[8 : 8 + length])
+    plan = json.loads(header["__metadata__"]["l0hooks"])
+    assert plan["format"] == "l0hooks 1"
+    assert set(header) - {"__metadata__"} == set(small.state_dict())
+    assert not data.startswith(b"PK")
+    assert b"torch" not in data
+    with pytest.raises(pickle.UnpicklingError):
+        pickle.loads(data[8:])
+    with safe_open(path, framework="np") as file:  # readable without us
+        assert sorted(file.keys()) == sorted(small.state_dict())
+
+
+# --- files that are refused -------------------------------------------------------------------------------------------
+
+
+def header_of(data):
+    (length,) = struct.unpack("<Q", data[:8])
+    return length, json.loads(data[8 : 8 + length])
+
+
+def with_plan(path, change):
+    """The file again with a changed plan."""
+    _, header = header_of(path.read_bytes())
+    plan = json.loads(header["__metadata__"]["l0hooks"])
+    change(plan)
+    save_file(load_file(path), path, metadata={"l0hooks": json.dumps(plan)})
+
+
+@pytest.mark.parametrize("share", [0.0, 0.001, 0.3, 0.9, 0.999])
+def test_a_truncated_file_is_refused(saved, share):
+    path, _ = saved
+    data = path.read_bytes()
+    path.write_bytes(data[: int(share * len(data))])
+    with pytest.raises(InvalidValueError, match=r"small\.safetensors"):
+        load_pruned(mlp, path)
+
+
+def test_a_flipped_bit_anywhere_is_refused_or_changes_nothing(saved):
+    path, small = saved
+    data, x = path.read_bytes(), torch.randn(4, 5)
+    length, _ = header_of(data)
+    refused = 0
+    positions = [*range(0, 8 + length, 11), *range(8 + length, len(data), 37)]
+    for position in positions:
+        path.write_bytes(data[:position] + bytes([data[position] ^ 1]) + data[position + 1 :])
+        try:
+            loaded = load_pruned(mlp, path)
+        except InvalidValueError as error:
+            assert str(path) in str(error)  # noqa: PT017
+            refused += 1
+        else:
+            assert torch.equal(loaded(x), small(x))  # whitespace that pads the header
+    assert refused >= len(positions) - 2
+
+
+def test_a_flipped_byte_in_the_data_says_so(saved):
+    path, _ = saved
+    data = bytearray(path.read_bytes())
+    data[-3] ^= 0xFF
+    path.write_bytes(data)
+    with pytest.raises(InvalidValueError, match="differ from those that were written"):
+        load_pruned(mlp, path)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda plan: plan["attributes"][0].__setitem__(2, 99),
+        lambda plan: plan["tied"].update({"0.weight": "2.weight"}),
+        lambda plan: plan.pop("sha256"),
+        lambda plan: plan.pop("tied"),
+        lambda plan: plan.update(sha256="0" * 64),
+    ],
+)
+def test_a_changed_plan_is_refused(saved, change):
+    path, _ = saved
+    with_plan(path, change)
+    with pytest.raises(InvalidValueError, match="differ from those that were written"):
+        load_pruned(mlp, path)
+
+
+@pytest.mark.parametrize(
+    ("metadata", "match"),
+    [
+        (None, "without a plan"),
+        ({"format": "pt"}, "without a plan"),
+        ({"l0hooks": "{"}, "not JSON"),
+        ({"l0hooks": "[1]"}, "format None"),
+        ({"l0hooks": '{"format": "l0hooks 99"}'}, "format 'l0hooks 99'"),
+    ],
+)
+def test_a_file_without_a_plan_of_ours_is_refused(saved, metadata, match):
+    path, _ = saved
+    save_file(load_file(path), path, metadata=metadata)
+    with pytest.raises(InvalidValueError, match=match):
+        load_pruned(mlp, path)
+
+
+def test_a_file_of_another_kind_is_refused(tmp_path):
+    torch.save(mlp().state_dict(), tmp_path / "weights.pt")
+    with pytest.raises(InvalidValueError, match=r"weights\.pt"):
+        load_pruned(mlp, tmp_path / "weights.pt")
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"nowhere\.safetensors"):
+        load_pruned(mlp, tmp_path / "nowhere.safetensors")
+
+
+def batch_normed():
+    return nn.Sequential(*mlp(), nn.BatchNorm1d(3))
+
+
+@pytest.mark.parametrize(
+    ("factory", "match"),
+    [
+        (lambda: mlp(5, 2, 2, 3), "must fit.*at most"),
+        (lambda: mlp(4, 8, 6, 3), "must fit"),
+        (lambda: mlp(5, 8, 3), "must hold the tensors.*besides"),
+        (batch_normed, "must hold the tensors.*also"),
+        (Tied, "must hold the tensors"),
+        (lambda: mlp().double(), "must fit.*float64"),
+    ],
+    ids=["narrower", "fewer inputs", "fewer layers", "more layers", "another model", "another dtype"],
+)
+def test_a_factory_of_another_model_is_refused(saved, factory, match):
+    path, _ = saved
+    with pytest.raises(InvalidValueError, match=f"(?s){match}.*factory"):
+        load_pruned(factory, path)
+
+
+class Untied(Tied):
+    def __init__(self):
+        super().__init__()
+        self.head.weight = nn.Parameter(self.head.weight.detach().clone())
+
+
+@pytest.mark.parametrize(("build", "factory"), [(Tied, Untied), (Untied, Tied)])
+def test_a_factory_that_ties_other_weights_is_refused(build, factory, tmp_path):
+    save_pruned(pruned(build, torch.randint(11, (2, 4))), tmp_path / "small")
+    with pytest.raises(InvalidValueError, match="must hold the tensors"):
+        load_pruned(factory, tmp_path / "small")
+
+
+# --- models that are refused ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("granularity", ["weight", "coupled"])
+def test_a_model_with_gates_is_refused(granularity, tmp_path):
+    model = mlp()
+    sparsify(model, granularity, example_inputs=(torch.randn(2, 5),))
+    with pytest.raises(StateError, match="prune it first"):
+        save_pruned(model, tmp_path / "small")
+    assert not (tmp_path / "small").exists()
+
+
+@pytest.mark.filterwarnings("ignore:Sparse:UserWarning")
+def test_sparse_tensors_are_refused(tmp_path):
+    model = mlp()
+    model[0].weight = nn.Parameter(model[0].weight.detach().to_sparse_csr())
+    with pytest.raises(StateError, match="sparse tensors"):
+        save_pruned(model, tmp_path / "small")
+
+
+def test_a_foreign_graph_is_refused(tmp_path):
+    with pytest.raises(StateError, match=r"torch\.export\.save"):
+        save_pruned(torch.fx.symbolic_trace(mlp()), tmp_path / "small")
