@@ -51,7 +51,8 @@ class GateSpec:
     estimator : "median", "paper" or "mean"
         The test-time gate.
     noise : "step" or "example"
-        For coupled groups: one draw for a forward, or one for each example.
+        For coupled groups: one draw for a forward, or one for each example (along axis 0 of the readers' inputs).
+        Groups read by attention's own projections, embeddings or bare parameters have one draw for a forward anyway.
     kinds : tuple of "channel", "neuron" and "head", optional
         For coupled groups: gate only groups of these kinds.
 

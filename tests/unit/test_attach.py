@@ -187,7 +187,7 @@ BAD = {
         )
         for p in (0, 1, 0.0, 1.0, -0.5, 1.5, float("nan"), float("inf"))
     },
-    "unknown_granularity": (mlp, {"0": "weight", "2.0": "coupled"}, {}, SpecError, "got: 'coupled'"),
+    "unknown_granularity": (mlp, {"0": "weight", "2.0": "channel"}, {}, SpecError, "got: 'channel'"),
     "nan": (lambda: poisoned(float("nan")), "output", {}, SpecError, "'0.weight': the weight must be finite"),
     "infinite": (lambda: poisoned(float("inf")), "weight", {}, SpecError, "'0.weight': the weight must be finite"),
     "blocks": (mlp, {"2.0": "weight", "0": (4, 2)}, {}, SpecError, "rows dividing 6 outputs, cols dividing 4 inputs"),

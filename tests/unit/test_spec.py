@@ -144,7 +144,7 @@ def test_a_specification_stands_for_itself_and_cannot_be_changed():
 
 @pytest.mark.parametrize(
     "granularity",
-    ["rows", "Weight", "", None, 2, (2,), (2, 3, 4), (0, 2), (-1, 2), (2.0, 2), [2, 2], ("a", "b"), "coupled"],
+    ["rows", "Weight", "", None, 2, (2,), (2, 3, 4), (0, 2), (-1, 2), (2.0, 2), [2, 2], ("a", "b"), "couple"],
     ids=str,
 )
 @pytest.mark.parametrize("make", [as_spec, lambda g: GateSpec(granularity=g)], ids=["shorthand", "GateSpec"])

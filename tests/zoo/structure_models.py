@@ -616,23 +616,23 @@ class SharedStorage(nn.Module):
         return self.out(F.relu(self.one(self.decoder(F.relu(self.encoder(x))))))
 
 
-@zoo(images(6), neuron=8 + 2 + 4)
+@zoo(images(6), neuron=8 + 7 + 4)
 class InPlace(nn.Module):
-    """Activations changed through views: two of the second layer's neurons are free, four of the third's unused."""
+    """Activations written into others through views: one neuron of the second layer, half of the third's."""
 
     def __init__(self):
         super().__init__()
         self.one, self.two, self.three = nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 8)
-        self.out = nn.Linear(8, 3)
+        self.out = nn.Linear(16, 3)
 
     def forward(self, x):
         x = F.relu(self.one(x), inplace=True)
         x[:, :4].mul_(2)
         x = self.two(x)
-        total = torch.zeros_like(x)
+        total = x.new_zeros(x.shape)
         total[:, 1:2].add_(x[:, 3:4])
         total[:, 4:] = self.three(x)[:, :4]
-        return self.out(total)
+        return self.out(torch.cat([total, x], 1))
 
 
 @zoo(images(6), "used as an index", neuron=8)

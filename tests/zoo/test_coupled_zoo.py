@@ -38,6 +38,10 @@ REFUSED = {"InPlace"}
 VIEWS = {"SharedStorage"}
 
 
+# torch's own, whenever it exports a recurrent layer
+pytestmark = pytest.mark.filterwarnings("ignore:The tensor attributes self.recurrent:UserWarning")
+
+
 def enlarged(inputs, times=3):
     def more(value):
         return value.repeat(times, *[1] * (value.dim() - 1)).flip(0) if isinstance(value, Tensor) else value
