@@ -82,6 +82,7 @@ def plot(report, path):
 
 
 def main(seed, epochs, quiet, output):
+    torch.set_num_threads(1)  # so small a network only waits for its threads
     torch.manual_seed(seed)
     loader, test = load_data(seed)
     dense = ViTForImageClassification(ViTConfig(**BODY, **IMAGE))
@@ -110,5 +111,5 @@ if __name__ == "__main__":
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--epochs", type=int, default=25, help="of the dense and of the gated phase (default: 25)")
     parser.add_argument("--quiet", action="store_true")
-    parser.add_argument("--output", type=Path, default="shrink_transformer")
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "output" / "shrink_transformer")
     main(**vars(parser.parse_args()))

@@ -232,7 +232,7 @@ def _layer_norm(t: Tracer, node: fx.Node) -> Tensor:
 
 
 @rule("mean", "sum", "amax", "amin", "var", "std", "logsumexp", "prod", "norm", "linalg_vector_norm")
-def _reduction(t: Tracer, node: fx.Node) -> Tensor:
+def _reduction(t: Tracer, node: fx.Node) -> Any:
     labels: Tensor = t.labels(first_of(node))
     try:
         dims = argument(node, "dim")
@@ -242,7 +242,10 @@ def _reduction(t: Tracer, node: fx.Node) -> Tensor:
     t.flatten(node, labels, axes, f"reduced by {name_of(node)}")
     for d in axes:
         labels = labels.narrow(d, 0, 1)
-    return labels.reshape(shape_of(node)) if labels.dim() != len(shape_of(node)) else labels
+    value = node.meta["val"]
+    if isinstance(value, (list, tuple)):  # the numbers, and where they stood
+        return [labels.reshape(part.shape) for part in value]
+    return labels.reshape(value.shape)
 
 
 @rule("softmax", "_softmax", "log_softmax", "cumsum")
@@ -291,10 +294,8 @@ def _pointwise(t: Tracer, node: fx.Node) -> Tensor:
 @rule("max", "min")
 def _extreme(t: Tracer, node: fx.Node) -> Any:
     """Of two tensors, or over axes."""
-    if len(node.args) > 1 and isinstance(node.args[1], fx.Node):
-        return _pointwise(t, node)
-    reduced = _reduction(t, node)
-    return [reduced, reduced] if isinstance(node.meta["val"], (list, tuple)) else reduced
+    of_two = len(node.args) > 1 and isinstance(node.args[1], fx.Node)
+    return _pointwise(t, node) if of_two else _reduction(t, node)
 
 
 @rule("prelu")

@@ -397,9 +397,9 @@ def test_every_kind_of_step_leaves_something_free():
     """The oracle is not satisfied by freezing everything, and it can fail."""
     for kind in KINDS:
         free = 0
-        for a in range(6):
+        for a in range(4):
             recipe = [("Conv", 0, 0, 2, 0), (kind, 0, 0, a, 1), ("Conv", 0, 0, 1, 1)]
             model, inputs, groups = check(recipe, ending=0)
             free += sum(group.size for group in groups)
             assert max(effect(model, inputs, draw([group])) for group in groups) > 1e-3
-        assert free > 6 * (6 + 6), kind  # more than what any last convolution and `middle` have
+        assert free > 4 * (6 + 6), kind  # more than what any last convolution and `middle` have

@@ -260,8 +260,9 @@ class ShuffleUnit(nn.Module):
         return x.view(batch, -1, height, width)
 
 
-@zoo(images(3, 8, 8))
+@zoo(images(3, 8, 8), channel=8 + 8 + 2 * 8 + 10)
 def ShuffleNetV2():
+    """The view before a shuffle pairs the halves: eight pairs; what only a branch reads is free by itself."""
     return nn.Sequential(conv_bn(3, 16), ShuffleUnit(16), ShuffleUnit(16), conv_bn(16, 10, 1), classifier(10))
 
 
@@ -547,6 +548,48 @@ class Einsum(nn.Module):
         return self.out(torch.einsum("bnc,bmc->bnm", x, x) @ x)
 
 
+@zoo(images(6), "broadcast across channels", neuron=4)
+class Outer(nn.Module):
+    """Every neuron of one layer times every one of another: only one side can be free."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.two, self.out = nn.Linear(6, 5), nn.Linear(6, 4), nn.Linear(20, 3)
+
+    def forward(self, x):
+        return self.out((self.one(x)[:, :, None] * self.two(x)[:, None]).flatten(1))
+
+
+@zoo(images(6), "linalg_vector_norm", "reduced by max", "reduced by std", neuron=8)
+class NormsByHand(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.one, self.two, self.three, self.four = nn.Linear(6, 8), nn.Linear(8, 7), nn.Linear(7, 8), nn.Linear(8, 7)
+        self.out = nn.Linear(7, 3)
+
+    def forward(self, x):
+        x = self.one(x).relu()
+        x = F.normalize(self.two(x), dim=-1)
+        x = self.three(x)
+        x = self.four(x - x.max(-1, keepdim=True).values)
+        return self.out(x / x.std(-1, keepdim=True))
+
+
+@zoo(images(6), "wrap_with_autocast has no rule", neuron=8)
+class OwnPrecision(nn.Module):
+    """A part that runs in a graph of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.two, self.three, self.out = nn.Linear(6, 8), nn.Linear(8, 7), nn.Linear(7, 7), nn.Linear(7, 3)
+
+    def forward(self, x):
+        x = self.two(self.one(x).relu())
+        with torch.autocast("cpu", enabled=False):
+            x = self.three(x.relu())
+        return self.out(x)
+
+
 def _recurrent(kind):
     class Recurrent(nn.Module):
         def __init__(self):
@@ -818,6 +861,23 @@ class RotaryAttention(nn.Module):
         return x * angles.cos() + torch.cat([-high, low], -1) * angles.sin()
 
 
+@zoo(images(5, 16), head=4)
+class ComplexRotation(nn.Module):
+    """Rotary positions by complex numbers, and keys that attend over channels instead of tokens."""
+
+    def __init__(self):
+        super().__init__()
+        self.q, self.k, self.v, self.proj = nn.Linear(16, 16), nn.Linear(16, 16), nn.Linear(16, 16), nn.Linear(16, 3)
+        self.register_buffer("turn", torch.polar(torch.ones(5, 2), torch.randn(5, 2)))
+
+    def forward(self, x):
+        q, k, v = (_split(f(x), 4) for f in (self.q, self.k, self.v))
+        q, k = (torch.view_as_complex(t.reshape(*t.shape[:-1], 2, 2)) * self.turn for t in (q, k))
+        q, k = (torch.view_as_real(t).flatten(3) for t in (q, k))
+        mixed = F.elu(q) @ (F.elu(k).transpose(-2, -1) @ v)
+        return self.proj(mixed.transpose(1, 2).flatten(2))
+
+
 @zoo(images(5, 16), head=4, neuron=16)
 class MultiQuery(nn.Module):
     """One key and one value for all heads: only the queries' heads would be free, and they are read apart."""
@@ -895,7 +955,7 @@ def HFMobileNetV2():
     return Called(MobileNetV2ForImageClassification(config), "pixel_values")
 
 
-@hugging_face(images(3, 32, 32))
+@hugging_face(images(3, 32, 32), "residual stream of layer_norm", neuron=4 * 8 + 4 * 12)
 def HFConvNeXt():
     from transformers import ConvNextConfig, ConvNextForImageClassification
 
@@ -906,7 +966,7 @@ def HFConvNeXt():
 _BODY = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 24}
 
 
-@hugging_face(images(3, 16, 16), "layer_norm", head=8, neuron=48)
+@hugging_face(images(3, 16, 16), "residual stream of layer_norm", head=8, neuron=48)
 def HFViT():
     from transformers import ViTConfig, ViTForImageClassification
 
@@ -921,17 +981,17 @@ def _bert(attention):
     return Called(BertForSequenceClassification(config), "input_ids", "attention_mask")
 
 
-@hugging_face(masked(50, 7), "layer_norm", head=8, neuron=48 + 16)
+@hugging_face(masked(50, 7), "residual stream of layer_norm", head=8, neuron=48 + 16)
 def HFBertEager():
     return _bert("eager")
 
 
-@hugging_face(masked(50, 7), "layer_norm", head=8, neuron=48 + 16)
+@hugging_face(masked(50, 7), "residual stream of layer_norm", head=8, neuron=48 + 16)
 def HFBertSdpa():
     return _bert("sdpa")
 
 
-@hugging_face(masked(50, 7), "layer_norm", head=8, neuron=48 + 16)
+@hugging_face(masked(50, 7), "residual stream of layer_norm", head=8, neuron=48 + 16)
 def HFDistilBert():
     from transformers import DistilBertConfig, DistilBertForSequenceClassification
 
@@ -939,7 +999,7 @@ def HFDistilBert():
     return Called(DistilBertForSequenceClassification(config), "input_ids", "attention_mask")
 
 
-@hugging_face(masked(50, 7), "layer_norm", head=8, neuron=2 * 64)
+@hugging_face(masked(50, 7), "residual stream of layer_norm", head=8, neuron=2 * 64)
 def HFGPT2():
     from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -959,7 +1019,7 @@ def HFT5():
     return Called(T5ForConditionalGeneration(config), "input_ids", "attention_mask", "decoder_input_ids")
 
 
-@hugging_face(masked(50, 7), head=4, neuron=48)
+@hugging_face(masked(50, 7), "reduced by mean", head=2 * 2, neuron=48)
 def HFLlama():
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -967,7 +1027,7 @@ def HFLlama():
     return Called(LlamaForCausalLM(config), "input_ids", "attention_mask")
 
 
-@hugging_face(images(3, 32, 32))
+@hugging_face(images(3, 32, 32), "residual stream of layer_norm", head=2 * 2 + 2 * 4, neuron=2 * 32 + 2 * 64)
 def HFSwin():
     from transformers import SwinConfig, SwinForImageClassification
 

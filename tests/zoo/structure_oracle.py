@@ -68,6 +68,7 @@ def leak(model, inputs, chosen):
     state = {name: tensor.detach().clone() for name, tensor in tensors_of(model).items()}
     close(model, chosen)
     expected = outputs(model, inputs)
+    _restore(model, state)
     overwrite(model, chosen)
     close(model, chosen)  # a column of a reader may be a row of a writer
     got = outputs(model, inputs)

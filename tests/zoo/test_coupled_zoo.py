@@ -27,6 +27,7 @@ GRAPHS = {
     "MultiQuery",
     "OneMaskForAllHeads",
     "PlainAttention",
+    "ComplexRotation",
     "RotaryAttention",
     "TransformerEncoder",
     "VGGWithView",
@@ -136,7 +137,7 @@ def test_what_cannot_be_cut_yet_is_refused_and_left_untouched(name):
 MASKED = [
     *("MLP", "VGG", "ResNetBasic", "ResNeXt", "MobileNetV3", "DenseNet", "UNet", "ConvNeXt", "GroupedTransposed"),
     *("TCN", "Conv3d", "UsedTwice", "DictOutput", "TiedLanguageModel", "Standardised", "SharedStorage", "Mixer"),
-    *("ViT", "TransformerEncoder", "CrossAttention", "RotaryAttention", "HFGPT2", "HFT5"),
+    *("ViT", "TransformerEncoder", "CrossAttention", "ComplexRotation", "RotaryAttention", "HFGPT2", "HFT5"),
 ]
 
 
