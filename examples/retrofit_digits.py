@@ -81,7 +81,7 @@ def train(model, loader, lr, progress):
 def train_gated(model, loader, test, progress):
     """The same loop with gates: another set of parameter groups, one more term in the loss, a temperature to set."""
     steps, gates = len(progress) * len(loader), l0hooks.summary(model).gates
-    strength = schedules.linear(0, 25 / gates, max(1, steps // 3))
+    strength = schedules.linear(0, 15 / gates, max(1, steps // 3))
     temperature = schedules.linear(2 / 3, 1 / 3, steps)
     optimizer = torch.optim.Adam(l0hooks.param_groups(model, lr=1e-3, gate_lr=0.1))
     history, step = [], 0
