@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
@@ -71,6 +72,13 @@ class CoupledPlan:
         return total
 
 
+@dataclass(slots=True)
+class RunningCall:
+    """Whether the call of a layer that is running has its gates on its input."""
+
+    on_input: bool = False
+
+
 class CoupledWeight(Gating):
     """The weight of a reader, its input axis multiplied with the gates of every group it reads.
 
@@ -81,20 +89,25 @@ class CoupledWeight(Gating):
         The groups this weight reads.
     name : str
         The parameter's name in the plan.
-    dimensions : int
-        Number of axes of the weight.
+    shape : tuple of int
+        The weight's.
     example_noise : bool
         Draw one mask for each example and multiply it into the layer's input, rather than one for each step.
+
+    Attributes
+    ----------
+    call : RunningCall
+        What :class:`MaskInput` says of the running call of the layer.
     """
 
-    index: Tensor
+    index: Tensor | None
 
     def __init__(
         self,
         plan: CoupledPlan,
         members: Mapping[int, Gate],
         name: str,
-        dimensions: int,
+        shape: tuple[int, ...],
         *,
         positions: float | None = None,
         example_noise: bool = False,
@@ -104,30 +117,35 @@ class CoupledWeight(Gating):
         self.name = name
         self.numbers = tuple(members)
         self.coupled = nn.ModuleList(members.values())
+        self._gates = tuple(members.values())  # the same, without the time it takes to ask a module for its children
         self.example_noise = example_noise
+        self.call = RunningCall()
         index, self.axis = _index_of(plan, self.numbers, name)
-        self.dimensions = dimensions
-        self._view = tuple(-1 if d == self.axis else 1 for d in range(dimensions))
+        self.shape = tuple(shape)
+        self._view = tuple(-1 if d == self.axis else 1 for d in range(len(shape)))
         device = next(iter(members.values())).log_alpha.device
-        self.register_buffer("index", torch.from_numpy(index).to(device), persistent=False)
+        whole = len(members) == 1 and np.array_equal(index, 1 + np.arange(len(next(iter(members.values())).log_alpha)))
+        self.register_buffer("index", None if whole else torch.from_numpy(index).to(device), persistent=False)
 
     @property
     def gates(self) -> tuple[Gate, ...]:
-        return tuple(gate for gate in self.coupled if isinstance(gate, Gate))
+        return self._gates
 
     def factor(self, values: Sequence[Tensor], rest: float = 1.0) -> Tensor:
         return self._assemble(values, rest).view(self._view)
 
-    def mask(self, examples: int) -> Tensor:
-        """Sampled gates of the input channels, one row for each example: float32, shape (examples, channels)."""
+    def mask(self, examples: int | None = None) -> Tensor:
+        """Sampled gates of the input channels: float32, shape (channels,), or (examples, channels)."""
         return self._assemble([gate.sample(examples) for gate in self.gates], 1.0)
 
     def _assemble(self, values: Sequence[Tensor], rest: float) -> Tensor:
+        if self.index is None:  # one group, its members in order
+            return values[0]
         ungated = values[0].new_full((*values[0].shape[:-1], 1), rest)
-        return torch.cat([ungated, *values], dim=-1)[..., self.index]
+        return torch.cat([ungated, *values], dim=-1).index_select(-1, self.index)
 
     def _sampled(self, weight: Tensor) -> Tensor:
-        return weight if self.example_noise else super()._sampled(weight)
+        return weight if self.example_noise or self.call.on_input else super()._sampled(weight)
 
 
 def _index_of(plan: CoupledPlan, numbers: Sequence[int], name: str) -> tuple[npt.NDArray[np.int64], int]:
@@ -146,7 +164,10 @@ def _index_of(plan: CoupledPlan, numbers: Sequence[int], name: str) -> tuple[npt
 
 
 class MaskInput:
-    """A forward pre-hook that multiplies a reader's input with a mask drawn for each example.
+    """A pair of forward hooks that multiply a reader's input with its gates, where that is asked for or cheaper.
+
+    With one draw for each example the mask has to lie on the input. With one for a step it may lie on the weight as
+    well, with the same outputs and gradients: the smaller of the two arrays is chosen at every call.
 
     Parameters
     ----------
@@ -159,20 +180,36 @@ class MaskInput:
         self.gating = gating
         self.channel = channel
 
-    def __call__(
+    def attach(self, module: nn.Module) -> None:
+        """Hook ``module``, whose weight ``gating`` is."""
+        module.register_forward_pre_hook(self.enter, with_kwargs=True)
+        module.register_forward_hook(self.leave, always_call=True)
+
+    def enter(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """Mask the input, and tell the weight."""
         if not self.gating.training:
             return None
-        if args:
-            return (self._masked(args[0]), *args[1:]), kwargs
         name = "input" if "input" in kwargs else "x"  # transformers' name in Conv1D
-        return args, {**kwargs, name: self._masked(kwargs[name])}
+        x = args[0] if args else kwargs[name]
+        if not self.gating.example_noise and x.numel() > math.prod(self.gating.shape):
+            return None
+        self.gating.call.on_input = True
+        masked = self._masked(x)
+        return ((masked, *args[1:]), kwargs) if args else (args, {**kwargs, name: masked})
+
+    def leave(self, module: nn.Module, args: object, output: object) -> None:
+        """The call has ended: who looks at the weight from now on sees it with its gates."""
+        self.gating.call.on_input = False
 
     def _masked(self, x: Tensor) -> Tensor:
         view = [1] * x.dim()
-        if x.dim() > -self.channel:  # else a single example without a batch axis
-            view[0] = x.shape[0]
-        mask = self.gating.mask(view[0]).to(x.dtype)
+        if not self.gating.example_noise:
+            mask = self.gating.mask()
+        else:
+            if x.dim() > -self.channel:  # else a single example without a batch axis
+                view[0] = x.shape[0]
+            mask = self.gating.mask(view[0])
         view[self.channel] = -1
-        return x * mask.view(view)
+        return x * mask.to(x.dtype).view(view)

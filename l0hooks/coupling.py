@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,12 +19,13 @@ from l0hooks.structure import ChannelGroup, channel_groups
 
 @dataclass(frozen=True)
 class Reader:
-    """A weight that reads gated groups."""
+    """A weight that reads gated groups; ``takes_mask`` if its layer is called with the channels it reads."""
 
     name: str
     module: nn.Module
     tensor_name: str
     gating: CoupledWeight
+    takes_mask: bool
 
 
 def choose_groups(
@@ -105,7 +107,8 @@ def build_readers(
         for site in group.readers:
             for name in site.names:
                 members.setdefault(name, {})[number] = gate
-    by_example = _drawn_by_example(model, chosen, members, positions)
+    called = {name for name in members if _takes_mask(model, name, positions)}
+    by_example = _drawn_by_example(chosen, members, called)
     readers = []
     done = set()
     for name, gates in members.items():
@@ -119,22 +122,21 @@ def build_readers(
             plan,
             gates,
             name,
-            weight.dim(),
+            weight.shape,
             positions=positions.get(name),
             example_noise=name in by_example,
         )
-        readers.append(Reader(name, module, tensor_name, gating))
+        readers.append(Reader(name, module, tensor_name, gating, name in called))
     return readers
 
 
 def _drawn_by_example(
-    model: nn.Module,
     chosen: Sequence[tuple[ChannelGroup, GateSpec]],
     members: Mapping[str, Mapping[int, Gate]],
-    positions: Mapping[str, float],
+    called: AbstractSet[str],
 ) -> set[str]:
     """The readers that get a mask for each example: all readers of their groups can take one, and are to."""
-    by_step = {name for name in members if not _takes_mask(model, name, positions)}
+    by_step = members.keys() - called
     by_step |= {name for name, numbers in members.items() if any(chosen[n][1].noise == "step" for n in numbers)}
     while True:  # a group has one draw for all its readers, and a reader one way to take it
         numbers = {n for name in by_step for n in members[name]}
@@ -155,9 +157,9 @@ def _takes_mask(model: nn.Module, name: str, positions: Mapping[str, float]) -> 
 
 
 def hook_inputs(readers: Sequence[Reader]) -> None:
-    """The masks of readers whose noise is drawn for each example."""
+    """Let the gates of readers that can take it lie on their input."""
     for reader in readers:
-        if reader.gating.example_noise:
+        if reader.takes_mask:
             convolution = isinstance(reader.module, (*CONVOLUTIONS, *TRANSPOSED))
-            channel = 1 - reader.gating.dimensions if convolution else -1
-            reader.module.register_forward_pre_hook(MaskInput(reader.gating, channel), with_kwargs=True)
+            channel = 1 - len(reader.gating.shape) if convolution else -1
+            MaskInput(reader.gating, channel).attach(reader.module)

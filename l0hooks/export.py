@@ -10,10 +10,11 @@ from typing import Any, Literal, overload
 import torch
 from torch import nn
 
+from l0hooks.coupled import MaskInput
 from l0hooks.errors import SpecError, StateError, explain
-from l0hooks.noise import remove_doors
+from l0hooks.noise import Door, unhook
 from l0hooks.penalties import iter_gated
-from l0hooks.shrink import batches, difference, members_that_stay, outputs, shrink, tolerance, unhook_masks
+from l0hooks.shrink import batches, difference, members_that_stay, outputs, shrink, tolerance
 from l0hooks.summary import Summary, summary
 from l0hooks.weights import Site, iter_sites, parametrization_lists, remove_gates
 
@@ -104,8 +105,7 @@ def prune(
     target = model if inplace else copy.deepcopy(model)
     _remove_all(list(iter_sites(target)))
     for module in target.modules():
-        remove_doors(module)
-    unhook_masks(target)
+        unhook(module, (Door, MaskInput))
     if groups and same is not None and example_inputs is not None:
         target, note = shrink(target, groups, same, example_inputs)
         report = replace(report, note=note)

@@ -1,4 +1,4 @@
-"""The per-weight gate, weight and gate in one autograd function: the plain formula in the fewest passes over memory."""
+"""Sampling in one autograd function, alone or with the weight: the plain formula in the fewest passes over memory."""
 
 from __future__ import annotations
 
@@ -10,15 +10,47 @@ from torch import Tensor
 from l0hooks.hard_concrete import GAMMA, TEMPERATURE, ZETA
 
 
+def is_traced() -> bool:
+    """Whether the plain formulas must run: in a graph being built, or under a torch.func transform."""
+    building = torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
+    return building or torch._C._functorch.maybe_current_level() is not None
+
+
+def _overwrite(logits: Tensor, log_alpha: Tensor, temperature: float, gamma: float, zeta: float) -> Tensor:
+    """The gates, in the memory of the noise's ``logits``."""
+    gates = logits.add_(log_alpha).mul_(1 / temperature).sigmoid_()
+    return gates.mul_(zeta - gamma).add_(gamma).clamp_(0, 1)
+
+
+class _Sampled(torch.autograd.Function):
+    """sample(log_alpha, noise); saves the gates only."""
+
+    @staticmethod  # one method, for torch takes 20 µs to call a setup_context
+    def forward(ctx: Any, log_alpha: Tensor, noise: Tensor, temperature: float, gamma: float, zeta: float) -> Tensor:
+        gates = _overwrite(noise.logit(), log_alpha, temperature, gamma, zeta)
+        ctx.constants = temperature, gamma, zeta
+        ctx.save_for_backward(log_alpha, gates)
+        return gates
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        log_alpha, gates = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            gates = _reattach(gates.detach(), log_alpha, *ctx.constants)
+            slope = _slope(gates, *ctx.constants) * grad
+        else:
+            slope = _slope_times(gates, grad, *ctx.constants)
+        return slope.sum_to_size(log_alpha.shape), None, None, None, None
+
+
 class _GatedWeight(torch.autograd.Function):
-    """weight · sample(log_alpha, noise) in the fewest passes over memory; saves the weight and the gates only."""
+    """weight · sample(log_alpha, noise); saves the weight and the gates only."""
 
     @staticmethod
     def forward(
         weight: Tensor, log_alpha: Tensor, noise: Tensor, temperature: float, gamma: float, zeta: float
     ) -> tuple[Tensor, Tensor]:
-        gates = noise.view_as(noise).logit_().add_(log_alpha).mul_(1 / temperature).sigmoid_()
-        gates.mul_(zeta - gamma).add_(gamma).clamp_(0, 1)
+        gates = _overwrite(noise.view_as(noise).logit_(), log_alpha, temperature, gamma, zeta)
         return weight * gates.to(weight.dtype), gates
 
     @staticmethod
@@ -41,10 +73,7 @@ class _GatedWeight(torch.autograd.Function):
         grad_weight = grad * gates.to(grad.dtype) if ctx.needs_input_grad[0] else None
         grad_alpha = None
         if ctx.needs_input_grad[1]:
-            scale = 1 / ((zeta - gamma) * temperature)
-            slope = gates.mul(-scale).add_(scale * (gamma + zeta)).mul_(gates).sub_(scale * gamma * zeta)
-            # hardtanh's backward is the clamp's: zero where the gate is exactly 0 or 1
-            grad_alpha = torch.ops.aten.hardtanh_backward(slope.mul_(grad * weight), gates, 0.0, 1.0)
+            grad_alpha = _slope_times(gates, grad * weight, temperature, gamma, zeta)
         return grad_weight, grad_alpha, None, None, None, None
 
 
@@ -56,10 +85,47 @@ def _reattach(gates: Tensor, log_alpha: Tensor, temperature: float, gamma: float
     return torch.where(inside, gamma + (zeta - gamma) * moved, gates)
 
 
+def _slope_times(gates: Tensor, grad: Tensor, temperature: float, gamma: float, zeta: float) -> Tensor:
+    """``grad`` times dz/dlogα, in two new arrays."""
+    scale = 1 / ((zeta - gamma) * temperature)
+    slope = gates.mul(-scale).add_(scale * (gamma + zeta)).mul_(gates).sub_(scale * gamma * zeta)
+    # hardtanh's backward is the clamp's: zero where the gate is exactly 0 or 1
+    product: Tensor = torch.ops.aten.hardtanh_backward(slope.mul_(grad), gates, 0.0, 1.0)
+    return product
+
+
 def _slope(gates: Tensor, temperature: float, gamma: float, zeta: float) -> Tensor:
     """dz/dlogα as a function of z: (z − γ)(ζ − z)/((ζ − γ)β) inside, 0 at the clamps."""
     slope = (gates - gamma) * (zeta - gates) / ((zeta - gamma) * temperature)
     return torch.where((gates > 0) & (gates < 1), slope, 0.0)
+
+
+def sampled(
+    log_alpha: Tensor,
+    noise: Tensor,
+    temperature: float = TEMPERATURE,
+    gamma: float = GAMMA,
+    zeta: float = ZETA,
+) -> Tensor:
+    """``sample(log_alpha, noise)``, fused.
+
+    Parameters
+    ----------
+    log_alpha : Tensor, float32 or float64
+    noise : Tensor, dtype of ``log_alpha``, its shape or with more axes in front, uniform in [0, 1]
+    temperature, gamma, zeta : float
+
+    Returns
+    -------
+    Tensor, dtype and shape of ``noise``
+
+    Examples
+    --------
+    >>> sampled(torch.tensor([9.0, -9.0]), torch.full((3, 2), 0.5))[0]
+    tensor([1., 0.])
+    """
+    gates: Tensor = _Sampled.apply(log_alpha, noise, temperature, gamma, zeta)  # type: ignore[no-untyped-call]
+    return gates
 
 
 def gated_weight(

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from l0hooks.errors import InvalidValueError, explain, near_names
-from l0hooks.families import Family, FamilyName, make_family
+from l0hooks.families import Family, FamilyName, HardConcreteFamily, make_family
+from l0hooks.fused import is_traced, sampled
 from l0hooks.hard_concrete import GAMMA, ZETA, check_constants
 from l0hooks.noise import Door, NoiseSource
 
@@ -121,7 +122,10 @@ class Gate(nn.Module):
 
     def sample(self, examples: int | None = None) -> Tensor:
         """Gates with the noise of the running forward, differentiable; for each example if ``examples`` is given."""
-        return self.family.sample(self.log_alpha, self.noise(examples), self.temperature)
+        family, noise = self.family, self.noise(examples)
+        if type(family) is HardConcreteFamily and not is_traced():
+            return sampled(self.log_alpha, noise, self.temperature, family.gamma, family.zeta)
+        return family.sample(self.log_alpha, noise, self.temperature)
 
     def value(self, log_alpha: Tensor | None = None) -> Tensor:
         """The test-time gates, differentiable, exactly zero outside :meth:`support`.

@@ -208,15 +208,17 @@ class Door:
         return self.source.open(self.name, recorded=torch.is_grad_enabled())
 
 
-def remove_doors(module: nn.Module) -> None:
-    """Unhook every door from ``module`` (not from its children)."""
-    tables = (module._forward_pre_hooks, module._forward_hooks)
-    for table in tables:
-        for key in [k for k, hook in table.items() if isinstance(_owner_of(hook), Door)]:
+def unhook(module: nn.Module, owner: type | tuple[type, ...]) -> None:
+    """Remove the forward hooks of ``module`` (not of its children) that are methods of an ``owner``."""
+    for table in (module._forward_pre_hooks, module._forward_hooks):
+        for key in [k for k, hook in table.items() if isinstance(_owner_of(hook), owner)]:
             del table[key]
-    module._forward_hooks_always_called = type(module._forward_hooks_always_called)(
-        (k, v) for k, v in module._forward_hooks_always_called.items() if k in module._forward_hooks
-    )
+    for flags, table in (
+        (module._forward_hooks_always_called, module._forward_hooks),
+        (module._forward_pre_hooks_with_kwargs, module._forward_pre_hooks),
+    ):
+        for key in flags.keys() - table.keys():
+            del flags[key]
 
 
 def _owner_of(hook: object) -> object:

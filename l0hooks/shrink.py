@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from l0hooks.coupled import MaskInput
 from l0hooks.errors import StateError, explain
 from l0hooks.penalties import Gated
 from l0hooks.structure import ChannelGroup
@@ -112,15 +111,6 @@ def _cut_modules(
 def rewritten_from(model: nn.Module) -> tuple[list[Cut], tuple[Any, ...]] | None:
     """The cuts and example inputs that a pruned model's graph was rewritten for; None for a model of modules."""
     return _rewritten.get(model)
-
-
-def unhook_masks(model: nn.Module) -> None:
-    """Remove the hooks that draw a mask for each example."""
-    for module in model.modules():
-        hooks = module._forward_pre_hooks
-        for key in [k for k, hook in hooks.items() if isinstance(hook, MaskInput)]:
-            del hooks[key]
-            module._forward_pre_hooks_with_kwargs.pop(key, None)
 
 
 def _repairs(

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from l0hooks.families import HardConcreteFamily
-from l0hooks.fused import gated_weight
+from l0hooks.fused import gated_weight, is_traced
 from l0hooks.gate import Gate, steps_taken
 from l0hooks.layers import GateLayout, Granularity
 
@@ -50,7 +50,7 @@ class Gating(nn.Module):
         if self.training:
             return self._sampled(weight)
         tensors = (weight, *(gate.log_alpha for gate in self.gates))
-        if _is_traced() or any(t.is_inference() for t in tensors):  # no versions to compare
+        if is_traced() or any(t.is_inference() for t in tensors):  # no versions to compare
             return self.fold(weight)
         kept = self._kept.product(self, tensors)
         if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
@@ -111,15 +111,9 @@ class GatedWeight(Gating):
 
     def _sampled(self, weight: Tensor) -> Tensor:
         gate, family = self.gate, self.gate.family
-        if self.layout.pattern is None and type(family) is HardConcreteFamily and not _is_traced():
+        if self.layout.pattern is None and type(family) is HardConcreteFamily and not is_traced():
             return gated_weight(weight, gate.log_alpha, gate.noise(), gate.temperature, family.gamma, family.zeta)
         return super()._sampled(weight)
-
-
-def _is_traced() -> bool:
-    """Whether the plain formulas must run: in a graph being built, or under a torch.func transform."""
-    building = torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
-    return building or torch._C._functorch.maybe_current_level() is not None
 
 
 class _Kept:

@@ -185,6 +185,45 @@ def test_all_readers_share_one_draw_in_a_forward_and_the_next_forward_has_anothe
     assert not torch.equal(drawn[0], drawn[1])
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_one_draw_is_the_same_on_the_input_as_on_the_weight(name):
+    """Many examples: the gates lie on the weights. The same with weights that pretend to be large: on the inputs."""
+    model, x, _ = made(name, BY_STEP)
+    x = x.repeat(40, *[1] * (x.dim() - 1))
+    found = []
+    for pretended in (1, 10**9):
+        for site in iter_sites(model):
+            site.gating.shape = (pretended,)
+        torch.manual_seed(3)
+        model.zero_grad()
+        y = model.train()(x)
+        y.square().sum().backward()
+        found.append([y.detach().clone(), *(p.grad.clone() for p in model.parameters())])
+    for on_weight, on_input in zip(*found, strict=True):
+        torch.testing.assert_close(on_weight, on_input, rtol=1e-4, atol=1e-5 * float(on_weight.abs().max() + 1))
+
+
+def test_a_small_input_carries_the_gates_and_a_large_one_leaves_them_to_the_weight():
+    model = mlp(5, 6, 4)
+    sparsify(model, BY_STEP, example_inputs=(torch.randn(2, 5),))
+    seen = []
+    model[2].register_forward_pre_hook(
+        lambda module, args: seen.append(module.parametrizations.weight[0].call.on_input)
+    )
+    for examples in (4, 5, 400, 1):  # of 6 inputs each; the weight has 24 elements
+        model.train()(torch.randn(examples, 5))
+    assert seen == [True, False, False, True]
+
+
+def test_the_weight_shows_its_gates_again_after_a_call_that_failed():
+    model = mlp(5, 6, 4)
+    sparsify(model, GateSpec(granularity="coupled", init_mean=0.3), example_inputs=(torch.randn(2, 5),))
+    with pytest.raises(RuntimeError, match=r"shapes cannot be multiplied|size of tensor"):
+        model[2](torch.randn(1, 7))
+    dense = model[2].parametrizations.weight.original
+    assert not torch.equal(model.train()[2].weight, dense)
+
+
 def test_a_layer_with_two_names_is_gated_once():
     shared = nn.Linear(6, 6)
     model = nn.Sequential(nn.Linear(5, 6), nn.ReLU(), shared, nn.Tanh(), shared, nn.Tanh(), nn.Linear(6, 3))

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
 from l0hooks import hard_concrete as hc
-from l0hooks.fused import gated_weight
+from l0hooks.fused import gated_weight, sampled
 
 CONSTANTS = [(2 / 3, -0.1, 1.1), (0.25, -0.1, 1.1), (1.5, -0.5, 1.3)]
 # dtypes of the weight and of the gates, and the tolerance the weight's dtype allows
@@ -193,3 +193,42 @@ def test_noise_of_exactly_zero_and_one_closes_and_opens(location: float, tempera
     assert gated.tolist() == [0, 3]
     assert by_weight.tolist() == [0, 1]
     assert by_alpha.tolist() == curvature.tolist() == [0, 0]
+
+
+# --- gates alone ------------------------------------------------------------------------------------------------------
+
+
+@all_constants
+@pytest.mark.parametrize("examples", [(), (5,)], ids=["one draw", "one for each example"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_sampled_gates_and_their_gradients_are_those_of_the_formula(
+    constants: tuple[float, float, float], examples: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    log_alpha = torch.randn(16, 24, dtype=dtype).requires_grad_()
+    noise = torch.rand(*examples, 16, 24, dtype=dtype)
+    before, cotangent = noise.clone(), torch.randn(*examples, 16, 24, dtype=dtype)
+    expected = hc.sample(log_alpha, noise, *constants)
+    ours = sampled(log_alpha, noise, *constants)
+    torch.testing.assert_close(ours, expected)
+    assert torch.equal(noise, before)
+    slopes = [torch.autograd.grad(z, log_alpha, cotangent)[0] for z in (ours, expected)]
+    torch.testing.assert_close(*slopes)
+
+
+@all_constants
+def test_sampled_gates_have_first_and_second_derivatives(constants: tuple[float, float, float]) -> None:
+    log_alpha = torch.randn(4, dtype=torch.float64).requires_grad_()
+    noise = torch.rand(3, 4, dtype=torch.float64) * 0.9 + 0.05
+
+    def gates(location: Tensor) -> Tensor:
+        return sampled(location, noise, *constants).square()
+
+    assert gradcheck(gates, (log_alpha,))
+    assert gradgradcheck(gates, (log_alpha,))
+
+
+def test_sampling_saves_the_gates_and_nothing_else() -> None:
+    log_alpha = torch.randn(64, 64).requires_grad_()
+    with packed() as saved:
+        gates = sampled(log_alpha, torch.rand(64, 64))
+    assert storage_bytes(saved, (log_alpha,)) == gates.nbytes
