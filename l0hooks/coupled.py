@@ -20,6 +20,10 @@ from l0hooks.weights import Gating
 Count = Callable[[int], Any]
 
 
+def _none(group: int) -> int:
+    return 0
+
+
 @dataclass(frozen=True)
 class CoupledPlan:
     """The groups that were gated together, and what their members cost.
@@ -46,29 +50,36 @@ class CoupledPlan:
                     found.setdefault(site.names, []).append((number, site))
         return found
 
-    def parameters(self, kept: Count, without: AbstractSet[str] = frozenset()) -> Any:
+    def parameters(self, kept: Count, without: AbstractSet[str] = frozenset(), *, variance: Count = _none) -> Any:
         """Parameters that stay in the tensors the groups run through, when ``kept(g)`` members of group g do.
 
-        A tensor's share is the product of what stays along its axes; with expected numbers this is the expectation for
-        independent groups. Parameters named in ``without`` are not counted.
+        A tensor's share is the product of what stays along its axes. With expected numbers, and their variances, it is
+        the expectation for independent members. Parameters named in ``without`` are not counted.
         """
-        return sum(self._elements(sites, kept) for sites in self.tensors(without).values())
+        return sum(self._elements(sites, kept, variance) for sites in self.tensors(without).values())
 
-    def macs(self, kept: Count, without: AbstractSet[str] = frozenset()) -> Any:
+    def macs(self, kept: Count, without: AbstractSet[str] = frozenset(), *, variance: Count = _none) -> Any:
         """The same in multiply-adds of the layers among them."""
         return sum(
-            self.positions[names[0]] * self._elements(sites, kept)
+            self.positions[names[0]] * self._elements(sites, kept, variance)
             for names, sites in self.tensors(without).items()
             if names[0] in self.positions
         )
 
-    def _elements(self, sites: Sequence[tuple[int, GroupSite]], kept: Count) -> Any:
+    def _elements(self, sites: Sequence[tuple[int, GroupSite]], kept: Count, variance: Count) -> Any:
         axes: list[Any] = list(sites[0][1].shape)
+        width: dict[int, dict[int, int]] = {}  # of each group along each axis
         for number, site in sites:
+            width.setdefault(number, {})[site.axis] = site.indices.shape[1]
             axes[site.axis] = axes[site.axis] - site.indices.shape[1] * (self.groups[number].size - kept(number))
-        total = axes[0]
-        for length in axes[1:]:
+        total = 1
+        for length in axes:
             total = total * length
+        for number, along in width.items():
+            if len(along) > 1:  # the group lies on both axes of a square: E[k²] = E[k]² + Var[k]
+                one, other = along
+                rest = math.prod(n for axis, n in enumerate(sites[0][1].shape) if axis not in along)
+                total = total + along[one] * along[other] * variance(number) * rest
         return total
 
 

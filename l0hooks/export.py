@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any, Literal, overload
 
 import torch
 from torch import nn
 
+from l0hooks.comparison import Comparison
 from l0hooks.coupled import MaskInput
 from l0hooks.errors import SpecError, StateError, explain
 from l0hooks.noise import Door, unhook
 from l0hooks.penalties import iter_gated
-from l0hooks.shrink import batches, difference, members_that_stay, outputs, shrink, tolerance
+from l0hooks.shrink import members_that_stay, shrink
 from l0hooks.summary import Summary, summary
 from l0hooks.weights import Site, iter_sites, parametrization_lists, remove_gates
 
@@ -98,26 +99,25 @@ def prune(
     _check(model, sparse_format, block_size)
     _check_coupled(model, example_inputs, inplace=inplace)
     report = summary(model, example_inputs=example_inputs)
-    inputs = [] if example_inputs is None else list(batches(example_inputs))
-    same = _comparison(outputs(model, inputs), inputs, tolerance(model)) if inputs else None
+    comparison = None if example_inputs is None else Comparison(model, example_inputs)
     groups = members_that_stay(iter_gated(model))
     names = {site.module_name for site in iter_sites(model)}
     target = model if inplace else copy.deepcopy(model)
     _remove_all(list(iter_sites(target)))
     for module in target.modules():
         unhook(module, (Door, MaskInput))
-    if groups and same is not None and example_inputs is not None:
-        target, note = shrink(target, groups, same, example_inputs)
+    if groups and comparison is not None and example_inputs is not None:
+        target, note = shrink(target, groups, comparison, example_inputs)
         report = replace(report, note=note)
     if sparse_format is not None:
         _store_sparse(target, names, sparse_format, block_size)
-    wrong = "" if same is None else same(target)
-    if wrong:
+    wrong = "" if comparison is None else comparison.wrong(target, every_size=not report.note)
+    if comparison is not None and wrong:
         raise StateError(
             explain(
                 "prune",
                 "the pruned model must compute what the gated one computes.",
-                expected=f"a difference of at most {tolerance(model):.1e} of the output's scale",
+                expected=f"a difference of at most {comparison.allowed:.1e} of the output's scale",
                 got=wrong,
                 hint="a model whose evaluation is deterministic",
             )
@@ -196,25 +196,6 @@ def _remove_all(sites: list[Site]) -> None:
     for site in sites:
         remove_gates(site, folded=site.weight.data_ptr() in done)
         done.add(site.weight.data_ptr())
-
-
-def _comparison(
-    expected: Sequence[Any], inputs: Sequence[tuple[Any, ...]], allowed: float
-) -> Callable[[nn.Module], str]:
-    """Whether a model computes ``expected`` for ``inputs``: empty if it does, else what is wrong."""
-
-    def same(model: nn.Module) -> str:
-        try:
-            got = outputs(model, inputs)
-        except (RuntimeError, ValueError, TypeError, IndexError, AssertionError) as error:  # sizes do not fit
-            return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-        for a, b in zip(expected, got, strict=True):
-            gap = difference(a, b)
-            if not gap <= allowed:  # nor if it is NaN
-                return f"a difference of {gap:.1e} of the output's scale"
-        return ""
-
-    return same
 
 
 def _store_sparse(

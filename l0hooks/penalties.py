@@ -38,10 +38,13 @@ class Coupled:
         """The group itself."""
         return self.plan.groups[self.number]
 
-    def expected(self, count: Callable[[Callable[[int], Tensor]], Any]) -> Tensor | float:
+    def expected(self, count: Callable[..., Any]) -> Tensor | float:
         """The expected cost of the whole plan, told by its first group."""
-        keep = [gate.expected_l0() for gate in self.gates]
-        cost: Tensor | float = count(keep.__getitem__) if self.number == 0 else 0.0
+        if self.number:
+            return 0.0
+        keep = [gate.keep_prob() for gate in self.gates]
+        mean, variance = [p.sum() for p in keep], [(p * (1 - p)).sum() for p in keep]
+        cost: Tensor | float = count(mean.__getitem__, variance=variance.__getitem__)
         return cost
 
 

@@ -5,20 +5,18 @@ from __future__ import annotations
 import copy
 import itertools
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor, nn
-from torch.utils import _pytree as pytree
+from torch import nn
 
+from l0hooks.comparison import Comparison
 from l0hooks.errors import StateError, explain
 from l0hooks.penalties import Gated
 from l0hooks.structure import ChannelGroup
 from l0hooks.structure.rewrite import rewrite
 from l0hooks.structure.surgery import Bools, Cut, apply_cuts, plan_cuts
-from l0hooks.tracing import evaluating
 
 _rewritten: weakref.WeakKeyDictionary[nn.Module, tuple[list[Cut], tuple[Any, ...]]] = weakref.WeakKeyDictionary()
 _MOST_NAMES = 8  # of attributes tried in a repair: 2^8 evaluations at the most
@@ -39,7 +37,7 @@ def members_that_stay(gated: Iterable[Gated]) -> list[tuple[ChannelGroup, Bools]
 def shrink(
     model: nn.Module,
     groups: Sequence[tuple[ChannelGroup, Bools]],
-    same: Callable[[nn.Module], str],
+    comparison: Comparison,
     example_inputs: Sequence[Any],
 ) -> tuple[nn.Module, str]:
     """A copy of ``model`` cut down to the members that stay: its own modules if they can be, else its exported graph.
@@ -49,8 +47,9 @@ def shrink(
     model : nn.Module
         Plain, its closed members multiplied with zero wherever they are read; not changed.
     groups : sequence of (ChannelGroup, bool array)
-    same : callable
-        Empty if a model computes what it should, else how it does not.
+    comparison : Comparison
+        With what the gated model computes; for an exported graph, which is free in its batch size alone, on inputs of
+        the examples' size only.
     example_inputs : sequence
 
     Returns
@@ -65,17 +64,20 @@ def shrink(
     """
     cuts = plan_cuts(groups)
     small = copy.deepcopy(model)
-    wrong = _cut_modules(small, cuts, groups, same)
+    wrong = _cut_modules(small, cuts, groups, comparison)
     if not wrong:
         return small, ""
     try:
         small = rewrite(model, cuts, example_inputs)
-        failed = same(small)
+        failed = comparison.wrong(small, every_size=False)
     except StateError as error:
         failed = str(error)
     if not failed:
         _rewritten[small] = cuts, tuple(example_inputs)
-        return small, f"a GraphModule for evaluation, because the model's own code holds sizes by hand ({wrong})"
+        return small, (
+            "a GraphModule for evaluation and inputs of the examples' size (batches of any), because the model's own"
+            f" code holds sizes by hand ({wrong})"
+        )
     raise StateError(
         explain(
             "prune",
@@ -90,18 +92,18 @@ def _cut_modules(
     model: nn.Module,
     cuts: Sequence[Cut],
     groups: Sequence[tuple[ChannelGroup, Bools]],
-    same: Callable[[nn.Module], str],
+    comparison: Comparison,
 ) -> str:
     """Cut the modules of ``model`` **in place**, repairing attributes; what is wrong then, empty if nothing is."""
     apply_cuts(model, cuts)
-    wrong = same(model)
+    wrong = comparison.wrong(model)
     if not wrong:
         return ""
     for changes in _repairs(model, groups, cuts):
         old = [(module, name, vars(module)[name]) for module, name, _ in changes]
         for module, name, value in changes:
             vars(module)[name] = value
-        if not same(model):
+        if not comparison.wrong(model):
             return ""
         for module, name, value in old:
             vars(module)[name] = value
@@ -149,42 +151,3 @@ def _owners(model: nn.Module, parameter: str) -> Iterator[nn.Module]:
     while path:
         path = path.rpartition(".")[0]
         yield model.get_submodule(path)
-
-
-def batches(example_inputs: Sequence[Any]) -> Iterator[tuple[Any, ...]]:
-    """The example inputs, and their first example twice over: two batch sizes, where the arguments allow it."""
-    yield tuple(example_inputs)
-    tensors = [t for t in pytree.tree_leaves(tuple(example_inputs)) if isinstance(t, Tensor)]
-    if tensors and all(t.dim() > 0 and len(t) == len(tensors[0]) for t in tensors):
-        count = 3 if len(tensors[0]) == 1 else 1
-
-        def resized(value: Any) -> Any:
-            return value[:1].repeat(count, *([1] * (value.dim() - 1))) if isinstance(value, Tensor) else value
-
-        yield pytree.tree_map(resized, tuple(example_inputs))
-
-
-def outputs(model: nn.Module, inputs: Iterable[tuple[Any, ...]]) -> list[Any]:
-    """What ``model`` computes in evaluation mode for each of ``inputs``."""
-    with evaluating(model):
-        return [model(*arguments) for arguments in inputs]
-
-
-def difference(expected: Any, got: Any) -> float:
-    """The largest difference between tensors of two outputs, as a share of the expected tensor's scale."""
-    largest = 0.0
-    for a, b in zip(pytree.tree_leaves(expected), pytree.tree_leaves(got), strict=True):
-        if isinstance(a, Tensor) and a.is_floating_point() and a.numel():
-            if a.shape != b.shape:
-                return float("inf")
-            scale = max(float(a.nan_to_num(0, 0, 0).abs().max()), torch.finfo(a.dtype).tiny)
-            equal = (a == b) | (a.isnan() & b.isnan())  # infinite where both are: masked logits
-            error = float(torch.where(equal, 0.0, (a - b).abs()).max()) / scale
-            largest = error if error > largest or error != error else largest
-    return largest
-
-
-def tolerance(model: nn.Module) -> float:
-    """What rounding explains: 100 units in the last place of the model's coarsest floating dtype."""
-    dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()} or {torch.float32}
-    return 100 * max(torch.finfo(dtype).eps for dtype in dtypes)

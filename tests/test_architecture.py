@@ -13,7 +13,7 @@ FLOORS = {
     0: ["errors"],
     1: ["hard_concrete", "layers", "noise", "schedules", "extras"],
     2: ["distribution", "families", "fused", "tracing"],
-    3: ["structure", "gate"],
+    3: ["structure", "gate", "comparison"],
     4: ["spec", "weights", "optim"],
     5: ["coupled"],
     6: ["penalties", "coupling"],

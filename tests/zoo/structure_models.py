@@ -659,6 +659,20 @@ class SharedStorage(nn.Module):
         return self.out(F.relu(self.one(self.decoder(F.relu(self.encoder(x))))))
 
 
+@zoo(images(6), "both as a weight and as an activation", neuron=5)
+class WeightShown(nn.Module):
+    """A row of a layer's weight is added to an activation."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.two, self.three = nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(6, 8)
+        self.four, self.out = nn.Linear(16, 5), nn.Linear(5, 3)
+
+    def forward(self, x):
+        x = torch.cat([self.two(F.relu(self.one(x))), self.three(x) + self.two.weight[0]], 1)
+        return self.out(F.relu(self.four(x)))
+
+
 @zoo(images(6), neuron=8 + 7 + 4)
 class InPlace(nn.Module):
     """Activations written into others through views: one neuron of the second layer, half of the third's."""

@@ -1,0 +1,129 @@
+"""What a model computes on examples of more than one size, to hold another model against."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from l0hooks.tracing import evaluating
+
+# what modules raise when sizes do not fit
+_REFUSALS = (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError, AssertionError)
+
+
+class Comparison:
+    """The outputs of a model in evaluation mode: at two batch sizes, and at half the length or size of the examples.
+
+    Other lengths are tried on copies, because some models set their own attributes by what they see.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Not changed.
+    example_inputs : sequence
+        Positional arguments.
+    """
+
+    def __init__(self, model: nn.Module, example_inputs: Sequence[Any]) -> None:
+        self.inputs = list(batches(example_inputs))
+        self.shorter = list(lengths(model, example_inputs))
+        self.expected = self._outputs(model, every_size=True)
+        self.allowed = tolerance(model)
+
+    def wrong(self, model: nn.Module, *, every_size: bool = True) -> str:
+        """Empty if ``model`` computes the same, else how it does not; on all inputs, or on those of the first size."""
+        try:
+            got = self._outputs(model, every_size)
+        except _REFUSALS as error:
+            return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        for a, b in zip(self.expected[: len(got)], got, strict=True):
+            gap = difference(a, b)
+            if not gap <= self.allowed:  # nor if it is NaN
+                return f"a difference of {gap:.1e} of the output's scale"
+        return ""
+
+    def _outputs(self, model: nn.Module, every_size: bool) -> list[Any]:
+        found = outputs(model, self.inputs)
+        return found + outputs(copy.deepcopy(model), self.shorter) if self.shorter and every_size else found
+
+
+def batches(example_inputs: Sequence[Any]) -> Iterator[tuple[Any, ...]]:
+    """The example inputs, and their first example twice over: two batch sizes, where the arguments allow it."""
+    yield tuple(example_inputs)
+    tensors = _tensors_in(example_inputs)
+    if tensors and all(t.dim() > 0 and len(t) == len(tensors[0]) for t in tensors):
+        count = 3 if len(tensors[0]) == 1 else 1
+
+        def resized(value: Any) -> Any:
+            return value[:1].repeat(count, *([1] * (value.dim() - 1))) if isinstance(value, Tensor) else value
+
+        yield pytree.tree_map(resized, tuple(example_inputs))
+
+
+def lengths(model: nn.Module, example_inputs: Sequence[Any]) -> Iterator[tuple[Any, ...]]:
+    """The example inputs at half their sequence length or image size, where ``model`` takes that as the same batch."""
+    tensors = _tensors_in(example_inputs)
+    if not tensors:
+        return
+    model = copy.deepcopy(model)
+    (whole,) = outputs(model, [tuple(example_inputs)])
+    first = tensors[0]
+    for axes in [(1,), (2,)] if first.dim() < 4 else [tuple(range(2, first.dim()))]:
+        if any(axis >= first.dim() or first.shape[axis] < 2 for axis in axes):
+            continue
+        half = pytree.tree_map(functools.partial(_halved, like=first.shape, axes=axes), tuple(example_inputs))
+        try:
+            (shorter,) = outputs(model, [half])
+        except _REFUSALS:  # a model of one length, or an axis of features
+            continue
+        if _batch_of(shorter) == _batch_of(whole):
+            yield half
+
+
+def _halved(value: Any, like: torch.Size, axes: tuple[int, ...]) -> Any:
+    """``value`` cut to half its length along those of ``axes`` where it is as long as ``like``."""
+    if isinstance(value, Tensor):
+        for axis in axes:
+            if value.dim() > axis and value.shape[axis] == like[axis]:
+                value = value.narrow(axis, 0, like[axis] // 2)
+    return value
+
+
+def _batch_of(output: Any) -> list[tuple[int, int]]:
+    return [(t.dim(), len(t)) for t in _tensors_in(output) if t.dim()]
+
+
+def _tensors_in(value: Any) -> list[Tensor]:
+    return [t for t in pytree.tree_leaves(value) if isinstance(t, Tensor)]
+
+
+def outputs(model: nn.Module, inputs: Iterable[tuple[Any, ...]]) -> list[Any]:
+    """What ``model`` computes in evaluation mode for each of ``inputs``."""
+    with evaluating(model):
+        return [model(*arguments) for arguments in inputs]
+
+
+def difference(expected: Any, got: Any) -> float:
+    """The largest difference between tensors of two outputs, as a share of the expected tensor's scale."""
+    largest = 0.0
+    for a, b in zip(pytree.tree_leaves(expected), pytree.tree_leaves(got), strict=True):
+        if isinstance(a, Tensor) and a.is_floating_point() and a.numel():
+            if a.shape != b.shape:
+                return float("inf")
+            scale = max(float(a.nan_to_num(0, 0, 0).abs().max()), torch.finfo(a.dtype).tiny)
+            equal = (a == b) | (a.isnan() & b.isnan())  # infinite where both are: masked logits
+            error = float(torch.where(equal, 0.0, (a - b).abs()).max()) / scale
+            largest = error if error > largest or error != error else largest
+    return largest
+
+
+def tolerance(model: nn.Module) -> float:
+    """What rounding explains: 100 units in the last place of the model's coarsest floating dtype."""
+    dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()} or {torch.float32}
+    return 100 * max(torch.finfo(dtype).eps for dtype in dtypes)
