@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from torch import nn
 
 from l0hooks.structure.labels import squeeze_constant, varies
@@ -251,16 +252,17 @@ def _kind(sites: list[GroupSite], in_attention: bool) -> Kind:
 
 
 def _frozen(tracer: Tracer, group_of: Ints) -> Iterator[FrozenChannels]:
-    """Layers none of whose outputs can be removed, by reason."""
+    """Layers whose outputs cannot be removed, all or some of them, by reason."""
     by_reason: dict[str, list[str]] = {}
     for parameter in tracer.parameters:
         if not parameter.read_axis:
             continue
         for axis, labels in enumerate(parameter.axes[:2]):
-            roots = tracer.classes.roots(labels)
-            if axis not in parameter.read_axis and (group_of[roots.numpy()] < 0).all():
+            stuck = torch.from_numpy(group_of[tracer.classes.roots(labels).numpy()] < 0)
+            if axis not in parameter.read_axis and stuck.any():
                 name = parameter.names[0].rpartition(".")[0] or parameter.names[0]
-                by_reason.setdefault(tracer.why(labels), []).append(name)
+                part = "" if stuck.all() else f" ({int(stuck.sum())} of {len(stuck)})"
+                by_reason.setdefault(tracer.why(labels[stuck]), []).append(name + part)
     for reason, modules in by_reason.items():
         yield FrozenChannels(tuple(modules), reason)
 
