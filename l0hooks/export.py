@@ -14,6 +14,7 @@ from l0hooks.errors import SpecError, StateError, explain
 from l0hooks.noise import remove_doors
 from l0hooks.penalties import iter_gated
 from l0hooks.shrink import batches, difference, members_that_stay, outputs, shrink, tolerance, unhook_masks
+from l0hooks.structure.failure import OUT_OF_MEMORY
 from l0hooks.summary import Summary, summary
 from l0hooks.weights import Site, iter_sites, parametrization_lists, remove_gates
 
@@ -107,7 +108,8 @@ def prune(
         remove_doors(module)
     unhook_masks(target)
     if groups and same is not None and example_inputs is not None:
-        target, note = shrink(target, groups, same, example_inputs)
+        declared = any(one.coupled.plan.declared for one in iter_gated(model) if one.coupled)
+        target, note = shrink(target, groups, same, example_inputs, declared=declared)
         report = replace(report, note=note)
     if sparse_format is not None:
         _store_sparse(target, names, sparse_format, block_size)
@@ -206,7 +208,9 @@ def _comparison(
     def same(model: nn.Module) -> str:
         try:
             got = outputs(model, inputs)
-        except (RuntimeError, ValueError, TypeError, IndexError, AssertionError) as error:  # sizes do not fit
+        except OUT_OF_MEMORY:
+            raise
+        except Exception as error:  # noqa: BLE001  # where sizes do not fit, a model's own code can raise anything
             return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
         for a, b in zip(expected, got, strict=True):
             gap = difference(a, b)

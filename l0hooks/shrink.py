@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from l0hooks.coupled import MaskInput
-from l0hooks.errors import StateError, explain
+from l0hooks.errors import StateError, UnsupportedModuleError, explain
 from l0hooks.penalties import Gated
 from l0hooks.structure import ChannelGroup
 from l0hooks.structure.rewrite import rewrite
@@ -42,6 +42,8 @@ def shrink(
     groups: Sequence[tuple[ChannelGroup, Bools]],
     same: Callable[[nn.Module], str],
     example_inputs: Sequence[Any],
+    *,
+    declared: bool = False,
 ) -> tuple[nn.Module, str]:
     """A copy of ``model`` cut down to the members that stay: its own modules if they can be, else its exported graph.
 
@@ -53,6 +55,8 @@ def shrink(
     same : callable
         Empty if a model computes what it should, else how it does not.
     example_inputs : sequence
+    declared : bool
+        Whether groups were given by hand: prove first that nothing else reads their closed members.
 
     Returns
     -------
@@ -62,18 +66,24 @@ def shrink(
     Raises
     ------
     StateError
-        If neither computes what it should.
+        If neither computes what it should, or something reads closed members.
     """
     cuts = plan_cuts(groups)
     small = copy.deepcopy(model)
+    if declared:
+        _refuse_read_members(small, groups, same)
     wrong = _cut_modules(small, cuts, groups, same)
     if not wrong:
         return small, ""
+    hint = "exclude the group: sparsify(model, 'coupled', exclude=...)"
     try:
         small = rewrite(model, cuts, example_inputs)
         failed = same(small)
     except StateError as error:
-        failed = str(error)
+        failed = _in_one_line(error)
+    except UnsupportedModuleError as error:
+        failed = _in_one_line(error)
+        hint = f"sizes that the code takes from its layers; every layer in declare_group; or {hint}"
     if not failed:
         _rewritten[small] = cuts, tuple(example_inputs)
         return small, f"a GraphModule for evaluation, because the model's own code holds sizes by hand ({wrong})"
@@ -82,9 +92,51 @@ def shrink(
             "prune",
             "the smaller model must compute what the gated one computes.",
             got=f"as modules: {wrong}; as a graph: {failed}",
-            hint="exclude the group: sparsify(model, 'coupled', exclude=...)",
+            hint=hint,
         )
     )
+
+
+def _refuse_read_members(
+    model: nn.Module, groups: Sequence[tuple[ChannelGroup, Bools]], same: Callable[[nn.Module], str]
+) -> None:
+    """Fill what will be cut with noise, **in place**: if that shows, something reads it that no gate closes.
+
+    A closed member may happen to be zero on all example inputs; cutting it would then look right.
+    """
+    for sign in (1.0, -1.0):  # what one draw leaves below a ReLU, the other lifts above it
+        _fill(model, groups, sign)
+        wrong = same(model)
+        if wrong:
+            raise StateError(
+                explain(
+                    "prune",
+                    "closed members must be irrelevant, whatever they hold.",
+                    got=f"{wrong} with other numbers in them",
+                    hint="name every layer that reads the group in declare_group(inputs=...); leave the group out if "
+                    "anything else does; example inputs on which evaluation is deterministic",
+                )
+            )
+
+
+@torch.no_grad()
+def _fill(model: nn.Module, groups: Sequence[tuple[ChannelGroup, Bools]], sign: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    for group, stays in groups:
+        for site in group.sites:
+            if site.reads or site.buffer or stays.all():
+                continue
+            path, _, name = site.names[0].rpartition(".")
+            tensor = model.get_submodule(path).get_parameter(name)
+            dead = torch.from_numpy(site.indices[~stays].reshape(-1)).to(tensor.device)
+            shape = [len(dead) if d == site.axis else n for d, n in enumerate(tensor.shape)]
+            noise = torch.randn(shape, generator=generator, dtype=torch.float32)
+            tensor.index_copy_(site.axis, dead, (sign * noise).to(tensor))
+
+
+def _in_one_line(error: Exception) -> str:
+    """A message without its hint."""
+    return " ".join(str(error).partition("\n  try:")[0].split())
 
 
 def _cut_modules(
@@ -183,7 +235,12 @@ def outputs(model: nn.Module, inputs: Iterable[tuple[Any, ...]]) -> list[Any]:
 def difference(expected: Any, got: Any) -> float:
     """The largest difference between tensors of two outputs, as a share of the expected tensor's scale."""
     largest = 0.0
-    for a, b in zip(pytree.tree_leaves(expected), pytree.tree_leaves(got), strict=True):
+    wanted, found = ([_as_tensor(v) for v in pytree.tree_leaves(output)] for output in (expected, got))
+    if len(wanted) != len(found):
+        return float("inf")
+    for a, b in zip(wanted, found, strict=True):
+        if isinstance(a, Tensor) and not isinstance(b, Tensor):
+            return float("inf")
         if isinstance(a, Tensor) and a.is_floating_point() and a.numel():
             if a.shape != b.shape:
                 return float("inf")
@@ -192,6 +249,11 @@ def difference(expected: Any, got: Any) -> float:
             error = float(torch.where(equal, 0.0, (a - b).abs()).max()) / scale
             largest = error if error > largest or error != error else largest
     return largest
+
+
+def _as_tensor(value: Any) -> Any:
+    """Numbers and arrays as tensors; anything else as it is."""
+    return torch.as_tensor(value) if isinstance(value, (float, np.ndarray, np.floating)) else value
 
 
 def tolerance(model: nn.Module) -> float:
