@@ -142,7 +142,10 @@ def _given(where: str, indices: Any, length: int) -> Ints | None:
     """Indices as they were given, checked against the axis, ascending within a member."""
     if indices is None:
         return None
-    got = np.asarray(indices.detach().cpu() if isinstance(indices, Tensor) else indices)
+    try:
+        got = np.asarray(indices.detach().cpu() if isinstance(indices, Tensor) else indices)
+    except ValueError as error:
+        raise _refusal(where, "indices are an integer array of shape (members, width).", "ragged rows") from error
     if got.ndim != 2 or got.dtype.kind not in "iu" or not got.size:
         raise _refusal(
             where,
@@ -162,9 +165,9 @@ def _size(places: Sequence[_Place], size: int | None) -> int:
     if size is None:
         whole = [p.norm_groups for p in places if p.norm_groups is not None and p.given is None]
         size = math.gcd(first.length, *whole) if first.given is None else len(first.given)
-    if not isinstance(size, int) or isinstance(size, bool) or size < 2:
+    if not isinstance(size, (int, np.integer)) or isinstance(size, bool) or size < 2:
         raise _refusal("size", "a group has at least two members.", repr(size))
-    return size
+    return int(size)
 
 
 def _axes(places: Iterable[_Place], size: int) -> dict[tuple[str, int], tuple[Ints, bool]]:
@@ -173,12 +176,10 @@ def _axes(places: Iterable[_Place], size: int) -> dict[tuple[str, int], tuple[In
     for place in places:
         indices = _indices(place, size)
         for key in place.axes:
-            if key in found:
-                before = found[key][0]
-                if np.intersect1d(before, indices).size:
-                    raise _refusal(repr(place.name), "a layer is named once, or with other indices.", "an index twice")
-                indices = np.sort(np.concatenate([before, indices], axis=1), axis=1)
-            found[key] = indices, place.reads
+            before = found[key][0] if key in found else indices[:, :0]
+            if np.intersect1d(before, indices).size:
+                raise _refusal(repr(place.name), "a layer is named once, or with other indices.", "an index twice")
+            found[key] = np.sort(np.concatenate([before, indices], axis=1), axis=1), place.reads
     return found
 
 
@@ -204,7 +205,7 @@ def _indices(place: _Place, size: int) -> Ints:
                 repr(place.name),
                 "a member must be whole groups of a GroupNorm, which mixes the channels of a group.",
                 f"{place.norm_groups} groups of {together.shape[1]} channels, {size} members",
-                f"size={math.gcd(size, place.norm_groups)}",
+                f"size={whole}" if (whole := math.gcd(size, place.norm_groups)) > 1 else None,
             )
     return indices
 
