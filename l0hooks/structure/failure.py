@@ -75,7 +75,7 @@ def _place(model: nn.Module, error: Exception) -> tuple[str, str]:
             running = frame.f_locals.get("self")
             if id(running) in names:
                 module = f"module {names[id(running)]!r}" if names[id(running)] else "the model"
-                module += f", a {type(running).__name__}"
+                module += f": {type(running).__name__}"
             if _is_own(frame):
                 code = frame.f_code
                 text = linecache.getline(code.co_filename, number, frame.f_globals).strip()

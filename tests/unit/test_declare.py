@@ -1,6 +1,7 @@
 """Groups declared by hand: what tracing would find; and which line stopped the export where it cannot."""
 
 import copy
+import itertools
 
 import numpy as np
 import pytest
@@ -251,9 +252,9 @@ class Branching(nn.Module):
         self.fc1, self.fc2 = nn.Linear(6 * 4, 12), nn.Linear(12, 3)
 
     def forward(self, x):
+        if x.mean() > 0:
+            x = x * 2
         h = F.relu(self.norm(self.conv(x)))
-        if h.mean() > 0.1:
-            h = h * 2
         scale = float(np.tanh(x.detach().numpy().std()))
         return self.fc2(torch.tanh(self.fc1(self.next(h).flatten(1)))) * scale
 
@@ -376,12 +377,13 @@ def test_members_that_are_zero_on_the_examples_are_no_proof(bias):
 
 
 class SizedByHand(nn.Module):
-    def __init__(self):
+    def __init__(self, branch=True):
         super().__init__()
+        self.branch = branch
         self.up, self.down = nn.Linear(4, 9), nn.Linear(9, 3)
 
     def forward(self, x):
-        if x.sum() > 1000:
+        if self.branch and x.sum() > 1000:
             return x[:, :3]
         return self.down(F.relu(self.up(x)).view(-1, 9))
 
@@ -389,6 +391,60 @@ class SizedByHand(nn.Module):
 def test_a_size_held_by_hand_in_what_cannot_be_exported_is_said():
     with pytest.raises(StateError, match=r"(?s)as modules: RuntimeError.*as a graph: .*branches on data.*sizes"):
         prune_declared(SizedByHand(), torch.randn(5, 4), outputs="up", inputs="down")
+
+
+def test_a_declared_model_with_sizes_by_hand_becomes_a_graph_where_it_can_be_exported():
+    torch.manual_seed(0)
+    model, x = SizedByHand(False), torch.randn(5, 4)
+    small = prune_declared(model, x, outputs="up", inputs="down")
+    assert isinstance(small, torch.fx.GraphModule)
+    assert small.up.weight.shape == (6, 4)
+    torch.testing.assert_close(small(x), model(x))
+
+
+def mistakes(name):
+    """The declarations of a law with one layer forgotten, or its members in another order."""
+    declarations = LAWS[name][2]
+    for number, role in itertools.product(range(len(declarations)), ("outputs", "through", "inputs")):
+        named = declarations[number].get(role, ())
+        pair = isinstance(named, tuple) and len(named) == 2 and not isinstance(named[1], str)
+        entries = [named] if isinstance(named, str) or pair else list(named)
+        for at, entry in enumerate(entries):
+            changed = [entries[:at] + entries[at + 1 :]]
+            if not isinstance(entry, str):
+                rows = np.asarray(entry[1])
+                changed += [
+                    [*entries[:at], (entry[0], r), *entries[at + 1 :]]
+                    for r in (rows[::-1], rows[[1, 0, *range(2, len(rows))]])
+                ]
+            for other in changed:
+                yield [*declarations[:number], {**declarations[number], role: other}, *declarations[number + 1 :]]
+
+
+@pytest.mark.parametrize("branch", [False, True], ids=["exportable", "not"])
+@pytest.mark.parametrize("name", LAWS)
+def test_a_mistake_is_refused_or_does_not_matter(name, branch):
+    def look(module, args):
+        if branch and args[0].sum() > 1e6:
+            return (args[0] * 2,)
+        return None
+
+    refused = 0
+    for declarations in mistakes(name):
+        torch.manual_seed(0)
+        build, inputs, _ = LAWS[name]
+        model, x = build(), inputs()
+        model.register_forward_pre_hook(look)
+        try:
+            groups = [declare_group(model, **d) for d in declarations]
+            sparsify(model, "coupled", example_inputs=(x,), groups=groups)
+            small = prune(close(model.eval()), example_inputs=(x,))
+        except (SpecError, StateError):
+            refused += 1
+            continue
+        x = inputs()
+        torch.testing.assert_close(small(x), model(x), rtol=0, atol=1e-5)
+    assert refused >= 2
 
 
 class Foreign(nn.Module):
@@ -669,7 +725,7 @@ def test_the_line_that_stopped_the_export_is_named(how):
         lambda: sparsify(model, "coupled", example_inputs=(torch.ones(3, 4),)),
     ):
         with pytest.raises(
-            UnsupportedModuleError, match=f"(?s)torch.export.*{STOPS[how]}.*module '1', a Stopper.*declare_group"
+            UnsupportedModuleError, match=f"(?s)torch.export.*{STOPS[how]}.*module '1': Stopper.*declare_group"
         ):
             call()
     assert all(torch.equal(v, model.state_dict()[k]) for k, v in before.items())
@@ -682,7 +738,7 @@ def test_a_model_that_fails_by_itself_is_told_from_one_that_cannot_be_exported()
     ):
         channel_groups(nn.Sequential(nn.Linear(4, 4), Stopper("own")), (torch.ones(3, 4),))
     with pytest.raises(
-        UnsupportedModuleError, match=r"(?s)itself fails \(module '3', a Linear\); RuntimeError: mat1 and mat2"
+        UnsupportedModuleError, match=r"(?s)itself fails \(module '3': Linear\); RuntimeError: mat1 and mat2"
     ):
         channel_groups(nn.Sequential(*mlp()[:3], nn.Linear(7, 2)), (torch.ones(3, 5),))
 
