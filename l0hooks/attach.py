@@ -45,6 +45,7 @@ def sparsify(
     *,
     example_inputs: Sequence[Any] | None = None,
     exclude: Pattern | Sequence[Pattern] = (),
+    groups: Sequence[ChannelGroup] | None = None,
 ) -> Summary:
     """Attach Hard Concrete gates to weights of ``model``, **in place**; all of them or, on any error, none.
 
@@ -62,6 +63,9 @@ def sparsify(
         Positional arguments of ``model``. The model runs on them once, in evaluation mode, to count multiply-adds.
     exclude : pattern or sequence of patterns
         Modules to leave alone; a name stands for the modules below it too.
+    groups : sequence of ChannelGroup, optional
+        What coupled gates choose from, instead of what tracing the model finds: groups declared by
+        :func:`l0hooks.structure.declare_group`, or a part of :func:`l0hooks.channel_groups`.
 
     Returns
     -------
@@ -72,9 +76,11 @@ def sparsify(
     ------
     SpecError
         If a pattern matches nothing, a weight is gated already, tied to one that is left out, not finite, on the
-        meta device, or not divisible into the blocks asked for.
+        meta device, or not divisible into the blocks asked for; if ``groups`` overlap, do not fit the model, or
+        nothing is coupled.
     UnsupportedModuleError
-        If a pattern names a module without a weight that can carry gates.
+        If a pattern names a module without a weight that can carry gates, or coupled groups are to be found in a
+        model that ``torch.export`` cannot trace.
 
     Examples
     --------
@@ -89,9 +95,9 @@ def sparsify(
     ----------
     Louizos, Welling & Kingma (2018), equation 9.
     """
-    plans, groups = _plan(model, spec, exclude, example_inputs)
+    plans, chosen = _plan(model, spec, exclude, example_inputs, groups)
     positions = None if example_inputs is None else count_positions(model, example_inputs)
-    _attach(model, plans, groups, positions)
+    _attach(model, plans, chosen, positions, declared=groups is not None)
     return summary(model)
 
 
@@ -100,6 +106,7 @@ def _plan(
     spec: Spec,
     exclude: Pattern | Sequence[Pattern],
     example_inputs: Sequence[Any] | None,
+    groups: Sequence[ChannelGroup] | None,
 ) -> tuple[list[_Plan], list[tuple[ChannelGroup, GateSpec]]]:
     """Everything that will be gated, checked; nothing is changed."""
     values = spec if isinstance(spec, Mapping) else {"all": spec}
@@ -122,10 +129,14 @@ def _plan(
     found = list(plans.values())
     _check_tied(model, found)
     if not any(spec.granularity == "coupled" for spec in assigned.values()):
+        if groups is not None:
+            raise SpecError(
+                explain("sparsify", "groups are gated together.", got="no coupled granularity", hint='spec="coupled"')
+            )
         return found, []
-    groups = choose_groups(model, assigned, exclude, example_inputs)
-    _check_readers(model, groups, found)
-    return found, groups
+    chosen = choose_groups(model, assigned, exclude, example_inputs, groups)
+    _check_readers(model, chosen, found)
+    return found, chosen
 
 
 def _check_readers(model: nn.Module, groups: list[tuple[ChannelGroup, GateSpec]], plans: list[_Plan]) -> None:
@@ -274,6 +285,8 @@ def _attach(
     plans: list[_Plan],
     groups: list[tuple[ChannelGroup, GateSpec]],
     positions: Mapping[tuple[int, str], float] | None,
+    *,
+    declared: bool,
 ) -> None:
     """Build every gate, then hang them in; nothing here can fail for the user's input."""
     readers_of = {model.get_submodule(s.module) for group, _ in groups for s in _every_reader(group)}
@@ -306,7 +319,11 @@ def _attach(
         hangings.append((plan.module, plan.tensor_name, gating))
     named = _named_positions(model, positions or {})
     readers = build_readers(
-        model, groups, named, lambda group, spec, module: make((group.size,), spec, module, _device(module))
+        model,
+        groups,
+        named,
+        lambda group, spec, module: make((group.size,), spec, module, _device(module)),
+        declared=declared,
     )
     hangings += [(reader.module, reader.tensor_name, reader.gating) for reader in readers]
     _hang(hangings)

@@ -33,13 +33,18 @@ class CoupledPlan:
     groups : tuple of ChannelGroup
     positions : mapping from parameter name to float
         Multiply-adds per weight in one pass over the example inputs.
+    declared : bool
+        Whether the groups were given by hand, so that no graph says that they are complete.
     """
 
     groups: tuple[ChannelGroup, ...]
     positions: Mapping[str, float] = field(default_factory=dict)
+    declared: bool = False
 
     def __deepcopy__(self, memo: dict[int, object]) -> CoupledPlan:
-        return CoupledPlan(self.groups, self.positions)  # a plan of its own, whose large index arrays are shared
+        return CoupledPlan(
+            self.groups, self.positions, self.declared
+        )  # a plan of its own, whose large index arrays are shared
 
     def tensors(self, without: AbstractSet[str] = frozenset()) -> dict[tuple[str, ...], list[tuple[int, GroupSite]]]:
         """Every parameter that loses members, with its sites and the number of the group each belongs to."""

@@ -7,6 +7,8 @@ from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 from torch import Tensor, nn
 
 from l0hooks.coupled import CoupledPlan, CoupledWeight, MaskInput
@@ -14,7 +16,8 @@ from l0hooks.errors import SpecError, StateError, explain
 from l0hooks.gate import Gate, iter_gates
 from l0hooks.layers import CONVOLUTIONS, TRANSPOSED, is_hugging_face_conv1d
 from l0hooks.spec import GateSpec, Pattern, is_excluded
-from l0hooks.structure import ChannelGroup, channel_groups
+from l0hooks.structure import ChannelGroup, GroupSite, channel_groups
+from l0hooks.structure.ties import Tensors
 
 
 @dataclass(frozen=True)
@@ -33,13 +36,17 @@ def choose_groups(
     assigned: Mapping[str, GateSpec],
     exclude: Pattern | Sequence[Pattern],
     example_inputs: Sequence[Any] | None,
+    groups: Sequence[ChannelGroup] | None = None,
 ) -> list[tuple[ChannelGroup, GateSpec]]:
     """The groups to gate: those that a module with a coupled specification writes or reads, and no excluded one does.
+
+    They are chosen from ``groups`` if these are given, else from what tracing the model finds.
 
     Raises
     ------
     SpecError
-        If there are no example inputs, nothing is left to gate, or a weight reads along two axes.
+        If there are no example inputs, nothing is left to gate, a weight reads along two axes, or ``groups`` do not
+        fit the model.
     StateError
         If the model holds gates already.
     UnsupportedModuleError
@@ -49,7 +56,7 @@ def choose_groups(
         raise SpecError(
             explain(
                 "sparsify",
-                "coupled groups are found by running the model.",
+                "coupled groups are found, or their cost is, by running the model.",
                 got="no example_inputs" if example_inputs is None else "a Tensor, not a tuple of arguments",
                 hint='sparsify(model, "coupled", example_inputs=(x,))',
             )
@@ -59,7 +66,7 @@ def choose_groups(
             explain("sparsify", "coupled gates must be attached first, or in the same call.", got="a gated model")
         )
     chosen = []
-    for group in channel_groups(model, example_inputs):
+    for group in channel_groups(model, example_inputs) if groups is None else check_groups(model, groups):
         modules = list(dict.fromkeys(site.module for site in (*group.writers, *group.readers)))
         specs = [assigned[m] for m in modules if m in assigned and assigned[m].granularity == "coupled"]
         wanted = [s for s in specs if s.kinds is None or group.kind in s.kinds]
@@ -71,11 +78,72 @@ def choose_groups(
                 "sparsify",
                 "at least one coupled group must match.",
                 got="none",
-                hint="print(l0hooks.channel_groups(model, example_inputs)) shows the groups and what is frozen",
+                hint="print(l0hooks.channel_groups(model, example_inputs)) shows the groups and what is frozen"
+                if groups is None
+                else "a specification that means a writer or reader of the groups given",
             )
         )
     _check_axes(group for group, _ in chosen)
     return chosen
+
+
+def check_groups(model: nn.Module, groups: object) -> tuple[ChannelGroup, ...]:
+    """Groups that were given by hand, once it is sure that they fit ``model`` and each other.
+
+    Raises
+    ------
+    SpecError
+        If they are no groups, do not belong to the model, or claim the same channels.
+    """
+    if not isinstance(groups, Sequence) or not all(isinstance(group, ChannelGroup) for group in groups):
+        got = ", ".join(type(g).__name__ for g in groups) if isinstance(groups, Sequence) else type(groups).__name__
+        raise SpecError(
+            explain(
+                "sparsify", "groups are a sequence of ChannelGroup.", got=got, hint="groups=[declare_group(...), ...]"
+            )
+        )
+    tensors = Tensors(model)
+    taken: dict[tuple[str, int], list[tuple[npt.NDArray[np.int64], ChannelGroup]]] = {}
+    for group in groups:
+        for site in group.sites:
+            wrong = _misfit(tensors, group, site)
+            if wrong:
+                raise SpecError(
+                    explain(
+                        f"sparsify: group {group.name!r}",
+                        "groups must have been declared or found in this model.",
+                        got=wrong,
+                        hint="declare_group(model, ...), or a part of channel_groups(model, example_inputs)",
+                    )
+                )
+            for indices, other in taken.setdefault((site.names[0], site.axis), []):
+                if np.intersect1d(indices, site.indices).size:
+                    raise SpecError(
+                        explain(
+                            f"sparsify: {site.names[0]!r}",
+                            "groups must not share channels.",
+                            got=f"axis {site.axis} in {other.name!r} and in {group.name!r}",
+                            hint="one group, or a pair (name, indices) for each",
+                        )
+                    )
+            taken[site.names[0], site.axis].append((site.indices, group))
+    return tuple(groups)
+
+
+def _misfit(tensors: Tensors, group: ChannelGroup, site: GroupSite) -> str:
+    """How a site does not belong to the model; empty if it does."""
+    name = site.names[0]
+    if name not in tensors.by_name:
+        return f"{name!r}, which the model does not have"
+    shape, names = tuple(tensors.by_name[name].shape), tensors.names(name)
+    if shape != site.shape or not 0 <= site.axis < len(shape):
+        return f"{name!r} of shape {site.shape}, axis {site.axis}, where the model has {shape}"
+    if set(names) != set(site.names):
+        return f"{', '.join(site.names)} as one tensor, where the model has {', '.join(names)}"
+    within = site.indices.size and site.indices.min() >= 0 and site.indices.max() < shape[site.axis]
+    if site.indices.ndim != 2 or len(site.indices) != group.size or not within:
+        return f"indices of {name!r} that do not lie in its axis {site.axis} of length {shape[site.axis]}"
+    return "" if len(np.unique(site.indices)) == site.indices.size else f"an index of {name!r} twice"
 
 
 def _check_axes(groups: Iterable[ChannelGroup]) -> None:
@@ -98,9 +166,11 @@ def build_readers(
     chosen: Sequence[tuple[ChannelGroup, GateSpec]],
     positions: Mapping[str, float],
     make_gate: Callable[[ChannelGroup, GateSpec, nn.Module], Gate],
+    *,
+    declared: bool = False,
 ) -> list[Reader]:
     """A parametrization for every weight that reads a chosen group; nothing is attached yet."""
-    plan = CoupledPlan(tuple(group for group, _ in chosen), dict(positions))
+    plan = CoupledPlan(tuple(group for group, _ in chosen), dict(positions), declared)
     members: dict[str, dict[int, Gate]] = {}
     for number, (group, spec) in enumerate(chosen):
         gate = make_gate(group, spec, model.get_submodule(group.readers[0].module))

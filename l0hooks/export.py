@@ -107,11 +107,13 @@ def prune(
     for module in target.modules():
         unhook(module, (Door, MaskInput))
     if groups and comparison is not None and example_inputs is not None:
-        target, note = shrink(target, groups, comparison, example_inputs)
+        declared = any(one.coupled.plan.declared for one in iter_gated(model) if one.coupled)
+        target, note = shrink(target, groups, comparison, example_inputs, declared=declared)
         report = replace(report, note=note)
     if sparse_format is not None:
         _store_sparse(target, names, sparse_format, block_size)
-    wrong = "" if comparison is None else comparison.wrong(target, every_size=not report.note)
+    every_size = not report.note and sparse_format is None  # sparse tensors cannot be copied
+    wrong = "" if comparison is None else comparison.wrong(target, every_size=every_size)
     if comparison is not None and wrong:
         raise StateError(
             explain(

@@ -9,10 +9,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from torch import nn
 
 from l0hooks.comparison import Comparison
-from l0hooks.errors import StateError, explain
+from l0hooks.errors import StateError, UnsupportedModuleError, explain
 from l0hooks.penalties import Gated
 from l0hooks.structure import ChannelGroup
 from l0hooks.structure.rewrite import rewrite
@@ -39,6 +40,8 @@ def shrink(
     groups: Sequence[tuple[ChannelGroup, Bools]],
     comparison: Comparison,
     example_inputs: Sequence[Any],
+    *,
+    declared: bool = False,
 ) -> tuple[nn.Module, str]:
     """A copy of ``model`` cut down to the members that stay: its own modules if they can be, else its exported graph.
 
@@ -51,6 +54,8 @@ def shrink(
         With what the gated model computes; for an exported graph, which is free in its batch size alone, on inputs of
         the examples' size only.
     example_inputs : sequence
+    declared : bool
+        Whether groups were given by hand: prove first that nothing else reads their closed members.
 
     Returns
     -------
@@ -60,18 +65,24 @@ def shrink(
     Raises
     ------
     StateError
-        If neither computes what it should.
+        If neither computes what it should, or something reads closed members.
     """
     cuts = plan_cuts(groups)
     small = copy.deepcopy(model)
+    if declared:
+        _refuse_read_members(small, groups, comparison)
     wrong = _cut_modules(small, cuts, groups, comparison)
     if not wrong:
         return small, ""
+    hint = "exclude the group: sparsify(model, 'coupled', exclude=...)"
     try:
         small = rewrite(model, cuts, example_inputs)
         failed = comparison.wrong(small, every_size=False)
     except StateError as error:
-        failed = str(error)
+        failed = _in_one_line(error)
+    except UnsupportedModuleError as error:
+        failed = _in_one_line(error)
+        hint = f"sizes that the code takes from its layers; every layer in declare_group; or {hint}"
     if not failed:
         _rewritten[small] = cuts, tuple(example_inputs)
         return small, (
@@ -83,9 +94,51 @@ def shrink(
             "prune",
             "the smaller model must compute what the gated one computes.",
             got=f"as modules: {wrong}; as a graph: {failed}",
-            hint="exclude the group: sparsify(model, 'coupled', exclude=...)",
+            hint=hint,
         )
     )
+
+
+def _refuse_read_members(
+    model: nn.Module, groups: Sequence[tuple[ChannelGroup, Bools]], comparison: Comparison
+) -> None:
+    """Fill what will be cut with noise, **in place**: if that shows, something reads it that no gate closes.
+
+    A closed member may happen to be zero on all example inputs; cutting it would then look right.
+    """
+    for sign in (1.0, -1.0):  # what one draw leaves below a ReLU, the other lifts above it
+        _fill(model, groups, sign)
+        wrong = comparison.wrong(model)
+        if wrong:
+            raise StateError(
+                explain(
+                    "prune",
+                    "closed members must be irrelevant, whatever they hold.",
+                    got=f"{wrong} with other numbers in them",
+                    hint="name every layer that reads the group in declare_group(inputs=...); leave the group out if "
+                    "anything else does; example inputs on which evaluation is deterministic",
+                )
+            )
+
+
+@torch.no_grad()
+def _fill(model: nn.Module, groups: Sequence[tuple[ChannelGroup, Bools]], sign: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    for group, stays in groups:
+        for site in group.sites:
+            if site.reads or site.buffer or stays.all():
+                continue
+            path, _, name = site.names[0].rpartition(".")
+            tensor = model.get_submodule(path).get_parameter(name)
+            dead = torch.from_numpy(site.indices[~stays].reshape(-1)).to(tensor.device)
+            shape = [len(dead) if d == site.axis else n for d, n in enumerate(tensor.shape)]
+            noise = torch.randn(shape, generator=generator, dtype=torch.float32)
+            tensor.index_copy_(site.axis, dead, (sign * noise).to(tensor))
+
+
+def _in_one_line(error: Exception) -> str:
+    """A message without its hint."""
+    return " ".join(str(error).partition("\n  try:")[0].split())
 
 
 def _cut_modules(

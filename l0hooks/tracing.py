@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from l0hooks.errors import SpecError, explain
 from l0hooks.layers import EMBEDDINGS, TRANSPOSED, is_gateable
 
+OUT_OF_MEMORY = (MemoryError, torch.OutOfMemoryError)  # no reason to believe that a model is wrong
+
 
 def count_positions(model: nn.Module, example_inputs: Sequence[Any]) -> dict[tuple[int, str], float]:
     """Multiply-adds per weight element in one evaluation pass, keyed by (id of the module, tensor name).

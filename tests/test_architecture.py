@@ -21,7 +21,10 @@ FLOORS = {
     8: ["attach", "export", "serial"],
     9: ["__init__"],
 }
-STRUCTURE = {"labels": 0, "rules": 1, "trace": 2, "groups": 3, "surgery": 4, "rewrite": 5, "__init__": 5}
+STRUCTURE = {
+    **{"labels": 0, "ties": 0, "roles": 0, "failure": 0, "rules": 1, "trace": 2, "groups": 3},
+    **{"declare": 4, "surgery": 4, "rewrite": 5, "__init__": 5},
+}
 FLOOR_OF = {room: floor for floor, rooms in FLOORS.items() for room in rooms}
 
 

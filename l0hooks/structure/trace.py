@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from l0hooks.errors import UnsupportedModuleError, explain
+from l0hooks.structure.failure import export_failure
 from l0hooks.structure.labels import Classes, compress, constant, squeeze_constant, squeeze_other, varies
 from l0hooks.structure.rules import FILLED, POINTWISE, RULES, first_of, name_of, shape_of
-from l0hooks.tracing import evaluating
+from l0hooks.structure.ties import memory_of
+from l0hooks.tracing import OUT_OF_MEMORY, evaluating
 
 
 @dataclass
@@ -244,7 +245,7 @@ class Tracer:
                     tied[key] = Parameter([], tensor.shape, node.name in buffers)
                     self.parameters.append(tied[key])
                     if placed:
-                        memory.append((*_memory(tensor), tied[key]))
+                        memory.append((*memory_of(tensor), tied[key]))
                 tied[key].names.append(str(name))
                 self.values[node] = Reference(tied[key], tuple(range(tensor.dim())))
             else:
@@ -384,16 +385,10 @@ def export_and_trace(model: nn.Module, example_inputs: Sequence[Any]) -> tuple[t
     with evaluating(model):
         try:
             program = torch.export.export(model, tuple(example_inputs), strict=False)
-        except (RuntimeError, ValueError, TypeError, AssertionError, NotImplementedError) as error:
-            first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-            raise UnsupportedModuleError(
-                explain(
-                    "channel_groups",
-                    "torch.export must be able to trace the model.",
-                    got=f"{type(error).__name__}: {first}",
-                    hint="example inputs of the usual kind; declare groups by hand where the model branches on data",
-                )
-            ) from error
+        except OUT_OF_MEMORY:
+            raise
+        except Exception as error:
+            raise export_failure(model, example_inputs, error) from error
         return program, Tracer(program)
 
 
@@ -417,12 +412,6 @@ def _has_shape(node: fx.Node) -> bool:
 
 def _is_mutable(node: fx.Node) -> bool:
     return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
-
-
-def _memory(tensor: Tensor) -> tuple[int, int]:
-    """The first address of a tensor, and the first one after it."""
-    span = sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True)) + 1
-    return tensor.data_ptr(), tensor.data_ptr() + span * tensor.element_size()
 
 
 def _reason(node: fx.Node, reason: str) -> str:

@@ -1,0 +1,68 @@
+"""The tensors of a model by name, and which of them are one memory."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+
+class Tensors:
+    """Initialised parameters and floating buffers under every name they have, in the order of the model's state.
+
+    Attributes
+    ----------
+    by_name : dict from str to Tensor
+        Parameters first, then buffers.
+    buffers : frozenset of str
+        Which of them are buffers.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        lazy = (nn.parameter.UninitializedParameter, nn.parameter.UninitializedBuffer)
+        parameters = {n: p for n, p in model.named_parameters(remove_duplicate=False) if not isinstance(p, lazy)}
+        buffers = {
+            n: b
+            for n, b in model.named_buffers(remove_duplicate=False)
+            if not isinstance(b, lazy) and b.is_floating_point()
+        }
+        self.by_name: dict[str, Tensor] = {**parameters, **buffers}
+        self.buffers = frozenset(buffers)
+        self._tied: dict[tuple[Any, ...], list[str]] = {}
+        for name, tensor in self.by_name.items():
+            self._tied.setdefault(same_tensor(tensor), []).append(name)
+
+    def names(self, name: str) -> tuple[str, ...]:
+        """All names of a tensor: more than one if it is tied."""
+        return tuple(self._tied[same_tensor(self.by_name[name])])
+
+    def overlapping(self, name: str) -> str | None:
+        """Another tensor that shares memory with this one in another shape: its transpose, or a part."""
+        tensor = self.by_name[name]
+        if not _is_placed(tensor):
+            return None
+        first, after = memory_of(tensor)
+        for other, (example, *_) in self._tied.items():
+            found = self.by_name[example]
+            if other != same_tensor(tensor) and _is_placed(found) and found.device == tensor.device:
+                start, end = memory_of(found)
+                if start < after and first < end:
+                    return example
+        return None
+
+
+def same_tensor(tensor: Tensor) -> tuple[Any, ...]:
+    """A key that is equal for tensors that are one: the same memory, seen alike."""
+    if not _is_placed(tensor):
+        return (id(tensor),)
+    return tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride()
+
+
+def memory_of(tensor: Tensor) -> tuple[int, int]:
+    """The first address of a tensor, and the first one after it."""
+    span = sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True)) + 1
+    return tensor.data_ptr(), tensor.data_ptr() + span * tensor.element_size()
+
+
+def _is_placed(tensor: Tensor) -> bool:
+    return tensor.numel() > 0 and not tensor.is_meta
