@@ -11,9 +11,12 @@ import torch
 from torch import nn
 
 from l0hooks.errors import SpecError, StateError, explain
+from l0hooks.folding import Closed, after_cuts, closed_channels, cut_closed
 from l0hooks.noise import remove_doors
 from l0hooks.penalties import iter_gated
 from l0hooks.shrink import batches, difference, members_that_stay, outputs, shrink, tolerance, unhook_masks
+from l0hooks.structure import ChannelGroup
+from l0hooks.structure.surgery import Bools
 from l0hooks.summary import Summary, summary
 from l0hooks.weights import Site, iter_sites, parametrization_lists, remove_gates
 
@@ -56,18 +59,23 @@ def prune(
     """A plain model that computes what the gated one computes in evaluation: weight ← weight · test-time gate.
 
     The result holds no parametrization, hook or class of l0hooks: it pickles, scripts, exports and loads wherever
-    the original did. Weights whose gate is closed are exact zeros.
+    the original did. Weights whose gate is closed are exact zeros. With ``example_inputs``, channels whose gates are
+    closed are cut out where that changes nothing: coupled ones always, those of single layers (gates on whole input or
+    output channels, kernels or blocks) where the layers that read them permit it. The others stay as zeros, and the
+    report's ``note`` says which and why.
 
     Parameters
     ----------
     model : nn.Module
         Not changed unless ``inplace``.
     example_inputs : sequence, optional
-        Positional arguments; if given, the outputs of both models are compared on them in evaluation mode.
+        Positional arguments; if given, closed channels are cut out, and the outputs of both models are compared on
+        them in evaluation mode.
     inplace : bool
-        Prune ``model`` itself, without a copy; its parameters stay the same objects.
+        Prune ``model`` itself, without a copy; its parameters stay the same objects, and nothing is cut out.
     sparse_format : "csr" or "bsr", optional
-        Store the weights of plain Linear layers (float32 or float64) as sparse tensors.
+        Store the weights of plain Linear layers (float32 or float64) as sparse tensors; channels of single layers are
+        not cut out then.
     block_size : (int, int)
         Of ``"bsr"``; layers that it does not divide stay dense.
     return_report : bool
@@ -101,13 +109,15 @@ def prune(
     same = _comparison(outputs(model, inputs), inputs, tolerance(model)) if inputs else None
     groups = members_that_stay(iter_gated(model))
     names = {site.module_name for site in iter_sites(model)}
+    cutting = not inplace and sparse_format is None
+    closed = closed_channels(iter_sites(model)) if cutting else {}
     target = model if inplace else copy.deepcopy(model)
     _remove_all(list(iter_sites(target)))
     for module in target.modules():
         remove_doors(module)
     unhook_masks(target)
-    if groups and same is not None and example_inputs is not None:
-        target, note = shrink(target, groups, same, example_inputs)
+    if same is not None and example_inputs is not None:
+        target, note = _smaller(target, groups, closed, same, example_inputs)
         report = replace(report, note=note)
     if sparse_format is not None:
         _store_sparse(target, names, sparse_format, block_size)
@@ -188,6 +198,24 @@ def _check_coupled(model: nn.Module, example_inputs: Sequence[Any] | None, *, in
         raise StateError(
             explain("prune", "a model with coupled gates is cut in a copy.", got="inplace=True", hint="inplace=False")
         )
+
+
+def _smaller(
+    target: nn.Module,
+    groups: Sequence[tuple[ChannelGroup, Bools]],
+    closed: Closed,
+    same: Callable[[nn.Module], str],
+    example_inputs: Sequence[Any],
+) -> tuple[nn.Module, str]:
+    """``target`` without the members that coupled gates and then gates on single layers have closed, and a remark."""
+    note = ""
+    if groups:
+        target, note = shrink(target, groups, same, example_inputs)
+        if note and closed:
+            return target, f"{note}; channels that gates on single layers closed stay as zeros in it"
+        closed = after_cuts(closed, groups)
+    target, remark = cut_closed(target, closed, same, example_inputs)
+    return target, note or remark
 
 
 def _remove_all(sites: list[Site]) -> None:

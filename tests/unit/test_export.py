@@ -96,7 +96,10 @@ def test_a_pruned_model_computes_what_the_gated_one_evaluates(close_gates, granu
     pruned = prune(model, example_inputs=(torch.randn(CNN_INPUT),))
     for batch in (1, 5):
         x = torch.randn(batch, *CNN_INPUT[1:])
-        assert torch.equal(pruned(x), model(x))
+        if granularity == "output":  # it is smaller, and smaller sums round otherwise
+            torch.testing.assert_close(pruned(x), model(x))
+        else:
+            assert torch.equal(pruned(x), model(x))
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -252,7 +255,7 @@ def test_the_dtype_is_kept(close_gates, dtype):
     x = torch.randn(3, 8, dtype=dtype)
     pruned = prune(model, example_inputs=(x,))
     assert pruned[0].weight.dtype == dtype
-    assert torch.equal(pruned.eval()(x), model.eval()(x))
+    torch.testing.assert_close(pruned.eval()(x), model.eval()(x))  # a smaller sum rounds otherwise
 
 
 def test_the_memory_format_is_kept(close_gates):
