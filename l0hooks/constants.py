@@ -24,7 +24,7 @@ Way = Literal["taint", "random", "plain"]
 _STANDARD = (nn.Linear, *CONVOLUTIONS, *TRANSPOSED, *EMBEDDINGS)
 _FAILURES = (RuntimeError, ValueError, TypeError, IndexError, AssertionError, ArithmeticError)
 _ROUNDING = 8  # units in the last place by which one constant may differ between positions: means of many, odd lanes
-_SPREAD = 10.0  # of the random numbers
+_DECADES = -2.0, 4.0  # the scales of the random numbers: below and above what a model may compare with
 
 
 def constant_inputs(model: nn.Module, example_inputs: Sequence[Any]) -> dict[str, Tensor]:
@@ -54,20 +54,15 @@ def constant_inputs(model: nn.Module, example_inputs: Sequence[Any]) -> dict[str
     """
     probe = copy.deepcopy(model)
     watches = {name: _Watch(m) for name, m in probe.named_modules() if is_standard(m)}
-    runs: list[tuple[Way, Callable[[Any], Any]]] = [
-        *(("taint", change) for change in (_with_other_integers, _with_nan)),
-        *(("random", change) for change in (_with_noise, _with_noise)),
-        ("plain", lambda value: value),
-    ]
     with ExitStack() as stack:
         for watch in watches.values():
             stack.callback(watch.module.register_forward_hook(watch, with_kwargs=True, prepend=True).remove)
         stack.enter_context(evaluating(probe))
         stack.enter_context(slow_attention())
         try:
-            for way, change in runs:
+            for way, change in _RUNS:
                 for watch in watches.values():
-                    watch.begin(way)
+                    watch.begin(way, change)
                 probe(*pytree.tree_map(change, tuple(example_inputs)))
         except _FAILURES:
             return {}
@@ -99,7 +94,29 @@ def _with_other_integers(value: Any) -> Any:
 
 
 def _with_noise(value: Any) -> Any:
-    return torch.randn_like(value) if isinstance(value, Tensor) and value.is_floating_point() else value
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        return value
+    low, high = _DECADES
+    return torch.randn_like(value) * 10 ** (low + (high - low) * torch.rand_like(value))
+
+
+def _positive(value: Any) -> Any:
+    return _with_noise(value).abs() if isinstance(value, Tensor) and value.is_floating_point() else value
+
+
+def _negative(value: Any) -> Any:
+    return -_positive(value) if isinstance(value, Tensor) and value.is_floating_point() else value
+
+
+def _unchanged(value: Any) -> Any:
+    return value
+
+
+_RUNS: tuple[tuple[Way, Callable[[Any], Any]], ...] = (
+    *(("taint", change) for change in (_with_other_integers, _with_nan)),
+    *(("random", change) for change in (_positive, _negative, *[_with_noise] * 6)),
+    ("plain", _unchanged),
+)
 
 
 class _Watch:
@@ -118,6 +135,7 @@ class _Watch:
         self.high: Tensor | None = None
         self._eps = 0.0
         self._way: Way = "plain"
+        self._change: Callable[[Any], Any] = _unchanged
         self._call = 0
         self._tainted: list[Tensor] = []
         self._carrier = copy.deepcopy(module)
@@ -128,9 +146,9 @@ class _Watch:
             if bias is not None:
                 bias.zero_()
 
-    def begin(self, way: Way) -> None:
-        """Get ready for another run."""
-        self._way, self._call = way, 0
+    def begin(self, way: Way, change: Callable[[Any], Any]) -> None:
+        """Get ready for another run, in which ``change`` makes what depends on the model's input."""
+        self._way, self._change, self._call = way, change, 0
         if way == "taint":
             self._tainted = []
 
@@ -145,7 +163,7 @@ class _Watch:
             return output
         if self._way == "random":
             self._call += 1
-            return torch.where(self._tainted[self._call - 1], _SPREAD * torch.randn_like(output), output)
+            return torch.where(self._tainted[self._call - 1], self._change(output), output)
         if not isinstance(module, EMBEDDINGS):
 
             def run(layer: nn.Module, value: Tensor) -> Tensor:

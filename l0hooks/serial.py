@@ -1,8 +1,8 @@
 """``save_pruned`` and ``load_pruned``: a smaller model as one safetensors file, without pickle.
 
 The file holds the tensors, and in its header a small JSON plan. Loading builds the dense model from the user's own
-factory, gives a bias to layers that got one when it was pruned, cuts every tensor to the size in the file, corrects the modules' sizes, sets the attributes that pruning had
-to repair, and loads strictly.
+factory, gives a bias to the layers that got one from pruning, cuts every tensor to the size in the file, corrects the
+modules' sizes, sets the attributes that pruning had to repair, and loads strictly.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ def load_pruned(factory: Callable[[], nn.Module], path: str | Path) -> nn.Module
     """
     tensors, plan = _read(Path(path))
     model = factory()
-    _give_biases(model, plan["biases"], path)
+    _give_biases(model, plan.get("biases", []), path)
     if plan["graph"] is not None:
         cuts = [
             Cut(tuple(n), tuple(shape), tuple((d, tuple(k)) for d, k in kept))
