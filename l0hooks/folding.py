@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from operator import attrgetter
@@ -84,12 +85,12 @@ def cut_closed(
     if not closed:
         return model, ""
     try:
-        groups = channel_groups(model, example_inputs)
+        groups = _quiet_groups(model, example_inputs)
         readers = Readers(model, constant_inputs(model, example_inputs))
         reasons = [_reasons(group, readers, closed) for group in groups]
         folded, gained = _folded(model, readers, groups, reasons)
         if gained:
-            groups = channel_groups(folded, example_inputs)  # the new biases belong to groups, too
+            groups = _quiet_groups(folded, example_inputs)  # the new biases belong to groups, too
             reasons = [_reasons(group, readers, closed) for group in groups]
     except UnsupportedModuleError as error:
         return model, f"closed channels stay as zeros: {_first_line(error)}"
@@ -101,6 +102,12 @@ def cut_closed(
         except StateError:
             return model, "closed channels stay as zeros: without them the model would compute something else"
     return small, "; ".join(filter(None, (remark, _note(model, closed, groups, reasons))))
+
+
+def _quiet_groups(model: nn.Module, example_inputs: Sequence[Any]) -> ChannelGroups:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # exporting is not what the user asked for
+        return channel_groups(model, example_inputs)
 
 
 class Readers:

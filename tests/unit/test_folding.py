@@ -470,6 +470,53 @@ def test_looking_for_constants_changes_nothing():
     assert not any(m._forward_hooks for m in model.modules())
 
 
+def test_a_reader_used_twice_with_the_same_constant_takes_it_up_once():
+    def run(net, x):
+        y = torch.sigmoid(net.up(x))
+        return net.down(y) + net.down(y).tanh()
+
+    x = torch.randn(3, 4)
+    _, note, less = shrunk(gated(Net(run, up=nn.Linear(4, 6), down=nn.Linear(6, 2)), {"up": "output"}, x), x)
+    assert (note, less) == ("", 2 * (5 + 2))
+
+
+def test_a_weight_that_is_used_without_its_layer_too_keeps_its_channels():
+    def run(net, x):
+        y = net.up(x)
+        return net.down(torch.sigmoid(y)) + F.linear(y, net.down.weight)
+
+    x = torch.randn(3, 4)
+    model = gated(Net(run, up=nn.Linear(4, 6), down=nn.Linear(6, 2)), {"up": "output"}, x)
+    _, note, less = shrunk(model, x)
+    assert (note, less) == ("closed channels stay as zeros: without them the model would compute something else", 0)
+
+
+def test_features_of_an_embedding_are_channels():
+    tokens = torch.randint(9, (3, 4))
+    model = nn.Sequential(nn.Embedding(9, 6), nn.ReLU(), nn.Linear(6, 2))
+    pruned, note, less = shrunk(gated(model, {"0": "output"}, tokens), tokens)
+    assert (note, less) == ("", 2 * (9 + 2))
+    assert pruned[0].embedding_dim == 4
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_half_precision(dtype):
+    x = torch.randn(3, 4, dtype=dtype)
+    model = gated(mlp(nn.Sigmoid()).to(dtype), {"0": "output"}, x)
+    pruned = prune(model, example_inputs=(x,))
+    assert pruned[0].out_features == 4
+    torch.testing.assert_close(pruned(x), model(x), rtol=0.02, atol=0.02)
+
+
+def test_an_image_without_a_batch_axis():
+    x = torch.randn(IMAGE[1:])
+    model = gated(nn.Sequential(nn.Conv2d(3, 6, 3), nn.Sigmoid(), nn.Conv2d(6, 4, 3)), {"0": "output"}, x)
+    pruned, report = prune(model, example_inputs=(x,), return_report=True)
+    assert report.note == ""
+    assert pruned[0].out_channels == 4
+    torch.testing.assert_close(pruned(2 * x), model(2 * x))
+
+
 # --- transformers -----------------------------------------------------------------------------------------------------
 
 
@@ -527,7 +574,7 @@ def test_gates_on_single_weights_keep_the_shapes():
 def test_a_model_that_cannot_be_exported_keeps_its_zeros():
     def run(net, x):
         y = net.up(x)
-        return net.down(y if float(y.sum()) > 0 else -y)
+        return net.down(y if y.sum() > 0 else -y)
 
     x = torch.randn(3, 4)
     model = gated(Net(run, up=nn.Linear(4, 6), down=nn.Linear(6, 2)), {"up": "output"}, x)
