@@ -59,6 +59,7 @@ def constant_inputs(model: nn.Module, example_inputs: Sequence[Any]) -> dict[str
             stack.callback(watch.module.register_forward_hook(watch, with_kwargs=True, prepend=True).remove)
         stack.enter_context(evaluating(probe))
         stack.enter_context(slow_attention())
+        stack.enter_context(torch.compiler.set_stance("force_eager"))  # or it would compile each run anew
         try:
             for way, change in _RUNS:
                 for watch in watches.values():
@@ -71,7 +72,7 @@ def constant_inputs(model: nn.Module, example_inputs: Sequence[Any]) -> dict[str
 
 def is_standard(module: nn.Module) -> bool:
     """Whether a layer computes what its class in torch (in transformers) does, with a weight of its own."""
-    if module._parameters.get("weight") is None:
+    if module._parameters.get("weight") is None or "forward" in vars(module):
         return False
     if is_hugging_face_conv1d(module):
         return True

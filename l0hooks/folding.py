@@ -147,9 +147,10 @@ class Readers:
         module = self._model.get_submodule(site.module)
         if len(site.names) > 1 or self._owners[_tensor(self._model, site.names[0]).data_ptr()] > 1:
             return f"the weight of {site.module} is shared"
-        called = site.names[0].rpartition(".")[2] == "weight" and site.module in self._constants
-        if not called or not is_standard(module) or site.axis != 1 - _output_axis(module):
-            return f"{site.module or site.names[0]} is not called as a layer of torch"
+        if site.names[0].rpartition(".")[2] != "weight" or site.axis != 1 - _output_axis(module):
+            return f"{site.names[0]} is read without calling a layer"
+        if site.module not in self._constants or not is_standard(module):
+            return f"{site.module} is not called as a layer of torch"
         return ""
 
     def _unfoldable(self, name: str) -> str:
@@ -228,7 +229,7 @@ def _note(model: nn.Module, closed: Closed, groups: ChannelGroups, reasons: Sequ
             kind = "output" if axis == _output_axis(model.get_submodule(path)) else "input"
             other = "what it reads cannot be removed"
             if kind == "output":
-                other = frozen.get(path, "its channels cannot be removed one by one")
+                other = frozen.get(path or name, "its channels cannot be removed one by one")
             stay = [r if r != "*" else other for r in why.get((name, axis), np.full(len(mask), "*", object))[mask] if r]
             if stay:
                 count = f"{len(stay)} of {mask.sum()}: " if len(stay) < mask.sum() else ""

@@ -2,6 +2,7 @@
 
 import copy
 import io
+import types
 
 import numpy as np
 import onnxruntime
@@ -151,6 +152,13 @@ def two_readers():
     return Net(run, up=nn.Linear(4, 6), a=nn.Linear(6, 2), b=nn.Linear(6, 2))
 
 
+def by_keyword():
+    def run(net, x):
+        return net.down(input=torch.sigmoid(net.up(input=x)))
+
+    return Net(run, up=nn.Linear(4, 6), down=nn.Linear(6, 2))
+
+
 class Conditional(nn.Module):
     def forward(self, x):
         return torch.where(x > 0, x, torch.zeros_like(x))
@@ -218,6 +226,7 @@ SMALLER = {
     "residual, both": (residual, {"stem": "output", "conv": "output"}, IMAGE, None),
     "concat": (concat, {"a": "output"}, (3, 4), 2 * (4 + 1 + 2)),
     "all readers": (two_readers, {"a": "input", "b": "input"}, (3, 4), 2 * (5 + 4)),
+    "by keyword": (by_keyword, {"up": "output"}, (3, 4), 2 * (4 + 1 + 2)),
     "kernels": (lambda: conv(nn.Conv2d(6, 4, 3)), {"0": "kernel"}, IMAGE, 2 * (30 + 36)),
     "blocks": (lambda: mlp(nn.GELU()), {"0": (1, 4)}, (3, 4), 2 * (4 + 1 + 5)),
 }
@@ -298,6 +307,22 @@ def bare():
     return Net(run, up=nn.Linear(4, 6), down=nn.Linear(6, 2))
 
 
+def patched():
+    model = nn.Sequential(nn.Linear(4, 6), nn.Sigmoid(), nn.Linear(6, 2))
+    model[2].forward = types.MethodType(lambda layer, x: F.linear(2 * x, layer.weight), model[2])
+    return model
+
+
+def beside():
+    def run(net, x):
+        y = torch.sigmoid(net.up(x))
+        return net.down(y) + F.linear(y, net.matrix)
+
+    net = Net(run, up=nn.Linear(4, 6), down=nn.Linear(6, 2))
+    net.register_buffer("matrix", torch.randn(2, 6))
+    return net
+
+
 # build, spec, x, note
 STAYING = {
     "padded": (
@@ -338,6 +363,8 @@ STAYING = {
         "0 (2 is not called as a layer of torch)",
     ),
     "bare": (bare, {"up": "output"}, (3, 4), "up (down is not called as a layer of torch)"),
+    "patched": (patched, {"0": "output"}, (3, 4), "0 (2 is not called as a layer of torch)"),
+    "a buffer reads": (beside, {"up": "output"}, (3, 4), "up (matrix is read without calling a layer)"),
     "layer norm": (
         lambda: nn.Sequential(nn.Linear(4, 6), nn.LayerNorm(6), nn.Linear(6, 2)),
         {"0": "output"},
@@ -491,6 +518,19 @@ def test_a_weight_that_is_used_without_its_layer_too_keeps_its_channels():
     assert (note, less) == ("closed channels stay as zeros: without them the model would compute something else", 0)
 
 
+def test_a_compiled_model_is_not_compiled_anew_for_every_probe():
+    compiled = []
+
+    def backend(graph, inputs):
+        compiled.append(graph)
+        return graph.forward
+
+    x = torch.randn(3, 4)
+    model = torch.compile(nn.Sequential(nn.Linear(4, 6), nn.Sigmoid(), nn.Linear(6, 2)), backend=backend)
+    assert constant_inputs(model, (x,))["_orig_mod.2"].isnan().all()
+    assert compiled == []
+
+
 def test_features_of_an_embedding_are_channels():
     tokens = torch.randint(9, (3, 4))
     model = nn.Sequential(nn.Embedding(9, 6), nn.ReLU(), nn.Linear(6, 2))
@@ -509,12 +549,11 @@ def test_half_precision(dtype):
 
 
 def test_an_image_without_a_batch_axis():
-    x = torch.randn(IMAGE[1:])
-    model = gated(nn.Sequential(nn.Conv2d(3, 6, 3), nn.Sigmoid(), nn.Conv2d(6, 4, 3)), {"0": "output"}, x)
-    pruned, report = prune(model, example_inputs=(x,), return_report=True)
-    assert report.note == ""
-    assert pruned[0].out_channels == 4
-    torch.testing.assert_close(pruned(2 * x), model(2 * x))
+    x = torch.randn(IMAGE)
+    body = nn.Sequential(nn.Conv2d(3, 6, 3), nn.Sigmoid(), nn.Conv2d(6, 4, 3))
+    model = gated(Net(lambda net, x: net.body(x[0])[None], body=body), {"body.0": "output"}, x)
+    pruned, note, _ = shrunk(model, x)
+    assert (note, pruned.body[0].out_channels) == ("", 4)
 
 
 # --- transformers -----------------------------------------------------------------------------------------------------
