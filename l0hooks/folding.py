@@ -134,7 +134,7 @@ class Readers:
         found[~zero] = self._obstacle(site)
         if site.module in self._constants and not found.any():
             value = self._constants[site.module].cpu().numpy()
-            found[~zero & np.isnan(value)] = f"{site.module} reads more than a constant there"
+            found[~zero & np.isnan(value)] = f"{site.module} reads varying numbers there"
             found[~zero & ~np.isnan(value) & (value != 0)] = self._unfoldable(site.module)
         return found
 
