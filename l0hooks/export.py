@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import replace
 from typing import Any, Literal, overload
 
 import torch
 from torch import nn
+from torch.nn.parameter import UninitializedParameter
 
 from l0hooks.comparison import Comparison
 from l0hooks.coupled import MaskInput
 from l0hooks.errors import SpecError, StateError, explain
+from l0hooks.folding import Closed, after_cuts, closed_channels, cut_closed
 from l0hooks.noise import Door, unhook
 from l0hooks.penalties import iter_gated
-from l0hooks.shrink import members_that_stay, shrink
+from l0hooks.shrink import members_that_stay, rewritten_from, shrink
+from l0hooks.structure import ChannelGroup
+from l0hooks.structure.surgery import Bools
 from l0hooks.summary import Summary, summary
 from l0hooks.weights import Site, iter_sites, parametrization_lists, remove_gates
 
@@ -58,18 +63,23 @@ def prune(
     """A plain model that computes what the gated one computes in evaluation: weight ← weight · test-time gate.
 
     The result holds no parametrization, hook or class of l0hooks: it pickles, scripts, exports and loads wherever
-    the original did. Weights whose gate is closed are exact zeros.
+    the original did. Weights whose gate is closed are exact zeros. With ``example_inputs``, channels whose gates are
+    closed are cut out where that changes nothing: coupled ones always, those of single layers (gates on whole input or
+    output channels, kernels or blocks) where the layers that read them permit it. The others stay as zeros, and the
+    report's ``note`` says which and why.
 
     Parameters
     ----------
     model : nn.Module
         Not changed unless ``inplace``.
     example_inputs : sequence, optional
-        Positional arguments; if given, the outputs of both models are compared on them in evaluation mode.
+        Positional arguments; if given, closed channels are cut out, and the outputs of both models are compared on
+        them in evaluation mode.
     inplace : bool
-        Prune ``model`` itself, without a copy; its parameters stay the same objects.
+        Prune ``model`` itself, without a copy; its parameters stay the same objects, and nothing is cut out.
     sparse_format : "csr" or "bsr", optional
-        Store the weights of plain Linear layers (float32 or float64) as sparse tensors.
+        Store the weights of plain Linear layers (float32 or float64) as sparse tensors; channels of single layers are
+        not cut out then.
     block_size : (int, int)
         Of ``"bsr"``; layers that it does not divide stay dense.
     return_report : bool
@@ -101,18 +111,21 @@ def prune(
     report = summary(model, example_inputs=example_inputs)
     comparison = None if example_inputs is None else Comparison(model, example_inputs)
     groups = members_that_stay(iter_gated(model))
-    names = {site.module_name for site in iter_sites(model)}
+    declared = any(one.coupled.plan.declared for one in iter_gated(model) if one.coupled)
+    sites = list(iter_sites(model))
+    closed = closed_channels(sites) if not inplace and sparse_format is None else {}
     target = model if inplace else copy.deepcopy(model)
     _remove_all(list(iter_sites(target)))
     for module in target.modules():
         unhook(module, (Door, MaskInput))
-    if groups and comparison is not None and example_inputs is not None:
-        declared = any(one.coupled.plan.declared for one in iter_gated(model) if one.coupled)
-        target, note = shrink(target, groups, comparison, example_inputs, declared=declared)
-        report = replace(report, note=note)
+    note = ""
+    if comparison is not None and example_inputs is not None:
+        if groups:
+            target, note = shrink(target, groups, comparison, example_inputs, declared=declared)
+        target, note = _without_closed(target, groups, closed, comparison, example_inputs, note)
     if sparse_format is not None:
-        _store_sparse(target, names, sparse_format, block_size)
-    every_size = not report.note and sparse_format is None  # sparse tensors cannot be copied
+        _store_sparse(target, {site.module_name for site in sites}, sparse_format, block_size)
+    every_size = rewritten_from(target) is None and sparse_format is None  # sparse tensors cannot be copied
     wrong = "" if comparison is None else comparison.wrong(target, every_size=every_size)
     if comparison is not None and wrong:
         raise StateError(
@@ -124,6 +137,7 @@ def prune(
                 hint="a model whose evaluation is deterministic",
             )
         )
+    report = replace(report, note=note, exported_parameters=_exported(target, {site.name for site in sites}))
     return (target, report) if return_report else target
 
 
@@ -190,6 +204,34 @@ def _check_coupled(model: nn.Module, example_inputs: Sequence[Any] | None, *, in
         raise StateError(
             explain("prune", "a model with coupled gates is cut in a copy.", got="inplace=True", hint="inplace=False")
         )
+
+
+def _without_closed(
+    target: nn.Module,
+    groups: Sequence[tuple[ChannelGroup, Bools]],
+    closed: Closed,
+    comparison: Comparison,
+    example_inputs: Sequence[Any],
+    note: str,
+) -> tuple[nn.Module, str]:
+    """``target`` without the channels that gates on single layers have closed, and what there is to say."""
+    if note and closed:
+        return target, f"{note}; channels that gates on single layers closed stay as zeros in it"
+    target, remark = cut_closed(target, after_cuts(closed, groups), comparison, example_inputs)
+    return target, note or remark
+
+
+def _exported(target: nn.Module, gated: AbstractSet[str]) -> int:
+    """The parameters of a pruned model, without the zeros of weights that had gates."""
+    total = 0
+    for name, parameter in target.named_parameters():
+        if isinstance(parameter, UninitializedParameter):
+            continue
+        if parameter.layout is not torch.strided:
+            total += parameter.values().numel()
+        else:
+            total += int(parameter.count_nonzero()) if name in gated else parameter.numel()
+    return total
 
 
 def _remove_all(sites: list[Site]) -> None:

@@ -1,8 +1,8 @@
 """``save_pruned`` and ``load_pruned``: a smaller model as one safetensors file, without pickle.
 
 The file holds the tensors, and in its header a small JSON plan. Loading builds the dense model from the user's own
-factory, cuts every tensor to the size in the file, corrects the modules' sizes, sets the attributes that pruning had
-to repair, and loads strictly.
+factory, gives a bias to the layers that got one from pruning, cuts every tensor to the size in the file, corrects the
+modules' sizes, sets the attributes that pruning had to repair, and loads strictly.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from l0hooks.errors import InvalidValueError, StateError, explain
 from l0hooks.extras import import_extra
+from l0hooks.layers import CONVOLUTIONS
 from l0hooks.penalties import iter_gated
 from l0hooks.shrink import rewritten_from
 from l0hooks.structure.rewrite import rewrite
@@ -66,6 +67,7 @@ def save_pruned(model: nn.Module, path: str | Path) -> None:
         "tied": {name: first for name, first in _ties(model).items() if name != first},
         "hidden": sorted(hidden),
         "attributes": _integers(model),
+        "biases": sorted(name for name in model.state_dict() if name.rpartition(".")[2] == "bias"),
         "graph": _graph_plan(model),
     }
     plan["sha256"] = _digest(tensors, plan)
@@ -95,6 +97,7 @@ def load_pruned(factory: Callable[[], nn.Module], path: str | Path) -> nn.Module
     """
     tensors, plan = _read(Path(path))
     model = factory()
+    _give_biases(model, plan.get("biases", []), path)
     if plan["graph"] is not None:
         cuts = [
             Cut(tuple(n), tuple(shape), tuple((d, tuple(k)) for d, k in kept))
@@ -135,6 +138,22 @@ def _integers(model: nn.Module) -> list[tuple[str, str, int]]:
         for attribute, value in vars(module).items()
         if type(value) is int
     ]
+
+
+def _give_biases(model: nn.Module, biases: object, path: str | Path) -> None:
+    """Zeros for the layers of the factory's model that have no bias and got one from the channels cut before them."""
+    if not isinstance(biases, list) or not all(isinstance(name, str) for name in biases):
+        raise InvalidValueError(
+            explain(f"load_pruned {path}", "the plan must list the biases of the model by name.", got=repr(biases)[:80])
+        )
+    modules = dict(model.named_modules())
+    for name in biases:
+        module = modules.get(name.rpartition(".")[0])
+        weight = None if module is None else module._parameters.get("weight")
+        if module is None or weight is None or not isinstance(module, (nn.Linear, *CONVOLUTIONS)):
+            continue
+        if module.bias is None:
+            module.bias = nn.Parameter(weight.new_zeros(weight.shape[0]), requires_grad=weight.requires_grad)
 
 
 def _hidden(model: nn.Module) -> dict[str, Tensor]:

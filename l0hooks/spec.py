@@ -39,6 +39,8 @@ class GateSpec:
     granularity : "weight", "input", "output", "kernel", (rows, cols) or "coupled"
         One gate for each weight, input channel, output channel, convolution kernel, or block of ``rows`` output by
         ``cols`` input channels; or, coupled, for each channel, neuron or head through all layers that share it.
+        Closed weights become zeros; closed channels are cut out by ``prune`` with example inputs, coupled ones always,
+        others where the neighbouring layers permit it.
     family : "hard_concrete", "straight_through", "stg" or "deterministic"
     init_mean : float in (0, 1), optional
         E[z] at the start; 0.95 if no start is given.

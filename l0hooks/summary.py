@@ -88,6 +88,8 @@ class Summary:
         What the rows of coupled groups, which share tensors, come to together.
     note : str
         What else there is to know about a pruned model.
+    exported_parameters : int or None
+        Of a pruned model: the parameters it has, without the zeros of weights that had gates.
     """
 
     rows: tuple[SummaryRow, ...]
@@ -95,6 +97,7 @@ class Summary:
     ungated: tuple[str, ...] = ()
     coupled: tuple[CoupledTotals, ...] = ()
     note: str = ""
+    exported_parameters: int | None = None
 
     @property
     def gates(self) -> int:
@@ -145,7 +148,8 @@ class Summary:
             *("model_parameters", "model_parameters_kept", "macs", "macs_kept"),
         )
         values: dict[str, Any] = {name: self.__getattribute__(name) for name in totals}
-        return {**values, "ungated": list(self.ungated), "note": self.note, "rows": [asdict(row) for row in self.rows]}
+        rest = {"ungated": list(self.ungated), "note": self.note, "exported_parameters": self.exported_parameters}
+        return {**values, **rest, "rows": [asdict(row) for row in self.rows]}
 
     def to_frame(self) -> pd.DataFrame:
         """The rows as a pandas frame, indexed by name.
@@ -187,6 +191,8 @@ class Summary:
         lines[1:1] = [rule]
         lines[-1:] = [rule, lines[-1]]
         lines.append(f"whole model: {_of(self.model_parameters_kept, self.model_parameters)} parameters")
+        if self.exported_parameters is not None:
+            lines.append(f"exported: {self.exported_parameters:,} parameters")
         if self.ungated:
             lines.append("not gated: " + ", ".join(self.ungated))
         if self.note:

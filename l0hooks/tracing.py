@@ -53,7 +53,7 @@ def count_positions(model: nn.Module, example_inputs: Sequence[Any]) -> dict[tup
                 handle = module.register_forward_hook(_counter(add), with_kwargs=True)
                 stack.callback(handle.remove)
         stack.enter_context(evaluating(model))
-        stack.enter_context(_slow_attention())
+        stack.enter_context(slow_attention())
         model(*example_inputs)
     return counts
 
@@ -73,7 +73,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _slow_attention() -> Iterator[None]:
+def slow_attention() -> Iterator[None]:
     """torch's fused encoder path calls no submodule, so no hook would see it."""
     enabled = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)

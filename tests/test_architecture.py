@@ -13,13 +13,14 @@ FLOORS = {
     0: ["errors"],
     1: ["hard_concrete", "layers", "noise", "schedules", "extras"],
     2: ["distribution", "families", "fused", "tracing"],
-    3: ["structure", "gate", "comparison"],
+    3: ["structure", "gate", "comparison", "constants"],
     4: ["spec", "weights", "optim"],
     5: ["coupled"],
     6: ["penalties", "coupling"],
     7: ["summary", "shrink"],
-    8: ["attach", "export", "serial"],
-    9: ["__init__"],
+    8: ["attach", "folding", "serial"],
+    9: ["export"],
+    10: ["__init__"],
 }
 STRUCTURE = {
     **{"labels": 0, "ties": 0, "roles": 0, "failure": 0, "rules": 1, "trace": 2, "groups": 3},

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from l0hooks import Gate, iter_gates, prune, sparsify
+from l0hooks import Gate, iter_gates, prune, sparsify, summary
 from l0hooks.errors import SpecError, StateError
 from l0hooks.summary import Summary
 
@@ -96,7 +96,10 @@ def test_a_pruned_model_computes_what_the_gated_one_evaluates(close_gates, granu
     pruned = prune(model, example_inputs=(torch.randn(CNN_INPUT),))
     for batch in (1, 5):
         x = torch.randn(batch, *CNN_INPUT[1:])
-        assert torch.equal(pruned(x), model(x))
+        if granularity == "output":  # it is smaller, and smaller sums round otherwise
+            torch.testing.assert_close(pruned(x), model(x))
+        else:
+            assert torch.equal(pruned(x), model(x))
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -252,7 +255,7 @@ def test_the_dtype_is_kept(close_gates, dtype):
     x = torch.randn(3, 8, dtype=dtype)
     pruned = prune(model, example_inputs=(x,))
     assert pruned[0].weight.dtype == dtype
-    assert torch.equal(pruned.eval()(x), model.eval()(x))
+    torch.testing.assert_close(pruned.eval()(x), model.eval()(x))  # a smaller sum rounds otherwise
 
 
 def test_the_memory_format_is_kept(close_gates):
@@ -613,3 +616,15 @@ def test_a_model_that_draws_in_evaluation_is_compared_with_equal_draws():
 def test_block_sizes_must_be_two_positive_numbers(block_size):
     with pytest.raises(SpecError, match="block_size"):
         prune(gated(nn.Linear(4, 4)), sparse_format="bsr", block_size=block_size)
+
+
+@pytest.mark.parametrize("options", [{}, {"sparse_format": "csr"}, {"inplace": True}], ids=str)
+def test_the_report_says_how_many_parameters_the_pruned_model_has(options):
+    model = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 4))
+    sparsify(model, {"0": "weight"})
+    with torch.no_grad():
+        model[0].parametrizations.weight[0].gate.log_alpha.view(-1)[:13] = -5
+    _, report = prune(model, return_report=True, **options)
+    assert report.exported_parameters == report.model_parameters_kept == 30 - 13 + 5 + 24
+    assert f"exported: {30 - 13 + 5 + 24} parameters" in str(report)
+    assert summary(nn.Linear(2, 2)).exported_parameters is None

@@ -116,6 +116,7 @@ def test_from_a_dense_model_to_a_smaller_one_and_back_from_its_file(name, tmp_pa
     assert parameters(pruned) < dense
     assert dense - parameters(pruned) == report.model_parameters - report.model_parameters_kept
     assert parameters(pruned) == report.model_parameters_kept or name in VIEWS
+    assert told.exported_parameters == parameters(pruned)
 
     save_pruned(pruned, tmp_path / "small")
     loaded = load_pruned(ENTRIES[name].make, tmp_path / "small").eval()

@@ -72,6 +72,26 @@ def test_from_a_dense_model_to_a_plain_sparse_one(case, close_gates):
     assert b"l0hooks" not in pickle.dumps(pruned)
 
 
+@pytest.mark.parametrize("case", [c for c in CASES if c[1] in ("input", "output")], ids=name_of)
+def test_closed_channels_are_cut_out_where_that_changes_nothing(case, close_gates):
+    name, granularity = case
+    entry = ZOO[name]
+    args, kwargs = entry.inputs(2)
+    if kwargs:
+        pytest.skip("prune takes positional arguments")
+    torch.manual_seed(1)
+    model = entry.make()
+    sparsify(model, entry.spec(granularity), **entry.options)
+    close_gates(model)
+    model.eval()
+    dense, (small, report) = prune(model), prune(model, example_inputs=args, return_report=True)
+    assert type(small) is type(dense)
+    assert sum(p.numel() for p in small.parameters()) < sum(p.numel() for p in dense.parameters()) or report.note
+    for batch in (1, 4):
+        inputs = entry.inputs(batch)
+        assert_same(dense, small, inputs)
+
+
 def zeros_added(entry, pruned, gated):
     """Exact zeros in the pruned weights, less those that were there before."""
     dense = {id(p): p for p in pruned.parameters()}
