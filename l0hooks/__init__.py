@@ -3,6 +3,8 @@
 from importlib.metadata import version
 
 from l0hooks.attach import sparsify
+from l0hooks.budget import Budget
+from l0hooks.budgeting import set_budget
 from l0hooks.distribution import HardConcrete
 from l0hooks.errors import L0HooksError
 from l0hooks.export import prune
@@ -17,6 +19,7 @@ from l0hooks.summary import summary
 __version__ = version("l0hooks")
 
 __all__ = [
+    "Budget",
     "Gate",
     "GateSpec",
     "HardConcrete",
@@ -29,6 +32,7 @@ __all__ = [
     "prune",
     "register_penalty",
     "save_pruned",
+    "set_budget",
     "set_temperature",
     "sparsify",
     "summary",

@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from l0hooks.gate import Gate
 from l0hooks.structure import ChannelGroup, GroupSite
@@ -196,10 +197,10 @@ class MaskInput:
         self.gating = gating
         self.channel = channel
 
-    def attach(self, module: nn.Module) -> None:
+    def attach(self, module: nn.Module) -> tuple[RemovableHandle, ...]:
         """Hook ``module``, whose weight ``gating`` is."""
-        module.register_forward_pre_hook(self.enter, with_kwargs=True)
-        module.register_forward_hook(self.leave, always_call=True)
+        before = module.register_forward_pre_hook(self.enter, with_kwargs=True)
+        return before, module.register_forward_hook(self.leave, always_call=True)
 
     def enter(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from l0hooks.coupled import CoupledPlan, CoupledWeight, MaskInput
 from l0hooks.errors import SpecError, StateError, explain
@@ -226,10 +227,12 @@ def _takes_mask(model: nn.Module, name: str, positions: Mapping[str, float]) -> 
     return layer and type(module) is not nn.modules.linear.NonDynamicallyQuantizableLinear and name in positions
 
 
-def hook_inputs(readers: Sequence[Reader]) -> None:
+def hook_inputs(readers: Sequence[Reader]) -> list[RemovableHandle]:
     """Let the gates of readers that can take it lie on their input."""
+    handles: list[RemovableHandle] = []
     for reader in readers:
         if reader.takes_mask:
             convolution = isinstance(reader.module, (*CONVOLUTIONS, *TRANSPOSED))
             channel = 1 - len(reader.gating.shape) if convolution else -1
-            MaskInput(reader.gating, channel).attach(reader.module)
+            handles += MaskInput(reader.gating, channel).attach(reader.module)
+    return handles

@@ -15,6 +15,8 @@ from l0hooks.errors import InvalidValueError, explain, near_names
 
 FamilyName = Literal["hard_concrete", "straight_through", "stg", "deterministic"]
 
+DEFAULT_MEAN = 0.95  # a pretrained weight loses 5 % on average; a keep probability of 0.95 would cost it 30 %
+
 
 class Family(Protocol):
     """What a gate needs of its distribution; every method is elementwise in ``log_alpha`` (float32, any shape)."""
@@ -27,6 +29,11 @@ class Family(Protocol):
     @property
     def limits(self) -> tuple[float, float]:
         """The range ``log_alpha`` is projected to after an optimiser step."""
+        ...
+
+    @property
+    def least_open(self) -> float:
+        """What a gate is worth at the least that a budget keeps, although it is closed more often than not."""
         ...
 
     def sample(self, log_alpha: Tensor, noise: Tensor, temperature: float) -> Tensor:
@@ -66,6 +73,7 @@ class HardConcreteFamily:
     zeta: float = hc.ZETA
     default_temperature: float = hc.TEMPERATURE
     limits: tuple[float, float] = (-10.0, 10.0)
+    least_open: float = 0.5
 
     def sample(self, log_alpha: Tensor, noise: Tensor, temperature: float) -> Tensor:
         return hc.sample(log_alpha, noise, temperature, self.gamma, self.zeta)
@@ -92,6 +100,8 @@ class HardConcreteFamily:
 @dataclass(frozen=True)
 class StraightThroughFamily(HardConcreteFamily):
     """Binary gates 1[z > 0] of the hard concrete; the gradient is that of the stretched, unclamped variable."""
+
+    least_open: float = 1.0
 
     def sample(self, log_alpha: Tensor, noise: Tensor, temperature: float) -> Tensor:
         soft = torch.sigmoid((torch.logit(noise) + log_alpha) / temperature)
@@ -134,6 +144,7 @@ class GaussianFamily:
 
     default_temperature: float = 0.5
     limits: tuple[float, float] = (-1.5, 2.5)
+    least_open: float = 0.5
 
     def sample(self, log_alpha: Tensor, noise: Tensor, temperature: float) -> Tensor:
         return (log_alpha + temperature * math.sqrt(2) * torch.erfinv(2 * noise - 1)).clamp(0, 1)
@@ -196,3 +207,27 @@ def make_family(name: str, gamma: float = hc.GAMMA, zeta: float = hc.ZETA) -> Fa
     raise InvalidValueError(
         explain("family", "the name must be known.", got=repr(name), hint=near_names(str(name), get_args(FamilyName)))
     )
+
+
+def initial_log_alpha(
+    family: Family, init_mean: float | None, init_keep_prob: float | None, temperature: float
+) -> float:
+    """The location that the user's start asks for.
+
+    Raises
+    ------
+    InvalidValueError
+        If both are given, or one is outside (0, 1).
+    """
+    if init_mean is not None and init_keep_prob is not None:
+        raise InvalidValueError(
+            explain(
+                "gate start",
+                "a mean and a keep probability cannot be given together.",
+                expected="init_mean or init_keep_prob",
+                got=f"init_mean={init_mean}, init_keep_prob={init_keep_prob}",
+            )
+        )
+    if init_keep_prob is not None:
+        return family.start_keep_prob(init_keep_prob, temperature)
+    return family.start_mean(DEFAULT_MEAN if init_mean is None else init_mean, temperature)

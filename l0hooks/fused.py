@@ -77,6 +77,24 @@ class _GatedWeight(torch.autograd.Function):
         return grad_weight, grad_alpha, None, None, None, None
 
 
+class _HeldWeight(torch.autograd.Function):
+    """weight · constant gates, and a gradient of zero for their log-odds."""
+
+    @staticmethod
+    def forward(weight: Tensor, log_alpha: Tensor, gates: Tensor) -> Tensor:
+        return weight * gates.to(weight.dtype)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[2])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (gates,) = ctx.saved_tensors
+        none = torch.zeros_like(gates) if ctx.needs_input_grad[1] else None
+        return grad * gates.to(grad.dtype), none, None
+
+
 def _reattach(gates: Tensor, log_alpha: Tensor, temperature: float, gamma: float, zeta: float) -> Tensor:
     """The same gates as a differentiable function of ``log_alpha`` at fixed noise, clamped gates as constants."""
     inside = (gates > 0) & (gates < 1)
@@ -157,3 +175,24 @@ def gated_weight(
     """
     gated: Tensor = _GatedWeight.apply(weight, log_alpha, noise, temperature, gamma, zeta)[0]  # type: ignore[no-untyped-call]
     return gated
+
+
+def held_weight(weight: Tensor, log_alpha: Tensor, gates: Tensor) -> Tensor:
+    """``weight * gates`` for gates that no longer move: the gradient of ``log_alpha`` is zero, not missing.
+
+    Parameters
+    ----------
+    weight : Tensor, any floating dtype
+    log_alpha, gates : Tensor, float32, shape of ``weight``
+
+    Returns
+    -------
+    Tensor, dtype and shape of ``weight``
+
+    Examples
+    --------
+    >>> held_weight(torch.ones(2), torch.zeros(2), torch.tensor([0.0, 0.5]))
+    tensor([0.0000, 0.5000])
+    """
+    held: Tensor = _HeldWeight.apply(weight, log_alpha, gates)  # type: ignore[no-untyped-call]
+    return held

@@ -4,20 +4,53 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Protocol, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from l0hooks.errors import InvalidValueError, explain, near_names
-from l0hooks.families import Family, FamilyName, HardConcreteFamily, make_family
+from l0hooks.families import Family, FamilyName, HardConcreteFamily, initial_log_alpha, make_family
 from l0hooks.fused import is_traced, sampled
 from l0hooks.hard_concrete import GAMMA, ZETA, check_constants
 from l0hooks.noise import Door, NoiseSource
 
 Estimator = Literal["median", "paper", "mean"]
-DEFAULT_MEAN = 0.95  # a pretrained weight loses 5 % on average; a keep probability of 0.95 would cost it 30 %
+
+
+class Rule(Protocol):
+    """What decides for several gates together which of them stay; a budget.
+
+    Attributes
+    ----------
+    step : int
+        Optimiser steps so far.
+    finished : bool
+        Whether the support is fixed: gates no longer move, and training uses their final values.
+    """
+
+    step: int
+
+    @property
+    def finished(self) -> bool: ...
+
+    @property
+    def first(self) -> Gate:
+        """The gate whose optimiser counts."""
+        ...
+
+    def refresh(self) -> tuple[object, ...]:
+        """Bring ``mask`` and ``held`` of every gate up to date; a key that tells one state from another."""
+        ...
+
+    def before_step(self) -> None:
+        """The optimiser is about to use the gradients."""
+        ...
+
+    def after_step(self) -> None:
+        """The optimiser has moved the gates."""
+        ...
 
 
 class Gate(nn.Module):
@@ -47,6 +80,11 @@ class Gate(nn.Module):
         Where the noise comes from; a source of its own if not given.
     index : int
         The gate's number at that source.
+
+    Attributes
+    ----------
+    rule : Rule or None
+        Who decides which gates stay; None for the gate alone.
 
     Raises
     ------
@@ -96,6 +134,9 @@ class Gate(nn.Module):
         self.log_alpha = nn.Parameter(torch.full(size, start, dtype=torch.float32, device=device))
         self._door = NoiseSource().add_door("", ()) if door is None else door
         self._index = index
+        self.rule: Rule | None = None
+        self.mask: Tensor | None = None  # the rule's: which gates stay, and, once they are fixed, their values
+        self.held: Tensor | None = None
         _live.add(self)
 
     @property
@@ -121,7 +162,13 @@ class Gate(nn.Module):
         return self._door.uniform(self._index, like)
 
     def sample(self, examples: int | None = None) -> Tensor:
-        """Gates with the noise of the running forward, differentiable; for each example if ``examples`` is given."""
+        """Gates with the noise of the running forward, differentiable; for each example if ``examples`` is given.
+
+        Once a rule has fixed the support they are its final values, without noise and with a gradient of zero.
+        """
+        if self.rule is not None and self.rule.finished:
+            held = self.final() + 0 * self.log_alpha  # distributed training wants to see every parameter used
+            return held if examples is None else held.expand(examples, *held.shape)
         family, noise = self.family, self.noise(examples)
         if type(family) is HardConcreteFamily and not is_traced():
             return sampled(self.log_alpha, noise, self.temperature, family.gamma, family.zeta)
@@ -137,15 +184,25 @@ class Gate(nn.Module):
             "paper": self.family.paper,
             "mean": self.family.mean,
         }[self.estimator]
-        return torch.where(
-            self.support(), estimate(self.log_alpha if log_alpha is None else log_alpha, self.temperature), 0.0
-        )
+        z = estimate(self.log_alpha if log_alpha is None else log_alpha, self.temperature)
+        return torch.where(self.support(), z if self.rule is None else z.clamp(min=self.family.least_open), 0.0)
+
+    def final(self) -> Tensor:
+        """The values that a rule has fixed: float32, shape of ``log_alpha``, constant."""
+        if self.rule is not None and not torch.compiler.is_compiling():
+            self.rule.refresh()
+        return self.value().detach() if self.held is None else self.held
 
     def support(self) -> Tensor:
         """Which gates stay: boolean, shape of ``log_alpha``. Evaluation, statistics and pruning all ask here.
 
-        A gate stays if its median is positive; with the paper's estimate and β > 1, if that is positive too.
+        Under a budget these are the gates with the largest ``log_alpha`` that fit into it. Else a gate stays if its
+        median is positive; with the paper's estimate and β > 1, if that is positive too.
         """
+        if self.rule is not None:
+            self.rule.refresh()
+            if self.mask is not None:
+                return self.mask
         log_alpha = self.log_alpha.detach()
         stays = self.family.median(log_alpha, self.temperature) > 0
         if self.estimator == "paper":
@@ -170,12 +227,15 @@ class Gate(nn.Module):
         return f"{tuple(self.log_alpha.shape)}, temperature={self.temperature:.4g}, estimator={self.estimator!r}"
 
     def get_extra_state(self) -> Tensor:
-        """The temperature, so that a checkpoint resumes with it."""
-        return torch.tensor(self.temperature, dtype=torch.float64)
+        """The temperature and the rule's step, so that a checkpoint resumes with them."""
+        return torch.tensor([self.temperature, 0 if self.rule is None else self.rule.step], dtype=torch.float64)
 
     def set_extra_state(self, state: Tensor) -> None:
-        """Restore the temperature."""
-        self.temperature = float(state)
+        """Restore the temperature and the rule's step."""
+        temperature, step = state.tolist()
+        self.temperature = temperature
+        if self.rule is not None:
+            self.rule.step = int(step)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
@@ -206,41 +266,36 @@ def steps_taken() -> int:
     return _steps
 
 
+def _moved(optimizer: torch.optim.Optimizer) -> list[Gate]:
+    """The gates that ``optimizer`` moves."""
+    own = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    return [gate for gate in _live if id(gate.log_alpha) in own]
+
+
+def _rules(gates: Sequence[Gate]) -> list[Rule]:
+    """The rules that count the steps of one of ``gates``."""
+    return [gate.rule for gate in gates if gate.rule is not None and gate.rule.first is gate]
+
+
+def _before_step(optimizer: torch.optim.Optimizer, *_: object) -> None:
+    for rule in _rules(_moved(optimizer)):
+        rule.before_step()
+
+
 def _after_step(optimizer: torch.optim.Optimizer, *_: object) -> None:
     global _steps
     _steps += 1
-    stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    moved = _moved(optimizer)
+    for gate in moved:
+        gate.project()
+    for rule in _rules(moved):
+        rule.after_step()
     for gate in _live:
-        if id(gate.log_alpha) in stepped:
-            gate.project()
         gate._door.source.owner = None  # no forward runs across a step: one that was interrupted is over
 
 
+register_optimizer_step_pre_hook(_before_step)
 register_optimizer_step_post_hook(_after_step)
-
-
-def initial_log_alpha(
-    family: Family, init_mean: float | None, init_keep_prob: float | None, temperature: float
-) -> float:
-    """The location that the user's start asks for.
-
-    Raises
-    ------
-    InvalidValueError
-        If both are given, or one is outside (0, 1).
-    """
-    if init_mean is not None and init_keep_prob is not None:
-        raise InvalidValueError(
-            explain(
-                "gate start",
-                "a mean and a keep probability cannot be given together.",
-                expected="init_mean or init_keep_prob",
-                got=f"init_mean={init_mean}, init_keep_prob={init_keep_prob}",
-            )
-        )
-    if init_keep_prob is not None:
-        return family.start_keep_prob(init_keep_prob, temperature)
-    return family.start_mean(DEFAULT_MEAN if init_mean is None else init_mean, temperature)
 
 
 def check_estimator_name(name: Estimator) -> Estimator:

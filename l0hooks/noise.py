@@ -24,6 +24,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.torch_version import TorchVersion
+from torch.utils.hooks import RemovableHandle
 
 from l0hooks.errors import StateError, explain
 
@@ -160,10 +161,10 @@ class Door:
         self.source = source
         self.name = name
 
-    def attach(self, module: nn.Module) -> None:
+    def attach(self, module: nn.Module) -> tuple[RemovableHandle, ...]:
         """Hook ``module``, so that a call of it is a forward."""
-        module.register_forward_pre_hook(self.enter, prepend=True)
-        module.register_forward_hook(self.leave, always_call=True)
+        before = module.register_forward_pre_hook(self.enter, prepend=True)
+        return before, module.register_forward_hook(self.leave, always_call=True)
 
     def enter(self, module: nn.Module, args: tuple[object, ...]) -> None:
         """Begin a forward, unless one that began further out is running."""

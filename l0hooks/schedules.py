@@ -96,6 +96,33 @@ def cosine(start: float, stop: float, steps: int) -> Schedule:
     return lambda step: _between(stop, start, (1 + math.cos(math.pi * _progress(step, steps))) / 2)
 
 
+def cubic(start: float, stop: float, steps: int) -> Schedule:
+    """``stop + (start − stop)·(1 − t)³`` with t = step/steps, held at ``stop`` afterwards (Zhu & Gupta, 2017).
+
+    Parameters
+    ----------
+    start, stop : float
+    steps : int, > 0
+
+    Returns
+    -------
+    callable, int -> float
+
+    Raises
+    ------
+    InvalidValueError
+        If ``steps`` is not positive.
+
+    Examples
+    --------
+    >>> value = cubic(1.0, 0.0, steps=10)
+    >>> value(0), value(5), value(10)
+    (1.0, 0.125, 0.0)
+    """
+    _check_steps("cubic", steps)
+    return lambda step: _between(stop, start, (1 - _progress(step, steps)) ** 3)
+
+
 def _between(start: float, stop: float, t: float) -> float:
     """``start`` at t = 0 and ``stop`` at t = 1, both exactly."""
     return (1 - t) * start + t * stop

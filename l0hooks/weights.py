@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from l0hooks.families import HardConcreteFamily
-from l0hooks.fused import gated_weight, is_traced
+from l0hooks.fused import gated_weight, held_weight, is_traced
 from l0hooks.gate import Gate, steps_taken
 from l0hooks.layers import GateLayout, Granularity
 
@@ -111,6 +111,8 @@ class GatedWeight(Gating):
 
     def _sampled(self, weight: Tensor) -> Tensor:
         gate, family = self.gate, self.gate.family
+        if gate.rule is not None and gate.rule.finished and self.layout.pattern is None:
+            return held_weight(weight, gate.log_alpha, gate.final())
         if self.layout.pattern is None and type(family) is HardConcreteFamily and not is_traced():
             return gated_weight(weight, gate.log_alpha, gate.noise(), gate.temperature, family.gamma, family.zeta)
         return super()._sampled(weight)
@@ -162,7 +164,7 @@ class _Kept:
     @staticmethod
     def _key_of(owner: Gating, of: tuple[Tensor, ...], product: Tensor) -> tuple[Any, ...]:
         tensors = ((t._version, t.data_ptr(), t.dtype, t.device) for t in of)
-        settings = ((gate.temperature, gate.estimator) for gate in owner.gates)
+        settings = ((gate.temperature, gate.estimator, gate.rule and gate.rule.refresh()) for gate in owner.gates)
         return *tensors, *settings, product._version, steps_taken()  # the caller was handed this very product
 
 

@@ -17,10 +17,11 @@ FLOORS = {
     4: ["spec", "weights", "optim"],
     5: ["coupled"],
     6: ["penalties", "coupling"],
-    7: ["summary", "shrink"],
-    8: ["attach", "folding", "serial"],
-    9: ["export"],
-    10: ["__init__"],
+    7: ["summary", "shrink", "sizes", "planning"],
+    8: ["folding", "serial", "budget"],
+    9: ["export", "budgeting"],
+    10: ["attach"],
+    11: ["__init__"],
 }
 STRUCTURE = {
     **{"labels": 0, "ties": 0, "roles": 0, "failure": 0, "rules": 1, "trace": 2, "groups": 3},

@@ -1,0 +1,113 @@
+"""``set_budget``: put the gates of a model under budgets that they can meet."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from l0hooks.budget import LIMITS, Budget, BudgetRule, invalid_budget
+from l0hooks.errors import SpecError, StateError, explain
+from l0hooks.penalties import Gated, iter_gated
+from l0hooks.sizes import Size, size_of
+from l0hooks.spec import Pattern, matches, named_modules, no_match
+
+
+def set_budget(
+    model: nn.Module,
+    budget: Budget | Mapping[Pattern, Budget],
+    *,
+    example_inputs: Sequence[Any] | None = None,
+) -> list[BudgetRule]:
+    """Put the gates of ``model`` that have none yet under a budget, **in place**; all or, on any error, none.
+
+    Parameters
+    ----------
+    model : nn.Module
+        With gates.
+    budget : Budget, or mapping from pattern to Budget
+        One for all gates together, counting the whole model. With a mapping each counts its own part: the gates of
+        the modules that the pattern matches (the first that does), and the tensors that they remove from.
+    example_inputs : sequence, optional
+        Positional arguments of ``model``, for budgets of multiply-adds.
+
+    Returns
+    -------
+    list of BudgetRule
+        One for each budget: ``expected()``, ``scheduled``, ``target`` and, for budgets that are not automatic,
+        ``advance()``.
+
+    Raises
+    ------
+    StateError
+        If there are no gates without a budget.
+    SpecError
+        If a pattern matches no gate, or multiply-adds are asked for without example inputs.
+    InvalidValueError
+        If a size cannot be reached; the message has the smallest that can.
+
+    Examples
+    --------
+    >>> gate = Gate(100)
+    >>> (rule,) = set_budget(gate, Budget(keep=10, steps=5, automatic=False))
+    >>> for _ in range(5):
+    ...     rule.advance()
+    >>> int(gate.support().sum()), round(rule.expected(), 3)
+    (10, 10.0)
+    """
+    every = list(iter_gated(model))
+    free = [one for one in every if one.gate.rule is None]
+    if not free:
+        got = "gates that have budgets" if every else "none"
+        raise StateError(explain("set_budget", "the model must hold gates without a budget.", got=got))
+    rules = []
+    for part, one_budget in _parts(model, free, budget):
+        size = size_of(model, part, every, one_budget.unit, example_inputs, whole=not isinstance(budget, Mapping))
+        _refuse_unreachable(one_budget, size)
+        rules.append(BudgetRule(one_budget, [one.gate for one in part], size))
+    for rule in rules:
+        for gate in rule.gates:
+            gate.rule = rule
+            gate.limits = LIMITS
+    return rules
+
+
+def _parts(
+    model: nn.Module, free: Sequence[Gated], budget: Budget | Mapping[Pattern, Budget]
+) -> list[tuple[list[Gated], Budget]]:
+    """The gates of each budget."""
+    if isinstance(budget, Budget):
+        return [(list(free), budget)]
+    modules = dict(named_modules(model))
+    parts: dict[Pattern, list[Gated]] = {pattern: [] for pattern in budget}
+    for one in free:
+        first = next((p for p in budget if any(matches(p, n, modules[n]) for n in _names(one, modules))), None)
+        if first is not None:
+            parts[first].append(one)
+    for pattern, part in parts.items():
+        if not part:
+            raise SpecError(no_match("set_budget", pattern, modules))
+    return [(part, budget[pattern]) for pattern, part in parts.items()]
+
+
+def _names(one: Gated, modules: Mapping[str, nn.Module]) -> list[str]:
+    """The modules that a gate belongs to: those it multiplies, and of a coupled group those that write it."""
+    names = [site.module_name for site in one.sites] or [one.name]
+    if one.coupled is not None:
+        names = [one.coupled.prefix + site.module for site in one.coupled.group.writers] + names
+    return [name for name in names if name in modules]
+
+
+def _refuse_unreachable(budget: Budget, size: Size) -> None:
+    least = size.of(np.minimum(budget.min_keep, size.counts).astype(np.float64))
+    target = budget.target(size.whole)
+    if not least <= target < size.whole:
+        smallest = f"a {budget.unit} size of {least:,.0f} of {size.whole:,.0f}, sparsity {1 - least / size.whole:.4f}"
+        raise invalid_budget(
+            "the size must be one that the gates can reach.",
+            f"{target:,.0f}",
+            f"at least {smallest}; less than the whole",
+            "gates on more layers, or a smaller min_keep" if target < least else "a smaller size",
+        )

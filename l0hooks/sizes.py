@@ -1,0 +1,239 @@
+"""A model's size as a function of how many gates stay: in gates, parameters or multiply-adds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+from torch import nn
+from torch.nn.parameter import UninitializedParameter
+
+from l0hooks.coupled import CoupledPlan
+from l0hooks.errors import SpecError, explain
+from l0hooks.layers import tensors_of
+from l0hooks.penalties import Gated
+from l0hooks.spec import named_modules
+from l0hooks.structure import GroupSite
+from l0hooks.tracing import count_positions
+from l0hooks.weights import Site
+
+Unit = Literal["gates", "params", "macs"]
+Floats = npt.NDArray[np.float64]
+Ints = npt.NDArray[np.int64]
+Positions = Mapping[tuple[int, str], float]
+
+
+@dataclass(frozen=True)
+class Size:
+    """constant + linear·k + k·square·k for k gates that stay in each array of gates; ``square`` is symmetric.
+
+    Attributes
+    ----------
+    counts : int64, shape (arrays,)
+        How many gates each array has.
+    constant : float
+        What no gate can remove.
+    linear : float64, shape (arrays,)
+    square : float64, shape (arrays, arrays)
+    """
+
+    counts: npt.NDArray[np.int64]
+    constant: float
+    linear: Floats
+    square: Floats
+
+    @property
+    def whole(self) -> float:
+        """The size with every gate open."""
+        return self.of(self.counts.astype(np.float64))
+
+    def of(self, kept: Floats, variance: Floats | None = None) -> float:
+        """The size when ``kept`` gates stay; with expected numbers and their variances, the expected size."""
+        spread = 0.0 if variance is None else float(np.diagonal(self.square) @ variance)
+        return float(self.constant + self.linear @ kept + kept @ self.square @ kept) + spread
+
+    def price(self, kept: Floats) -> Floats:
+        """What one gate more or less of each array changes."""
+        price: Floats = self.linear + 2 * self.square @ kept
+        return price
+
+
+def fitting(size: Size, array_of: Ints, allowed: float) -> npt.NDArray[np.bool_]:
+    """Which gates fit into a size: the longest run from the front, then whatever still fits, in order.
+
+    Parameters
+    ----------
+    size : Size
+    array_of : int64, shape (gates,)
+        The array that each gate belongs to, the gates in order of preference.
+    allowed : float
+
+    Returns
+    -------
+    bool, shape (gates,)
+    """
+    arrays = len(size.counts)
+
+    def counts(length: int) -> Floats:
+        return np.bincount(array_of[:length], minlength=arrays).astype(np.float64)
+
+    low, high = 0, len(array_of)
+    while low < high:  # the size grows with every gate
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if size.of(counts(middle)) <= allowed else (low, middle - 1)
+    fits = np.arange(len(array_of)) < low
+    kept = counts(low)
+    rest = [low + np.flatnonzero(array_of[low:] == array) for array in range(arrays)]
+    place = np.zeros(arrays, np.int64)
+    while True:
+        more = size.price(kept) + np.diagonal(size.square)
+        room = allowed - size.of(kept)
+        next_ = [r[n] if n < len(r) and c <= room else len(fits) for r, n, c in zip(rest, place, more, strict=True)]
+        best = int(np.argmin(next_))
+        if next_[best] == len(fits):
+            return fits
+        fits[next_[best]] = True
+        kept[best] += 1
+        place[best] += 1
+
+
+def size_of(
+    model: nn.Module,
+    gated: Sequence[Gated],
+    every: Sequence[Gated],
+    unit: Unit,
+    example_inputs: Sequence[Any] | None,
+    *,
+    whole: bool,
+) -> Size:
+    """The size of ``model`` in ``unit``, by the numbers of gates that stay in the arrays of ``gated``.
+
+    Parameters
+    ----------
+    model : nn.Module
+    gated : sequence of Gated
+        Arrays of gates that may vary.
+    every : sequence of Gated
+        All of the model.
+    unit : "gates", "params" or "macs"
+    example_inputs : sequence or None
+        Positional arguments of ``model``, for multiply-adds.
+    whole : bool
+        Count what has no gates, too; else only the tensors that ``gated`` removes from.
+
+    Raises
+    ------
+    SpecError
+        If multiply-adds are asked for without example inputs, or a tensor that counts also belongs to other gates.
+    """
+    counts = np.array([one.gate.log_alpha.numel() for one in gated], np.int64)
+    zeros = np.zeros((len(gated), len(gated)))
+    if unit == "gates":
+        return Size(counts, 0.0, np.ones(len(gated)), zeros)
+    standalone = next((one.name for one in gated if not one.sites), None)
+    if standalone is not None:
+        raise SpecError(
+            explain(f"budget over {standalone!r}", "a standalone gate has no parameters.", hint='unit="gates"')
+        )
+    positions = _positions(model, unit, example_inputs)
+    linear, square, constant = np.zeros(len(gated)), zeros, 0.0
+    for number, one in enumerate(gated):
+        for site in _every_use(one, unit) if one.coupled is None else ():
+            each = 1.0 if positions is None else positions.get((id(site.module), site.tensor_name), 0.0)
+            linear[number] += each * site.weight.numel() / counts[number]
+    otherwise = {site.name for one in every if one.coupled is None for site in one.sites}
+    for plan, prefix, numbers in _plans(gated):
+        tensors = plan.tensors(frozenset(name.removeprefix(prefix) for name in otherwise))
+        for names, sites in tensors.items():
+            if not whole and any(number not in numbers for number, _ in sites):
+                raise _shared(prefix + names[0])
+            each = 1.0 if positions is None else plan.positions.get(names[0], 0.0)
+            constant += each * _add_product(linear, square, sites, plan, numbers)
+    size = Size(counts, constant, linear, square)
+    return replace(size, constant=constant + _total(model, every, positions) - size.whole) if whole else size
+
+
+def _every_use(one: Gated, unit: Unit) -> Sequence[Site]:
+    """The weights behind gates: tied ones once for parameters, at each of their sites for multiply-adds."""
+    return list(one.weights()) if unit == "params" else one.sites
+
+
+def _positions(model: nn.Module, unit: Unit, example_inputs: Sequence[Any] | None) -> Positions | None:
+    if unit == "params":
+        return None
+    if example_inputs is None:
+        raise SpecError(
+            explain(
+                "budget",
+                "multiply-adds are counted by running the model.",
+                got="no example_inputs",
+                hint='sparsify(model, spec, budget=Budget(sparsity=0.5, unit="macs"), example_inputs=(x,))',
+            )
+        )
+    return count_positions(model, example_inputs)
+
+
+def _plans(gated: Sequence[Gated]) -> list[tuple[CoupledPlan, str, dict[int, int]]]:
+    """The plans of coupled gates, what a wrapper puts before their names, and each group's place in ``gated``."""
+    found: dict[int, tuple[CoupledPlan, str, dict[int, int]]] = {}
+    for number, one in enumerate(gated):
+        if one.coupled is not None:
+            _, _, numbers = found.setdefault(id(one.coupled.plan), (one.coupled.plan, one.coupled.prefix, {}))
+            numbers[one.coupled.number] = number
+    return list(found.values())
+
+
+def _add_product(
+    linear: Floats,
+    square: Floats,
+    sites: Sequence[tuple[int, GroupSite]],
+    plan: CoupledPlan,
+    numbers: Mapping[int, int],
+) -> float:
+    """Add what stays of one tensor, the product of what stays along its axes; its constant part is returned."""
+    shape = sites[0][1].shape
+    axes = sorted({site.axis for _, site in sites})
+    rest = float(np.prod([n for axis, n in enumerate(shape) if axis not in axes[:2]]))
+    fixed, weights = [], []
+    for axis in axes[:2]:
+        weight, lost = np.zeros(len(linear)), 0
+        for group, site in sites:
+            if site.axis == axis and group in numbers:
+                weight[numbers[group]] += site.indices.shape[1]
+                lost += site.indices.shape[1] * plan.groups[group].size
+        fixed.append(float(shape[axis] - lost))
+        weights.append(weight)
+    if len(axes) == 1:
+        linear += rest * weights[0]
+        return rest * fixed[0]
+    (a, b), (u, v) = fixed, weights
+    linear += rest * (a * v + b * u)
+    square += rest / 2 * (np.outer(u, v) + np.outer(v, u))
+    return rest * a * b
+
+
+def _total(model: nn.Module, every: Sequence[Gated], positions: Positions | None) -> float:
+    """The size of the whole model, without the gates' own parameters."""
+    own = {id(one.gate.log_alpha) for one in every}
+    found: dict[object, float] = {}
+    for _, module in named_modules(model):
+        for name, tensor in tensors_of(module):
+            if positions is not None:
+                found[id(module), name] = positions.get((id(module), name), 0.0) * tensor.numel()
+            elif id(tensor) not in own and not isinstance(tensor, UninitializedParameter):
+                found[tensor.data_ptr() or id(tensor)] = float(tensor.numel())  # tied ones once
+    return sum(found.values())
+
+
+def _shared(name: str) -> SpecError:
+    return SpecError(
+        explain(
+            repr(name),
+            "parameters and multiply-adds can be budgeted in parts only where the parts share no tensor.",
+            got="gates of two budgets on it",
+            hint='one budget for all gates, or unit="gates"',
+        )
+    )
