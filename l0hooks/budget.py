@@ -64,6 +64,7 @@ class Budget:
     Examples
     --------
     >>> from l0hooks import sparsify, summary
+    >>> from torch import nn
     >>> model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
     >>> _ = sparsify(model, "weight", budget=Budget(keep=50, steps=10))
     >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)

@@ -50,6 +50,7 @@ def set_budget(
 
     Examples
     --------
+    >>> from l0hooks import Gate
     >>> gate = Gate(100)
     >>> (rule,) = set_budget(gate, Budget(keep=10, steps=5, automatic=False))
     >>> for _ in range(5):
