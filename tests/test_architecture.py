@@ -18,8 +18,9 @@ FLOORS = {
     5: ["coupled"],
     6: ["penalties", "coupling"],
     7: ["summary", "shrink"],
-    8: ["attach", "export", "serial"],
-    9: ["__init__"],
+    8: ["attach", "export", "serial", "sizes", "plots"],
+    9: ["track"],
+    10: ["__init__"],
 }
 STRUCTURE = {
     **{"labels": 0, "ties": 0, "roles": 0, "failure": 0, "rules": 1, "trace": 2, "groups": 3},
