@@ -255,13 +255,9 @@ class Tracker:
         if step is None:
             return 0 if last is None else last + 1
         if not _is_integer(step) or (last is not None and step <= last):
+            after = "" if last is None else f" after {last}"
             raise InvalidValueError(
-                explain(
-                    "Tracker.log",
-                    "the step must be an integer that grows.",
-                    expected=None if last is None else f"> {last}",
-                    got=repr(step),
-                )
+                explain("Tracker.log", f"the step must be an integer{after}.", got=repr(step), hint="no step at all")
             )
         return int(step)
 
