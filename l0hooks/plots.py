@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,8 +23,9 @@ if TYPE_CHECKING:
 
 _BINS = 40  # one border is ½
 _LONGEST = 36  # characters of a layer's name
-_ALIKE = 30  # largest ratio of two metrics that share a panel
+_ALIKE = 5  # largest ratio of two metrics that share a panel
 _HIGHEST = 300.0  # inches
+_LINE = 110  # characters of a legend
 _LABELS: dict[Unit, str] = {"params": "parameters", "gates": "gates", "macs": "multiply-adds"}
 _TAKEN = ("step", "expected", "evaluated", "exported", "target", "temperature")
 
@@ -58,7 +60,7 @@ def gate_histogram(model: nn.Module, *, by_layer: bool = False) -> Figure:
     report = _with_rows(summary(model), "gate_histogram")
     counts = [_counts(one.gate) for one in iter_gated(model)]
     if by_layer:
-        return _heatmap([_shorten(row.name) for row in report.rows], torch.stack(counts))
+        return _heatmap(_names(report), torch.stack(counts))
     figure = _figure(7.0, 3.6)
     axes = figure.subplots()
     total = torch.stack(counts).sum(0)
@@ -111,7 +113,7 @@ def sparsity_plot(model_or_summary: nn.Module | Summary) -> Figure:
     axes.plot(expected, places, "|", color="C1", markersize=9, markeredgewidth=2, label="expected", clip_on=False)
     for place, row in enumerate(rows):
         axes.text(1.015, place, _kept(row), va="center", fontsize=8, transform=axes.get_yaxis_transform())
-    axes.set_yticks(places, [_shorten(row.name) for row in rows], fontsize=8)
+    axes.set_yticks(places, _names(report), fontsize=8)
     axes.set(xlabel="share kept", xlim=(0, 1), ylim=(len(rows) - 0.4, -0.6))
     axes.xaxis.set_major_formatter("{x:.0%}")
     axes.spines[["top", "right", "left"]].set_visible(False)
@@ -153,8 +155,7 @@ def history_plot(rows: Sequence[Mapping[str, int | float]], *, unit: Unit = "par
     axes = figure.subplots(
         1 + len(panels), squeeze=False, sharex=True, gridspec_kw={"height_ratios": [1.6] + [1.0] * len(panels)}
     )[:, 0]
-    engineering = import_extra("matplotlib.ticker", extra="examples", where="plots").EngFormatter
-    axes[0].yaxis.set_major_formatter(engineering(sep=" "))
+    axes[0].yaxis.set_major_formatter(_matplotlib("ticker").EngFormatter(sep=" "))
     styles = {"expected": "C1-", "evaluated": "C0-", "target": "k:"}
     for name, style in styles.items():
         _curve(axes[0], rows, name, style)
@@ -213,9 +214,9 @@ def _panels(rows: Sequence[Mapping[str, int | float]]) -> list[list[str]]:
 
 def _heatmap(names: list[str], counts: Tensor) -> Figure:
     shares = counts / counts.sum(1, keepdim=True).clamp(min=1)
-    figure = _figure(8.0, 1.3 + 0.2 * len(names))
+    figure = _figure(8.0, max(2.6, 1.3 + 0.2 * len(names)))
     axes = figure.subplots()
-    colours = import_extra("matplotlib.colors", extra="examples", where="plots")
+    colours = _matplotlib("colors")
     image = axes.imshow(
         shares.numpy(),
         aspect="auto",
@@ -226,8 +227,9 @@ def _heatmap(names: list[str], counts: Tensor) -> Figure:
     )
     axes.axvline(0.5, color="C3", linestyle="--", linewidth=1)
     axes.set_yticks(range(len(names)), names, fontsize=8)
-    axes.set(xlabel="keep probability")
-    bar = figure.colorbar(image, ax=axes, format="{x:.0%}", ticks=[0, 0.01, 0.1, 0.25, 0.5, 1], aspect=40, pad=0.02)
+    axes.set(xlabel="keep probability; evaluation keeps what lies right of ½")
+    thin = figure.get_figheight() / 0.15
+    bar = figure.colorbar(image, ax=axes, format="{x:.0%}", ticks=[0, 0.01, 0.1, 0.25, 0.5, 1], aspect=thin, pad=0.02)
     bar.set_label("share of the layer's gates")
     return figure
 
@@ -238,16 +240,25 @@ def _counts(gate: Gate) -> Tensor:
 
 def _figure(width: float, height: float) -> Figure:
     """Not pyplot's: no global state, no display."""
-    module = import_extra("matplotlib.figure", extra="examples", where="plots")
-    figure: Figure = module.Figure(figsize=(width, min(height, _HIGHEST)), layout="constrained")
+    size = (width, min(height, _HIGHEST))
+    figure: Figure = _matplotlib("figure").Figure(figsize=size, layout="constrained")
     return figure
 
 
+def _matplotlib(part: str) -> ModuleType:
+    import_extra("matplotlib", extra="examples", where="plots")
+    return import_extra(f"matplotlib.{part}", extra="examples", where="plots")
+
+
 def _legend_above(axes: Any, anchor: str = "left") -> None:
-    corner = {"left": ("lower left", (0, 1)), "right": ("lower right", (1, 1))}[anchor]
-    axes.legend(
-        loc=corner[0], bbox_to_anchor=corner[1], ncols=3, frameon=False, fontsize=9, borderaxespad=0.2, handlelength=1.5
-    )
+    """A legend outside the axes, where it hides nothing, in as many columns as are sure to fit."""
+    lengths = sorted((len(label) + 6 for label in axes.get_legend_handles_labels()[1]), reverse=True)
+    if not lengths:
+        return
+    columns = next((n for n in (4, 3, 2) if sum(lengths[:n]) <= _LINE), 1)
+    loc, corner = {"left": ("lower left", (0, 1)), "right": ("lower right", (1, 1))}[anchor]
+    spaces = {"borderaxespad": 0.2, "handlelength": 1.5, "columnspacing": 1.4}
+    axes.legend(loc=loc, bbox_to_anchor=corner, ncols=columns, frameon=False, fontsize=9, **spaces)
 
 
 def _with_rows(report: Summary, where: str) -> Summary:
@@ -262,9 +273,20 @@ def _kept(row: SummaryRow) -> str:
     return f"{row.parameters_kept:,} of {row.parameters:,} weights"
 
 
-def _shorten(name: str, longest: int = _LONGEST) -> str:
+def _names(report: Summary) -> list[str]:
+    """The layers' names, all cut at the place nearest a third that leaves them different."""
+    names = [row.name for row in report.rows]
+    for longest in (_LONGEST, _LONGEST * 2):
+        for head in sorted(range(4, longest - 4), key=lambda n: abs(n - longest // 3)):
+            short = [_shorten(name, longest, head) for name in names]
+            if len(set(short)) == len(set(names)):
+                return short
+    return names
+
+
+def _shorten(name: str, longest: int, head: int | None = None) -> str:
     """``name``, its middle left out if it is long: both ends say more."""
     if len(name) <= longest:
         return name or "(root)"
-    tail = (longest - 1) * 2 // 3
-    return f"{name[: longest - 1 - tail]}…{name[-tail:]}"
+    front = longest // 3 if head is None else head
+    return f"{name[:front]}…{name[front + 1 - longest :]}"

@@ -25,7 +25,13 @@ def inside(figure):
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     width, height = canvas.get_width_height()
-    texts = [t for axes in figure.axes for t in (*axes.texts, *axes.get_yticklabels(), axes.title, axes.yaxis.label)]
+    texts = [t for axes in figure.axes for t in (*axes.texts, axes.title, axes.xaxis.label, axes.yaxis.label)]
+    texts += [
+        tick.label1
+        for axes in figure.axes
+        for tick in axes.yaxis.get_major_ticks()
+        if min(axes.get_ylim()) <= tick.get_loc() <= max(axes.get_ylim())  # others are not drawn
+    ]
     texts += [t for axes in figure.axes if axes.get_legend() for t in axes.get_legend().get_texts()]
     boxes = [text.get_window_extent(canvas.get_renderer()) for text in texts if text.get_visible() and text.get_text()]
     return bool(boxes) and all(-1 <= b.x0 and b.x1 <= width + 1 and -1 <= b.y0 and b.y1 <= height + 1 for b in boxes)
@@ -69,7 +75,7 @@ def test_the_histogram_counts_every_gate(close_gates):
     assert figure.axes[0].get_title("left") == f"{kept} of 192 gates stay"
     by_layer = plots.gate_histogram(model, by_layer=True).axes[0].images[0].get_array()
     assert by_layer.shape == (3, len(counts))
-    assert by_layer.sum(1) == pytest.approx([1.0] * 3)
+    assert by_layer.sum(1).tolist() == pytest.approx([1.0] * 3)
 
 
 def test_gates_that_are_certain_fall_into_the_outer_bins():
@@ -134,3 +140,10 @@ def test_there_is_no_global_state(close_gates):
     assert plt.get_fignums() == []
     assert len({id(figure) for figure in figures}) == 3
     assert [gate.log_alpha._version for _, gate in iter_gates(model)] == before
+
+
+def test_long_legends_fit():
+    row = {"step": 0, "expected": 12345678901.0, "evaluated": 12345678901, "target": 12345678901}
+    names = [f"validation_accuracy_of_the_{n}th_head" for n in range(5)]
+    rows = [{**row, **dict.fromkeys(names, 1.0)}, {"step": 0, "exported": 3}]
+    assert inside(plots.history_plot(rows))
