@@ -172,6 +172,7 @@ def history_plot(rows: Sequence[Mapping[str, int | float]], *, unit: Unit = "par
         one.grid(color="0.92")
         one.spines[["top", "right"]].set_visible(False)
         _legend_above(one)
+    figure.align_ylabels()
     axes[-1].set_xlabel("step")
     axes[-1].xaxis.get_major_locator().set_params(integer=True)
     return figure
@@ -186,8 +187,9 @@ def _curve(axes: Any, rows: Sequence[Mapping[str, int | float]], name: str, styl
         axes.plot(steps, values, style + marker, markersize=3, linewidth=1.5, label=label)
     pruned = _series([row for row in rows if "exported" in row], name)
     if pruned[0]:
-        star = None if steps else label
-        axes.plot(*pruned, "*", color=style[:2], markersize=11, label=star, clip_on=False, zorder=3)
+        axes.plot(
+            *pruned, "*", color=style[:2], markersize=11, label=f"{_shorten(name, 24)}, pruned", clip_on=False, zorder=3
+        )
 
 
 def _series(rows: Sequence[Mapping[str, int | float]], name: str) -> tuple[list[int | float], list[int | float]]:

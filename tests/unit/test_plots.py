@@ -115,7 +115,7 @@ def test_the_history_has_a_panel_for_each_scale(tmp_path):
     assert list(lines) == ["expected", "evaluated", "target", "exported"]
     assert list(lines["expected"].get_ydata()) == [row["expected"] for row in tracker.rows[:-1]]
     assert list(lines["exported"].get_ydata()) == [size]
-    assert [line.get_label() for line in small.lines if not line.get_label().startswith("_")] == ["accuracy", "loss"]
+    assert [line.get_label() for line in small.lines] == [*("accuracy", "accuracy, pruned", "loss")]
     assert list(large.lines[0].get_xdata()) == list(range(0, 200, 10))
     assert all(axes.get_shared_x_axes().joined(sizes, axes) for axes in (small, large))
     assert inside(figure)
