@@ -67,6 +67,8 @@ def expected_size(model: nn.Module, report: Summary, unit: Unit) -> float:
     total = float(report.model_parameters - report.parameters) if unit == "params" else 0.0
     for row in alone:
         total += (row.parameters if unit == "params" else row.macs or 0) * (1 - row.expected_sparsity)
+    if len(alone) == len(report.rows):
+        return total
     otherwise = _gated_alone(model)
     for one in iter_gated(model):
         if one.coupled is not None:  # weights with gates of their own have their row, as in the summary

@@ -39,11 +39,12 @@ SPECS = {
     "coupled": "coupled",
     "mixed": {"stem": "coupled", "hidden": "weight"},
 }
+TWICE = {"stem": "weight", "conv": "coupled"}  # the group cuts the stem's weight, which has gates of its own
 
 
 def gated(spec, close_gates):
     model = Net()
-    sparsify(model, SPECS[spec], example_inputs=(X,))
+    sparsify(model, SPECS.get(spec, TWICE), example_inputs=(X,))
     close_gates(model)
     return model
 
@@ -79,7 +80,7 @@ def test_the_evaluated_size_is_what_prune_exports(spec, close_gates):
     assert tracker.rows[1] == {"step": 0, "exported": counted}
 
 
-@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize("spec", [*SPECS, "twice"])
 def test_the_expected_size_is_the_mean_over_samples(spec, close_gates):
     """Every gate is drawn, the model's size counted as if the draw decided: the mean meets the expectation."""
     model = gated(spec, close_gates)
@@ -112,10 +113,9 @@ def test_the_expected_size_is_the_penalty_and_what_is_not_gated(spec, close_gate
     assert row["penalty_l0"] == penalty(model, l0=1.0).item()
 
 
-@pytest.mark.parametrize("spec", SPECS)
-def test_with_every_gate_surely_open_or_closed_all_sizes_agree(spec):
-    model = Net()
-    sparsify(model, SPECS[spec], example_inputs=(X,))
+@pytest.mark.parametrize("spec", [*SPECS, "twice"])
+def test_with_every_gate_surely_open_or_closed_all_sizes_agree(spec, close_gates):
+    model = gated(spec, close_gates)
     with torch.no_grad():
         for _, gate in iter_gates(model):
             gate.log_alpha.fill_(60.0)
@@ -163,9 +163,10 @@ def test_a_standalone_gate_by_hand():
 @pytest.mark.filterwarnings("ignore:Sparse (CSR|BSR) tensor support:UserWarning")  # torch says so once a process
 def test_sparse_storage_and_wrappers_do_not_change_the_exported_size(close_gates):
     model = gated("weight", close_gates)
-    tracker = Tracker(nn.ModuleDict({"module": model}))
-    sizes = [tracker.exported(prune(model, sparse_format=kind)) for kind in (None, "csr")]
-    assert sizes == [summary(model).model_parameters_kept] * 2
+    for wrapped in (model, nn.ModuleDict({"module": model}), torch.compile(model)):
+        tracker = Tracker(wrapped)
+        sizes = [tracker.exported(prune(model, sparse_format=kind)) for kind in (None, "csr")]
+        assert sizes == [summary(model).model_parameters_kept] * 2
 
 
 def test_the_temperature_is_the_gates_own_or_their_mean():
