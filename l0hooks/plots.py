@@ -155,19 +155,11 @@ def history_plot(rows: Sequence[Mapping[str, int | float]], *, unit: Unit = "par
     axes = figure.subplots(
         1 + len(panels), squeeze=False, sharex=True, gridspec_kw={"height_ratios": [1.6] + [1.0] * len(panels)}
     )[:, 0]
-    axes[0].yaxis.set_major_formatter(_matplotlib("ticker").EngFormatter(sep=" "))
-    styles = {"expected": "C1-", "evaluated": "C0-", "target": "k:"}
-    for name, style in styles.items():
-        _curve(axes[0], rows, name, style)
-    steps, sizes = _series([row for row in rows if "exported" in row], "exported")
-    if steps:
-        axes[0].plot(steps, sizes, "*", color="C3", markersize=13, label="exported", clip_on=False, zorder=3)
-    axes[0].set(ylabel=_LABELS[unit])
+    _sizes(axes[0], rows, unit)
     for panel, names in zip(axes[1:], panels, strict=True):
         for number, name in enumerate(names):
             _curve(panel, rows, name, f"C{number % 10}-", final=False)
         panel.set(ylabel=_shorten(names[0], 18) if len(names) == 1 else "")
-    axes[0].set_ylim(bottom=0)
     for one in axes:
         one.grid(color="0.92")
         one.spines[["top", "right"]].set_visible(False)
@@ -176,6 +168,18 @@ def history_plot(rows: Sequence[Mapping[str, int | float]], *, unit: Unit = "par
     axes[-1].set_xlabel("step")
     axes[-1].xaxis.get_major_locator().set_params(integer=True)
     return figure
+
+
+def _sizes(axes: Any, rows: Sequence[Mapping[str, int | float]], unit: Unit) -> None:
+    axes.yaxis.set_major_formatter(_matplotlib("ticker").EngFormatter(sep=" "))
+    styles = {"expected": "C1-", "evaluated": "C0-", "target": "k:"}
+    for name, style in styles.items():
+        _curve(axes, rows, name, style)
+    steps, sizes = _series([row for row in rows if "exported" in row], "exported")
+    if steps:
+        axes.plot(steps, sizes, "*", color="C3", markersize=13, label="exported", clip_on=False, zorder=3)
+    axes.set(ylabel=_LABELS[unit])
+    axes.set_ylim(bottom=0)
 
 
 def _curve(axes: Any, rows: Sequence[Mapping[str, int | float]], name: str, style: str, *, final: bool = True) -> None:
