@@ -192,7 +192,7 @@ def _curve(axes: Any, rows: Sequence[Mapping[str, int | float]], name: str, styl
     pruned = _series([row for row in rows if "exported" in row], name)
     if pruned[0]:
         axes.plot(
-            *pruned, "*", color=style[:2], markersize=11, label=f"{_shorten(name, 24)}, pruned", clip_on=False, zorder=3
+            *pruned, "*", color=style[:-1], markersize=11, label=f"{_shorten(name, 24)}, pruned", clip_on=False, zorder=3
         )
 
 

@@ -129,7 +129,7 @@ def test_odd_histories_are_drawn(metrics, unit, tmp_path):
     tracker = Tracker(model, unit=unit)
     tracker.log(**metrics)
     tracker.plot(tmp_path / "history.svg")
-    only_exported = [{"step": 0, "exported": 9, "accuracy": 1}]
+    only_exported = [{"step": 0, "exported": 9, "accuracy": 1, "target": 8}]
     assert inside(plots.history_plot(only_exported, unit=unit))
 
 
