@@ -191,9 +191,8 @@ def _curve(axes: Any, rows: Sequence[Mapping[str, int | float]], name: str, styl
         axes.plot(steps, values, style + marker, markersize=3, linewidth=1.5, label=label)
     pruned = _series([row for row in rows if "exported" in row], name)
     if pruned[0]:
-        axes.plot(
-            *pruned, "*", color=style[:-1], markersize=11, label=f"{_shorten(name, 24)}, pruned", clip_on=False, zorder=3
-        )
+        label = f"{_shorten(name, 24)}, pruned"
+        axes.plot(*pruned, "*", color=style[:-1], markersize=11, label=label, clip_on=False, zorder=3)
 
 
 def _series(rows: Sequence[Mapping[str, int | float]], name: str) -> tuple[list[int | float], list[int | float]]:
