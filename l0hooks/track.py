@@ -17,7 +17,7 @@ from l0hooks.errors import InvalidValueError, SpecError, StateError, explain
 from l0hooks.extras import import_extra
 from l0hooks.gate import iter_gates
 from l0hooks.penalties import Strength, penalty
-from l0hooks.sizes import Unit, check_unit, evaluated_size, expected_size, exported_size
+from l0hooks.measures import Unit, check_unit, evaluated_size, expected_size, exported_size
 from l0hooks.summary import summary
 
 if TYPE_CHECKING:

@@ -18,7 +18,7 @@ FLOORS = {
     5: ["coupled"],
     6: ["penalties", "coupling"],
     7: ["summary", "shrink"],
-    8: ["attach", "export", "serial", "sizes", "plots"],
+    8: ["attach", "export", "serial", "measures", "plots"],
     9: ["track"],
     10: ["__init__"],
 }
