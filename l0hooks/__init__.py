@@ -15,6 +15,7 @@ from l0hooks.serial import load_pruned, save_pruned
 from l0hooks.spec import GateSpec
 from l0hooks.structure import channel_groups
 from l0hooks.summary import summary
+from l0hooks.track import Tracker
 
 __version__ = version("l0hooks")
 
@@ -24,6 +25,7 @@ __all__ = [
     "GateSpec",
     "HardConcrete",
     "L0HooksError",
+    "Tracker",
     "channel_groups",
     "iter_gates",
     "load_pruned",

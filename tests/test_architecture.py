@@ -18,8 +18,8 @@ FLOORS = {
     5: ["coupled"],
     6: ["penalties", "coupling"],
     7: ["summary", "shrink", "sizes", "planning"],
-    8: ["folding", "serial", "budget"],
-    9: ["export", "budgeting"],
+    8: ["folding", "serial", "budget", "measures", "plots"],
+    9: ["export", "budgeting", "track"],
     10: ["attach"],
     11: ["__init__"],
 }
