@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from l0hooks.budget import LIMITS, Budget, BudgetRule, invalid_budget
+from l0hooks.budget import Budget, BudgetRule, invalid_budget
 from l0hooks.errors import SpecError, StateError, explain
 from l0hooks.penalties import Gated, iter_gated
 from l0hooks.sizes import Size, size_of
@@ -71,7 +71,6 @@ def set_budget(
     for rule in rules:
         for gate in rule.gates:
             gate.rule = rule
-            gate.limits = LIMITS
     return rules
 
 
