@@ -184,6 +184,7 @@ def penalty(model: nn.Module, **strengths: Strength | Mapping[Pattern, Strength]
     ``l0l2=(λ0, λ2)``       Σ keep_prob·(λ0 + λ2/2·w²) over the gated weights (the paper's)
     ``params=λ``            λ times the expected number of gated weights that stay
     ``macs=λ``              λ times their expected multiply-adds on the example inputs
+    ``budget=1.0``          the price of every ``Budget(method="lagrangian")``
     ======================  ==================================================================
 
     Parameters
@@ -318,3 +319,11 @@ def _macs(gated: Gated) -> Tensor:
             )
         macs += site.gating.positions * site.weight.numel()
     return macs / gated.gate.log_alpha.numel() * gated.gate.expected_l0()
+
+
+@register_penalty("budget")
+def _budget(gated: Gated) -> Tensor:
+    rule = gated.gate.rule
+    if rule is None or rule.first is not gated.gate:  # told once, by the first of its gates
+        return gated.gate.log_alpha.new_zeros(())
+    return rule.penalty()

@@ -217,7 +217,7 @@ def _add_product(
 
 def _total(model: nn.Module, every: Sequence[Gated], positions: Positions | None) -> float:
     """The size of the whole model, without the gates' own parameters."""
-    own = {id(one.gate.log_alpha) for one in every}
+    own = {id(p) for one in every for p in one.gate.parameters()}
     found: dict[object, float] = {}
     for _, module in named_modules(model):
         for name, tensor in tensors_of(module):

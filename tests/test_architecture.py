@@ -17,11 +17,12 @@ FLOORS = {
     4: ["spec", "weights", "optim"],
     5: ["coupled"],
     6: ["penalties", "coupling"],
-    7: ["summary", "shrink", "sizes", "planning"],
+    7: ["summary", "shrink", "sizes", "planning", "control"],
     8: ["folding", "serial", "budget"],
-    9: ["export", "budgeting"],
-    10: ["attach"],
-    11: ["__init__"],
+    9: ["export", "lagrangian"],
+    10: ["budgeting"],
+    11: ["attach"],
+    12: ["__init__"],
 }
 STRUCTURE = {
     **{"labels": 0, "ties": 0, "roles": 0, "failure": 0, "rules": 1, "trace": 2, "groups": 3},
