@@ -69,15 +69,16 @@ class LagrangianRule(BudgetRule):
         if not size.square.any():
             return excess
         variance = torch.stack([(p * (1 - p)).sum().to(like.device) for p in probabilities])
-        return excess.add(kept @ square @ kept).add(square.diagonal() @ variance)
+        # no matrix products: autocast would run them in half precision
+        return excess + (square * kept * kept[:, None]).sum() + (square.diagonal() * variance).sum()
 
     def penalty(self) -> Tensor:
         """What the loss pays for the size; once the support is fixed, nothing."""
         if self.finished:  # distributed training wants to see every parameter used
-            return torch.zeros_like(self.multipliers).dot(self.multipliers)
+            return (torch.zeros_like(self.multipliers) * self.multipliers).sum()
         excess = self.excess()
         if self.equality:
-            return torch.stack([-excess, excess.square()]).dot(self.multipliers)
+            return (torch.stack([-excess, excess.square()]) * self.multipliers).sum()
         return self.multipliers[0] * excess
 
     def before_step(self) -> None:

@@ -91,6 +91,8 @@ def test_the_expected_size_of_coupled_gates_is_that_of_products():
     excess = rule.excess()
     torch.testing.assert_close(excess, (by_hand - rule.scheduled) / whole)
     assert excess.item() * whole + rule.scheduled == pytest.approx(rule.expected(), rel=1e-6)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(rule.excess(), excess)
     given, wanted = (torch.autograd.grad(e, (a.log_alpha, b.log_alpha)) for e in (excess, by_hand / whole))
     torch.testing.assert_close(given, wanted)
 
