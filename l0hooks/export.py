@@ -16,7 +16,6 @@ from l0hooks.comparison import Comparison
 from l0hooks.coupled import MaskInput
 from l0hooks.errors import SpecError, StateError, explain
 from l0hooks.folding import Closed, after_cuts, closed_channels, cut_closed
-from l0hooks.gate import iter_gates
 from l0hooks.noise import Door, unhook
 from l0hooks.penalties import iter_gated
 from l0hooks.shrink import members_that_stay, rewritten_from, shrink
@@ -225,9 +224,8 @@ def _without_closed(
 def _exported(target: nn.Module, gated: AbstractSet[str]) -> int:
     """The parameters of a pruned model, without the zeros of weights that had gates."""
     total = 0
-    multipliers = {id(gate.multipliers) for _, gate in iter_gates(target)}  # a standalone gate stays
     for name, parameter in target.named_parameters():
-        if isinstance(parameter, UninitializedParameter) or id(parameter) in multipliers:
+        if isinstance(parameter, UninitializedParameter):
             continue
         if parameter.layout is not torch.strided:
             total += parameter.values().numel()
