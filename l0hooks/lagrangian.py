@@ -49,19 +49,19 @@ class LagrangianRule(BudgetRule):
 
     def add_multipliers(self) -> None:
         """Give the first gate the multipliers, at zero."""
-        zeros = torch.zeros(2 if self.equality else 1, dtype=torch.float32, device=self.first.log_alpha.device)
-        self.first.multipliers = nn.Parameter(zeros)
+        zeros = torch.zeros(2 if self.equality else 1, dtype=torch.float32, device=self.gates[0].log_alpha.device)
+        self.gates[0].multipliers = nn.Parameter(zeros)
 
     @property
     def multipliers(self) -> nn.Parameter:
         """λ, or λ₁ and λ₂."""
-        if self.first.multipliers is None:
+        if self.gates[0].multipliers is None:
             raise StateError(explain("budget", "the first gate must hold the multipliers.", got="none"))
-        return self.first.multipliers
+        return self.gates[0].multipliers
 
     def excess(self) -> Tensor:
         """(E − B)/W, differentiable, shape ()."""
-        whole, size, like = self.size.whole, self.size, self.first.log_alpha
+        whole, size, like = self.size.whole, self.size, self.gates[0].log_alpha
         probabilities = [gate.keep_prob() for gate in self.gates]
         linear, square = (like.new_tensor(part / whole) for part in (size.linear, size.square))
         kept = torch.stack([p.sum().to(like.device) for p in probabilities])

@@ -323,7 +323,7 @@ def _macs(gated: Gated) -> Tensor:
 
 @register_penalty("budget")
 def _budget(gated: Gated) -> Tensor:
-    rule = gated.gate.rule
-    if rule is None or rule.first is not gated.gate:  # told once, by the first of its gates
-        return gated.gate.log_alpha.new_zeros(())
-    return rule.penalty()
+    gate = gated.gate
+    if gate.rule is None or gate.multipliers is None:  # told once, by the gate that holds them
+        return gate.log_alpha.new_zeros(())
+    return gate.rule.penalty()
