@@ -16,6 +16,7 @@ from l0hooks.serial import load_pruned, save_pruned
 from l0hooks.spec import GateSpec
 from l0hooks.structure import channel_groups
 from l0hooks.summary import summary
+from l0hooks.track import Tracker
 
 __version__ = version("l0hooks")
 
@@ -26,6 +27,7 @@ __all__ = [
     "HardConcrete",
     "L0HooksError",
     "Scheduled",
+    "Tracker",
     "channel_groups",
     "iter_gates",
     "load_pruned",

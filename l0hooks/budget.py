@@ -11,11 +11,10 @@ import torch
 from torch import Tensor
 
 from l0hooks.errors import InvalidValueError, explain, near_names
-from l0hooks.families import HardConcreteFamily
 from l0hooks.gate import Gate
-from l0hooks.hard_concrete import keep_prob
 from l0hooks.schedules import Schedule, cosine, cubic, exponential, linear
-from l0hooks.sizes import Floats, Size, Unit, fitting
+from l0hooks.shift import SharedShift
+from l0hooks.sizes import Size, Unit, fitting
 
 ScheduleName = Literal["cubic", "linear", "cosine", "exponential"]
 Method = Literal["shift", "lagrangian"]
@@ -27,10 +26,6 @@ _SCHEDULES: dict[str, MakeSchedule] = {
     "cosine": cosine,
     "exponential": exponential,
 }
-LIMITS = (-30.0, 15.0)  # wider than a gate's own: a common shift must not press its gates together at an end
-_ACCURACY = 1e-6  # of the whole size
-_FARTHEST = 2.0  # that one Newton step may go
-_CHUNK = 1 << 16  # gates whose arrays stay in cache
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,6 +147,7 @@ class BudgetRule:
         self.gates = tuple(gates)
         self.size = size
         self.step = 0
+        self._shift = SharedShift(self.gates, size)
         self.start = self.expected()
         self.target = budget.target(size.whole)
         make = _SCHEDULES[budget.schedule] if isinstance(budget.schedule, str) else budget.schedule
@@ -173,30 +169,19 @@ class BudgetRule:
         """The size that the schedule asks for now."""
         return self.target if self.finished else float(self._schedule(self.step))
 
-    @torch.no_grad()
     def expected(self) -> float:
         """The expected size of the gates as they stand."""
-        kept, _, variance = self._sums(0.0)
-        return self.size.of(kept, variance)
+        return self._shift.expected()
 
     # --- training --------------------------------------------------------------------------------------------------
 
     def before_step(self) -> None:
-        """Take the share along the constraint out of the gradient: g − c·p′·Σg / Σ(c·p′)."""
-        if self.finished:
-            for gate in self.gates:
-                gate.log_alpha.grad = None  # the optimiser's momentum must not move them either
+        """Take the share along the constraint out of the gradient, or keep the gates where they are."""
+        if not self.finished:
+            self._shift.project_gradients()
             return
-        with torch.no_grad():
-            kept, slopes, _ = self._sums(0.0)
-            price = self.size.price(kept)
-            grads = [(g, c, g.log_alpha.grad) for g, c in zip(self.gates, price.tolist(), strict=True)]
-            sums = [grad.sum() for _, _, grad in grads if grad is not None]
-            if sums:
-                common = float(torch.stack(sums).sum()) / max(float(price @ slopes), 1e-30)
-                for gate, cost, grad in grads:
-                    if grad is not None:
-                        grad.add_(_slope(gate), alpha=-cost * common)
+        for gate in self.gates:
+            gate.log_alpha.grad = None  # the optimiser's momentum must not move them either
 
     def after_step(self) -> None:
         """Count an optimiser step, if the budget is to count them itself."""
@@ -210,35 +195,11 @@ class BudgetRule:
         """Nothing for the loss to pay."""
         return self.first.log_alpha.new_zeros(())
 
-    @torch.no_grad()
     def advance(self) -> None:
         """Go one step along the schedule and shift the gates to the size it asks for."""
-        if self.finished:
-            return
-        self.step += 1
-        shift = self._shift(self.scheduled)
-        for gate in self.gates:
-            gate.log_alpha.add_(shift)
-
-    def _shift(self, wanted: float) -> float:
-        """The common shift δ with E[size] = ``wanted``: damped Newton steps, kept between bounds that close in."""
-        shift, low, high = 0.0, -np.inf, np.inf
-        for _ in range(100):
-            kept, slopes, variance = self._sums(shift)
-            error = self.size.of(kept, variance) - wanted
-            if abs(error) <= _ACCURACY * wanted:
-                break
-            low, high = (low, shift) if error > 0 else (shift, high)
-            slope = max(float(self.size.price(kept) @ slopes), 1e-30)
-            moved = shift + min(max(-error / slope, -_FARTHEST), _FARTHEST)
-            shift = moved if low < moved < high else (low + high) / 2
-        return shift
-
-    def _sums(self, shift: float) -> tuple[Floats, Floats, Floats]:
-        """Σ p, Σ p′ and Σ p(1 − p) of every array of gates with its log-odds shifted."""
-        parts = [torch.stack(_sums_of(gate, shift)).to(self.first.log_alpha.device) for gate in self.gates]
-        found: Floats = torch.stack(parts).double().cpu().numpy()
-        return found[:, 0], found[:, 1], found[:, 2]
+        if not self.finished:
+            self.step += 1
+            self._shift.shift_to(self.scheduled)
 
     # --- the support -----------------------------------------------------------------------------------------------
 
@@ -269,32 +230,3 @@ class BudgetRule:
         stays[order[fitting(self.size, array_of, self.scheduled)]] = True
         masks = torch.split(torch.from_numpy(stays), [len(a) for a in arrays])
         return [m.view_as(g.log_alpha).to(g.log_alpha.device) for m, g in zip(masks, self.gates, strict=True)]
-
-
-def _sums_of(gate: Gate, shift: float) -> tuple[Tensor, Tensor, Tensor]:
-    family, location = gate.family, gate.log_alpha.detach()
-    if isinstance(family, HardConcreteFamily):
-        offset = shift - gate.temperature * float(np.log(-family.gamma / family.zeta))
-        flat, total, square = location.flatten(), location.new_zeros(()), location.new_zeros(())
-        for first in range(0, len(flat), _CHUNK):
-            p = (flat[first : first + _CHUNK] + offset).sigmoid_()
-            total, square = total + p.sum(), square + p.dot(p)
-        return total, total - square, total - square
-    p, slope = _with_slope(gate, location + shift)
-    return p.sum(), slope.sum(), (p * (1 - p)).sum()
-
-
-def _slope(gate: Gate) -> Tensor:
-    """p′ of every gate."""
-    family, location = gate.family, gate.log_alpha.detach()
-    if isinstance(family, HardConcreteFamily):
-        p = keep_prob(location, gate.temperature, family.gamma, family.zeta)
-        return torch.addcmul(p, p, p, value=-1)
-    return _with_slope(gate, location)[1]
-
-
-def _with_slope(gate: Gate, location: Tensor) -> tuple[Tensor, Tensor]:
-    location = location.detach().requires_grad_()
-    with torch.enable_grad():
-        p = gate.family.keep_prob(location, gate.temperature)
-    return p.detach(), torch.autograd.grad(p.sum(), location)[0]

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from l0hooks.budget import LIMITS, Budget, BudgetRule, invalid_budget
+from l0hooks.budget import Budget, BudgetRule, invalid_budget
 from l0hooks.errors import SpecError, StateError, explain
 from l0hooks.lagrangian import LagrangianRule
 from l0hooks.penalties import Gated, iter_gated
@@ -73,8 +73,6 @@ def set_budget(
     for rule in rules:
         for gate in rule.gates:
             gate.rule = rule
-            if rule.budget.method == "shift":
-                gate.limits = LIMITS
         if isinstance(rule, LagrangianRule):
             rule.add_multipliers()
     return rules

@@ -236,8 +236,12 @@ class Gate(nn.Module):
 
     @torch.no_grad()
     def project(self) -> None:
-        """Bring ``log_alpha`` back into the limits. Runs by itself after every ``torch.optim`` step."""
-        self.log_alpha.clamp_(*self.limits)
+        """Bring ``log_alpha`` back into the limits. Runs by itself after every ``torch.optim`` step.
+
+        Not under a rule: a shift common to all gates must not press them together at an end.
+        """
+        if self.rule is None:
+            self.log_alpha.clamp_(*self.limits)
 
     def follow_schedule(self) -> None:
         """Go one step along the temperature's schedule. Runs by itself after every ``torch.optim`` step."""

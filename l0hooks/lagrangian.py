@@ -99,6 +99,9 @@ class LagrangianRule(BudgetRule):
                     hint="loss + penalty(model, budget=1.0)",
                 )
             )
+        with torch.no_grad():
+            for gate in self.gates:  # no common shift moves them beyond
+                gate.log_alpha.clamp_(*gate.limits)
         super().after_step()
 
     def after_ascent(self) -> None:

@@ -25,13 +25,15 @@ _registry: dict[str, tuple[Callable[..., Tensor], int]] = {}
 class Coupled:
     """A coupled group: its plan, its number there, and the gates of all groups of the plan.
 
-    ``prefix`` is what a wrapper puts before the names in the plan.
+    ``prefix`` is what a wrapper puts before the names in the plan; ``otherwise`` names the plan's weights that have
+    gates of their own, which count by these.
     """
 
     plan: CoupledPlan
     number: int
     gates: tuple[Gate, ...]
     prefix: str = ""
+    otherwise: frozenset[str] = frozenset()
 
     @property
     def group(self) -> ChannelGroup:
@@ -44,7 +46,7 @@ class Coupled:
             return 0.0
         keep = [gate.keep_prob() for gate in self.gates]
         mean, variance = [p.sum() for p in keep], [(p * (1 - p)).sum() for p in keep]
-        cost: Tensor | float = count(mean.__getitem__, variance=variance.__getitem__)
+        cost: Tensor | float = count(mean.__getitem__, self.otherwise, variance=variance.__getitem__)
         return cost
 
 
@@ -105,13 +107,15 @@ def _coupled(by_gate: Mapping[int, list[Site]]) -> dict[int, Coupled]:
             gates.update(zip(gating.numbers, gating.gates, strict=True))
             if not sites[0].name.endswith(gating.name):
                 raise _not_whole(gating.name)
+    own = {s.name for sites in by_gate.values() for s in sites if not isinstance(s.gating, CoupledWeight)}
     found = {}
     for plan, prefix, gates in members.values():
+        otherwise = frozenset(name.removeprefix(prefix) for name in own)
         if len(gates) < len(plan.groups):
             raise _not_whole(next(group.name for n, group in enumerate(plan.groups) if n not in gates))
         ordered = tuple(gates[number] for number in range(len(plan.groups)))
         for number, gate in enumerate(ordered):
-            found[id(gate)] = Coupled(plan, number, ordered, prefix)
+            found[id(gate)] = Coupled(plan, number, ordered, prefix, otherwise)
     return found
 
 

@@ -13,11 +13,10 @@ from torch.nn.parameter import UninitializedParameter
 from l0hooks.extras import import_extra
 from l0hooks.gate import Gate
 from l0hooks.layers import Granularity
-from l0hooks.penalties import Gated, iter_gated
+from l0hooks.penalties import Coupled, Gated, iter_gated
 from l0hooks.spec import named_modules
 from l0hooks.structure import ChannelGroup
 from l0hooks.tracing import count_positions
-from l0hooks.weights import iter_sites
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -241,19 +240,15 @@ def summary(model: nn.Module, *, example_inputs: Sequence[Any] | None = None) ->
     own = {id(p) for gated in iter_gated(model) for p in gated.gate.parameters()}
     plain = {p.data_ptr() or id(p): p for p in _initialised(model.parameters()) if id(p) not in own}
     total = sum(p.numel() for p in plain.values())
-    otherwise = {site.name for site in iter_sites(model) if site.gating.granularity != "coupled"}
-    coupled = tuple(_totals(one, otherwise) for one in iter_gated(model) if one.coupled and one.coupled.number == 0)
+    coupled = tuple(_totals(one.coupled) for one in iter_gated(model) if one.coupled and one.coupled.number == 0)
     return Summary(rows, total, tuple(_ungated(model)), coupled)
 
 
-def _totals(gated: Gated, otherwise: set[str]) -> CoupledTotals:
-    """The totals of the plan that a coupled gate belongs to; weights that are gated ``otherwise`` have rows."""
-    if gated.coupled is None:
-        raise TypeError("not a coupled gate")
-    plan, gates = gated.coupled.plan, gated.coupled.gates
-    kept = [_kept(gate) for gate in gates]
+def _totals(coupled: Coupled) -> CoupledTotals:
+    """The totals of the plan that a coupled gate belongs to; weights that are gated otherwise have rows."""
+    plan, without = coupled.plan, coupled.otherwise
+    kept = [_kept(gate) for gate in coupled.gates]
     sizes = [group.size for group in plan.groups]
-    without = {name.removeprefix(gated.coupled.prefix) for name in otherwise}
     parameters = (plan.parameters(c.__getitem__, without) for c in (sizes, kept))
     macs = (round(plan.macs(c.__getitem__, without)) for c in (sizes, kept)) if plan.positions else (None, None)
     return CoupledTotals(*parameters, *macs)

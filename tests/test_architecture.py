@@ -18,11 +18,12 @@ FLOORS = {
     5: ["coupled"],
     6: ["penalties", "coupling"],
     7: ["summary", "shrink", "sizes", "planning", "control"],
-    8: ["folding", "serial", "budget"],
-    9: ["export", "lagrangian"],
-    10: ["budgeting"],
-    11: ["attach"],
-    12: ["__init__"],
+    8: ["folding", "serial", "shift", "measures", "plots"],
+    9: ["export", "budget", "track"],
+    10: ["lagrangian"],
+    11: ["budgeting"],
+    12: ["attach"],
+    13: ["__init__"],
 }
 STRUCTURE = {
     **{"labels": 0, "ties": 0, "roles": 0, "failure": 0, "rules": 1, "trace": 2, "groups": 3},

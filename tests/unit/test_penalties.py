@@ -355,3 +355,14 @@ def test_a_name_that_is_taken_is_refused_and_keeps_its_meaning(registry, name):
 def test_the_penalty_lies_on_the_gates_device():
     model = three_layers().to("meta")
     assert penalty(model, l0=1.0, l2=1.0, l0l2=(1.0, 1.0)).device.type == "meta"
+
+
+def test_a_weight_with_gates_of_its_own_counts_by_these_and_not_by_the_groups_it_belongs_to():
+    model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3))
+    sparsify(model, {"0": "weight", "2": "coupled"}, example_inputs=(torch.randn(2, 4),))
+    with torch.no_grad():
+        for _, gate in iter_gates(model):
+            gate.log_alpha.fill_(60.0)  # open for certain
+    assert penalty(model, params=1.0).item() == pytest.approx(
+        sum(p.numel() for p in nn.Sequential(*[nn.Linear(4, 6), nn.Linear(6, 3)]).parameters()) - 3
+    )  # all but the bias of the output

@@ -1,0 +1,143 @@
+"""How large a gated model is: in expectation, as evaluation runs it, and once pruned."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, get_args
+
+import torch
+from torch import Tensor, nn
+
+from l0hooks.errors import SpecError, StateError, explain, near_names
+from l0hooks.penalties import iter_gated
+from l0hooks.sizes import Unit
+from l0hooks.summary import Summary
+from l0hooks.tracing import count_positions
+from l0hooks.weights import iter_sites
+
+
+def check_unit(unit: Unit) -> Unit:
+    """``unit``, if sizes are counted in it.
+
+    Raises
+    ------
+    SpecError
+        If they are not.
+    """
+    if unit not in get_args(Unit):
+        raise SpecError(
+            explain("unit", "the unit must be known.", got=repr(unit), hint=near_names(str(unit), get_args(Unit)))
+        )
+    return unit
+
+
+def evaluated_size(report: Summary, unit: Unit) -> int:
+    """What evaluation keeps: parameters of the whole model, gates, or multiply-adds of the gated layers.
+
+    Raises
+    ------
+    StateError
+        If multiply-adds were never counted.
+    """
+    if unit == "gates":
+        return sum(round(row.gates * (1 - row.sparsity)) for row in report.rows)
+    if unit == "params":
+        return report.model_parameters_kept
+    if report.macs_kept is None:
+        raise _not_counted()
+    return report.macs_kept
+
+
+@torch.no_grad()
+def expected_size(model: nn.Module, report: Summary, unit: Unit) -> float:
+    """The expectation of the same over the gates' noise; ``report`` is the model's summary now.
+
+    Raises
+    ------
+    StateError
+        If multiply-adds were never counted.
+    """
+    if unit == "gates":
+        return sum(row.gates * (1 - row.expected_sparsity) for row in report.rows)
+    if unit == "macs" and report.macs is None:
+        raise _not_counted()
+    alone = [row for row in report.rows if row.granularity != "coupled"]
+    total = float(report.model_parameters - report.parameters) if unit == "params" else 0.0
+    for row in alone:
+        total += (row.parameters if unit == "params" else row.macs or 0) * (1 - row.expected_sparsity)
+    if len(alone) == len(report.rows):
+        return total
+    for one in iter_gated(model):
+        if one.coupled is not None:
+            plan = one.coupled.plan
+            total += float(one.coupled.expected(plan.parameters if unit == "params" else plan.macs))
+    return total
+
+
+@torch.no_grad()
+def exported_size(model: nn.Module, pruned: nn.Module, unit: Unit, example_inputs: Sequence[Any] | None = None) -> int:
+    """What ``pruned``, made from the gated ``model``, really has; exact zeros of weights that had gates do not count.
+
+    Raises
+    ------
+    StateError
+        If ``pruned`` still has gates, the unit is gates, or multiply-adds cannot be counted.
+    """
+    if unit == "gates" or next(iter_gated(pruned), None) is not None:
+        got = "a model with gates" if unit != "gates" else "unit='gates'"
+        raise StateError(
+            explain("exported size", "a pruned model has parameters and no gates.", got=got, hint="prune(model) first")
+        )
+    zeros = {_plain(name) for name in _gated_alone(model)}
+    if unit == "params":
+        return sum(_count(p, _plain(name) in zeros) for name, p in pruned.named_parameters())
+    if example_inputs is None:
+        raise StateError(explain("exported size", "multiply-adds need example inputs.", hint="example_inputs=(x,)"))
+    positions = count_positions(pruned, example_inputs)
+    names = zeros | set(_coupled_names(model))
+    counted = {
+        name: positions[id(module), own] * _count(p, name in zeros)
+        for prefix, module in pruned.named_modules()
+        for own, p in module.named_parameters(recurse=False)
+        if (name := _plain(f"{prefix}.{own}".lstrip("."))) in names and (id(module), own) in positions
+    }
+    if not counted:
+        raise StateError(
+            explain(
+                "exported size",
+                "multiply-adds are counted at layers.",
+                got="a model without any of the gated ones (an exported graph, perhaps)",
+                hint='unit="params"',
+            )
+        )
+    return round(sum(counted.values()))
+
+
+def _not_counted() -> StateError:
+    return StateError(
+        explain(
+            'unit "macs"',
+            "multiply-adds are known only for example inputs.",
+            hint="sparsify(model, spec, example_inputs=(x,))",
+        )
+    )
+
+
+def _gated_alone(model: nn.Module) -> set[str]:
+    return {site.name for site in iter_sites(model) if site.gating.granularity != "coupled"}
+
+
+def _coupled_names(model: nn.Module) -> Iterator[str]:
+    for one in iter_gated(model):
+        if one.coupled is not None and one.coupled.number == 0:
+            yield from (name for names in one.coupled.plan.tensors() for name in names)
+
+
+def _plain(name: str) -> str:
+    """Without what ``torch.compile`` and data parallel wrappers put before names."""
+    return name.replace("_orig_mod.", "").removeprefix("module.")
+
+
+def _count(parameter: Tensor, zeros: bool) -> int:
+    stored = parameter if parameter.layout is torch.strided else parameter.values()
+    return int(torch.count_nonzero(stored)) if zeros else parameter.numel()
