@@ -5,6 +5,7 @@ from importlib.metadata import version
 from l0hooks.attach import sparsify
 from l0hooks.budget import Budget
 from l0hooks.budgeting import set_budget
+from l0hooks.control import Scheduled, temperature_schedule
 from l0hooks.distribution import HardConcrete
 from l0hooks.errors import L0HooksError
 from l0hooks.export import prune
@@ -25,6 +26,7 @@ __all__ = [
     "GateSpec",
     "HardConcrete",
     "L0HooksError",
+    "Scheduled",
     "Tracker",
     "channel_groups",
     "iter_gates",
@@ -38,4 +40,5 @@ __all__ = [
     "set_temperature",
     "sparsify",
     "summary",
+    "temperature_schedule",
 ]

@@ -17,6 +17,8 @@ from l0hooks.shift import SharedShift
 from l0hooks.sizes import Size, Unit, fitting
 
 ScheduleName = Literal["cubic", "linear", "cosine", "exponential"]
+Method = Literal["shift", "lagrangian"]
+Constraint = Literal["inequality", "equality"]
 MakeSchedule = Callable[[float, float, int], Schedule]
 _SCHEDULES: dict[str, MakeSchedule] = {
     "cubic": cubic,
@@ -50,6 +52,10 @@ class Budget:
         How many gates of each layer or group stay at the least.
     automatic : bool
         Count steps of the optimiser; else those of :meth:`BudgetRule.advance`.
+    method : "shift" or "lagrangian"
+        The common shift, or a price in the loss, ``penalty(model, budget=1.0)``: see :mod:`l0hooks.lagrangian`.
+    constraint : "inequality" or "equality", optional
+        For the Lagrangian method: at most the scheduled size (the default), or exactly that.
 
     Raises
     ------
@@ -82,6 +88,8 @@ class Budget:
     schedule: ScheduleName | MakeSchedule = "cubic"
     min_keep: int = 1
     automatic: bool = True
+    method: Method = "shift"
+    constraint: Constraint | None = None
 
     def __post_init__(self) -> None:
         if (self.sparsity is None) == (self.keep is None):
@@ -100,6 +108,11 @@ class Budget:
             raise invalid_budget(
                 "the schedule must be known.", repr(self.schedule), hint=near_names(self.schedule, _SCHEDULES)
             )
+        for name, value, known in (("method", self.method, Method), ("constraint", self.constraint, Constraint)):
+            if value not in get_args(known) and (name, value) != ("constraint", None):
+                raise invalid_budget(f"the {name} must be known.", repr(value), " or ".join(map(repr, get_args(known))))
+        if self.constraint is not None and self.method == "shift":
+            raise invalid_budget("a shift takes no constraint.", repr(self.constraint), hint='method="lagrangian"')
 
     def target(self, whole: float) -> float:
         """The size to reach, of ``whole``."""
@@ -174,6 +187,13 @@ class BudgetRule:
         """Count an optimiser step, if the budget is to count them itself."""
         if self.budget.automatic:
             self.advance()
+
+    def after_ascent(self) -> None:
+        """Nothing: a shift has no multipliers."""
+
+    def penalty(self) -> Tensor:
+        """Nothing for the loss to pay."""
+        return self.first.log_alpha.new_zeros(())
 
     def advance(self) -> None:
         """Go one step along the schedule and shift the gates to the size it asks for."""

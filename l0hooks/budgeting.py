@@ -10,6 +10,7 @@ from torch import nn
 
 from l0hooks.budget import Budget, BudgetRule, invalid_budget
 from l0hooks.errors import SpecError, StateError, explain
+from l0hooks.lagrangian import LagrangianRule
 from l0hooks.penalties import Gated, iter_gated
 from l0hooks.sizes import Size, size_of
 from l0hooks.spec import Pattern, matches, named_modules, no_match
@@ -63,14 +64,17 @@ def set_budget(
     if not free:
         got = "gates that have budgets" if every else "none"
         raise StateError(explain("set_budget", "the model must hold gates without a budget.", got=got))
-    rules = []
+    rules: list[BudgetRule] = []
     for part, one_budget in _parts(model, free, budget):
         size = size_of(model, part, every, one_budget.unit, example_inputs, whole=not isinstance(budget, Mapping))
         _refuse_unreachable(one_budget, size)
-        rules.append(BudgetRule(one_budget, [one.gate for one in part], size))
+        kind = LagrangianRule if one_budget.method == "lagrangian" else BudgetRule
+        rules.append(kind(one_budget, [one.gate for one in part], size))
     for rule in rules:
         for gate in rule.gates:
             gate.rule = rule
+        if isinstance(rule, LagrangianRule):
+            rule.add_multipliers()
     return rules
 
 

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from l0hooks.errors import InvalidValueError, explain, near_names
+from l0hooks.errors import InvalidValueError, StateError, explain, near_names
 from l0hooks.families import Family, FamilyName, HardConcreteFamily, initial_log_alpha, make_family
 from l0hooks.fused import is_traced, sampled
 from l0hooks.hard_concrete import GAMMA, ZETA, check_constants
 from l0hooks.noise import Door, NoiseSource
+from l0hooks.schedules import Schedule
 
 Estimator = Literal["median", "paper", "mean"]
 
@@ -52,6 +53,14 @@ class Rule(Protocol):
         """The optimiser has moved the gates."""
         ...
 
+    def after_ascent(self) -> None:
+        """An optimiser has moved the multipliers, if there are any."""
+        ...
+
+    def penalty(self) -> Tensor:
+        """What it adds to the loss, shape ()."""
+        ...
+
 
 class Gate(nn.Module):
     r"""Learnable gates z in [0, 1] over an array of any shape.
@@ -85,6 +94,10 @@ class Gate(nn.Module):
     ----------
     rule : Rule or None
         Who decides which gates stay; None for the gate alone.
+    multipliers : Parameter or None
+        The Lagrange multipliers of a budget, at the first of its gates.
+    schedule, scheduled_steps : Schedule or None, int
+        What the temperature follows, and how many steps of the optimiser it has taken.
 
     Raises
     ------
@@ -105,6 +118,7 @@ class Gate(nn.Module):
     """
 
     log_alpha: nn.Parameter
+    multipliers: nn.Parameter | None
 
     def __init__(
         self,
@@ -132,6 +146,9 @@ class Gate(nn.Module):
         self.limits = (min(low, start), max(high, start))
         self.estimator = check_estimator_name(estimator)
         self.log_alpha = nn.Parameter(torch.full(size, start, dtype=torch.float32, device=device))
+        self.register_parameter("multipliers", None)
+        self.schedule: Schedule | None = None
+        self.scheduled_steps = 0
         self._door = NoiseSource().add_door("", ()) if door is None else door
         self._index = index
         self.rule: Rule | None = None
@@ -226,18 +243,25 @@ class Gate(nn.Module):
         if self.rule is None:
             self.log_alpha.clamp_(*self.limits)
 
+    def follow_schedule(self) -> None:
+        """Go one step along the temperature's schedule. Runs by itself after every ``torch.optim`` step."""
+        if self.schedule is not None and not (self.rule is not None and self.rule.finished):  # fixed values stay fixed
+            self.temperature = self.schedule(self.scheduled_steps + 1)
+            self.scheduled_steps += 1
+
     def extra_repr(self) -> str:
         """Shape, temperature and estimator."""
         return f"{tuple(self.log_alpha.shape)}, temperature={self.temperature:.4g}, estimator={self.estimator!r}"
 
     def get_extra_state(self) -> Tensor:
-        """The temperature and the rule's step, so that a checkpoint resumes with them."""
-        return torch.tensor([self.temperature, 0 if self.rule is None else self.rule.step], dtype=torch.float64)
+        """The temperature, the rule's step and the schedule's, so that a checkpoint resumes with them."""
+        step = 0 if self.rule is None else self.rule.step
+        return torch.tensor([self.temperature, step, self.scheduled_steps], dtype=torch.float64)
 
     def set_extra_state(self, state: Tensor) -> None:
-        """Restore the temperature and the rule's step."""
-        temperature, step = state.tolist()
-        self.temperature = temperature
+        """Restore the temperature, the rule's step and the schedule's."""
+        temperature, step, scheduled_steps = state.tolist()
+        self.temperature, self.scheduled_steps = temperature, int(scheduled_steps)
         if self.rule is not None:
             self.rule.step = int(step)
 
@@ -257,6 +281,8 @@ class Gate(nn.Module):
         super()._load_from_state_dict(*args, **kwargs)
         if self.log_alpha.dtype != torch.float32:  # load_state_dict(assign=True) takes the checkpoint's dtype
             self.log_alpha = nn.Parameter(self.log_alpha.float(), requires_grad=self.log_alpha.requires_grad)
+        if self.multipliers is not None and self.multipliers.dtype != torch.float32:
+            self.multipliers = nn.Parameter(self.multipliers.float(), requires_grad=self.multipliers.requires_grad)
 
 
 _live: weakref.WeakSet[Gate] = weakref.WeakSet()
@@ -281,7 +307,24 @@ def _rules(gates: Sequence[Gate]) -> list[Rule]:
     return [gate.rule for gate in gates if gate.rule is not None and gate.rule.first is gate]
 
 
+def _priced(optimizer: torch.optim.Optimizer, upwards: bool) -> list[Rule]:
+    """The rules whose multipliers ``optimizer`` raises, or lowers."""
+    groups = [group for group in optimizer.param_groups if bool(group.get("maximize")) is upwards]
+    own = {id(p) for group in groups for p in group["params"]}
+    return [gate.rule for gate in _live if gate.rule is not None and id(gate.multipliers) in own]
+
+
 def _before_step(optimizer: torch.optim.Optimizer, *_: object) -> None:
+    if _priced(optimizer, upwards=False):
+        raise StateError(
+            explain(
+                "optimizer.step",
+                "the multipliers of a budget must ascend.",
+                expected="them in a group of their own with maximize=True",
+                got="a group that minimises",
+                hint="optimizer(param_groups(model, lr=..., gate_lr=...))",
+            )
+        )
     for rule in _rules(_moved(optimizer)):
         rule.before_step()
 
@@ -292,8 +335,11 @@ def _after_step(optimizer: torch.optim.Optimizer, *_: object) -> None:
     moved = _moved(optimizer)
     for gate in moved:
         gate.project()
+        gate.follow_schedule()
     for rule in _rules(moved):
         rule.after_step()
+    for rule in _priced(optimizer, upwards=True):
+        rule.after_ascent()
     for gate in _live:
         gate._door.source.owner = None  # no forward runs across a step: one that was interrupted is over
 

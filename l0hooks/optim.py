@@ -10,8 +10,10 @@ from l0hooks.errors import InvalidValueError, explain
 from l0hooks.gate import iter_gates
 
 
-def param_groups(model: nn.Module, *, lr: float, gate_lr: float, weight_decay: float = 0.0) -> list[dict[str, Any]]:
-    """Weights and gates as two groups: gates learn at their own rate and never decay.
+def param_groups(
+    model: nn.Module, *, lr: float, gate_lr: float, weight_decay: float = 0.0, multiplier_lr: float | None = None
+) -> list[dict[str, Any]]:
+    """Weights and gates as groups of their own: gates learn at their own rate and never decay.
 
     Parameters
     ----------
@@ -22,6 +24,9 @@ def param_groups(model: nn.Module, *, lr: float, gate_lr: float, weight_decay: f
         Learning rate of the gates; with Adam, 10 to 100 times ``lr`` works well.
     weight_decay : float, >= 0
         For everything but the gates.
+    multiplier_lr : float, >= 0, optional
+        Learning rate of the multipliers of a ``Budget(method="lagrangian")``, a third group that ascends
+        (``maximize=True``); that of the gates if not given.
 
     Returns
     -------
@@ -41,16 +46,22 @@ def param_groups(model: nn.Module, *, lr: float, gate_lr: float, weight_decay: f
     >>> [(group["lr"], len(group["params"])) for group in param_groups(model, lr=1e-3, gate_lr=1e-1)]
     [(0.001, 2), (0.1, 1)]
     """
-    for name, value in (("lr", lr), ("gate_lr", gate_lr), ("weight_decay", weight_decay)):
-        if not value >= 0:
+    rates = {"lr": lr, "gate_lr": gate_lr, "weight_decay": weight_decay, "multiplier_lr": multiplier_lr}
+    for name, value in rates.items():
+        if value is not None and not value >= 0:
             raise InvalidValueError(
                 explain("param_groups", f"{name} must not be negative.", expected=">= 0", got=value)
             )
-    gates = [gate.log_alpha for _, gate in iter_gates(model) if gate.log_alpha.requires_grad]
-    known = {id(p) for p in gates}
+    every = [gate for _, gate in iter_gates(model)]
+    gates = [gate.log_alpha for gate in every if gate.log_alpha.requires_grad]
+    multipliers = [g.multipliers for g in every if g.multipliers is not None and g.multipliers.requires_grad]
+    known = {id(p) for p in gates + multipliers}
     rest = [p for p in model.parameters() if p.requires_grad and id(p) not in known]
     groups = [
         {"params": rest, "lr": lr, "weight_decay": weight_decay},
         {"params": gates, "lr": gate_lr, "weight_decay": 0.0},
     ]
+    if multipliers:
+        upwards = gate_lr if multiplier_lr is None else multiplier_lr
+        groups.append({"params": multipliers, "lr": upwards, "weight_decay": 0.0, "maximize": True})
     return [group for group in groups if group["params"]]

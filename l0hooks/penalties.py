@@ -188,6 +188,7 @@ def penalty(model: nn.Module, **strengths: Strength | Mapping[Pattern, Strength]
     ``l0l2=(λ0, λ2)``       Σ keep_prob·(λ0 + λ2/2·w²) over the gated weights (the paper's)
     ``params=λ``            λ times the expected number of gated weights that stay
     ``macs=λ``              λ times their expected multiply-adds on the example inputs
+    ``budget=1.0``          the price of every ``Budget(method="lagrangian")``
     ======================  ==================================================================
 
     Parameters
@@ -322,3 +323,11 @@ def _macs(gated: Gated) -> Tensor:
             )
         macs += site.gating.positions * site.weight.numel()
     return macs / gated.gate.log_alpha.numel() * gated.gate.expected_l0()
+
+
+@register_penalty("budget")
+def _budget(gated: Gated) -> Tensor:
+    gate = gated.gate
+    if gate.rule is None or gate.multipliers is None:  # told once, by the gate that holds them
+        return gate.log_alpha.new_zeros(())
+    return gate.rule.penalty()

@@ -151,7 +151,7 @@ def size_of(
             if not whole and any(number not in numbers for number, _ in sites):
                 raise _shared(prefix + names[0])
             each = 1.0 if positions is None else plan.positions.get(names[0], 0.0)
-            constant += each * _add_product(linear, square, sites, plan, numbers)
+            constant += _add_product(linear, square, sites, plan, numbers, each)
     size = Size(counts, constant, linear, square)
     return replace(size, constant=constant + _total(model, every, positions) - size.whole) if whole else size
 
@@ -192,11 +192,12 @@ def _add_product(
     sites: Sequence[tuple[int, GroupSite]],
     plan: CoupledPlan,
     numbers: Mapping[int, int],
+    each: float,
 ) -> float:
-    """Add what stays of one tensor, the product of what stays along its axes; its constant part is returned."""
+    """Add what stays of one tensor, ``each`` times what stays along its axes; its constant part is returned."""
     shape = sites[0][1].shape
     axes = sorted({site.axis for _, site in sites})
-    rest = float(np.prod([n for axis, n in enumerate(shape) if axis not in axes[:2]]))
+    rest = each * float(np.prod([n for axis, n in enumerate(shape) if axis not in axes[:2]]))
     fixed, weights = [], []
     for axis in axes[:2]:
         weight, lost = np.zeros(len(linear)), 0
@@ -217,7 +218,7 @@ def _add_product(
 
 def _total(model: nn.Module, every: Sequence[Gated], positions: Positions | None) -> float:
     """The size of the whole model, without the gates' own parameters."""
-    own = {id(one.gate.log_alpha) for one in every}
+    own = {id(p) for one in every for p in one.gate.parameters()}
     found: dict[object, float] = {}
     for _, module in named_modules(model):
         for name, tensor in tensors_of(module):

@@ -237,7 +237,7 @@ def summary(model: nn.Module, *, example_inputs: Sequence[Any] | None = None) ->
     """
     positions = None if example_inputs is None else count_positions(model, example_inputs)
     rows = tuple(_row(gated, positions) for gated in iter_gated(model))
-    own = {id(gated.gate.log_alpha) for gated in iter_gated(model)}
+    own = {id(p) for gated in iter_gated(model) for p in gated.gate.parameters()}
     plain = {p.data_ptr() or id(p): p for p in _initialised(model.parameters()) if id(p) not in own}
     total = sum(p.numel() for p in plain.values())
     coupled = tuple(_totals(one.coupled) for one in iter_gated(model) if one.coupled and one.coupled.number == 0)

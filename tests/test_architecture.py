@@ -17,12 +17,13 @@ FLOORS = {
     4: ["spec", "weights", "optim"],
     5: ["coupled"],
     6: ["penalties", "coupling"],
-    7: ["summary", "shrink", "sizes", "planning"],
+    7: ["summary", "shrink", "sizes", "planning", "control"],
     8: ["folding", "serial", "shift", "measures", "plots"],
     9: ["export", "budget", "track"],
-    10: ["budgeting"],
-    11: ["attach"],
-    12: ["__init__"],
+    10: ["lagrangian"],
+    11: ["budgeting"],
+    12: ["attach"],
+    13: ["__init__"],
 }
 STRUCTURE = {
     **{"labels": 0, "ties": 0, "roles": 0, "failure": 0, "rules": 1, "trace": 2, "groups": 3},
