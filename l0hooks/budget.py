@@ -12,7 +12,7 @@ from torch import Tensor
 
 from l0hooks.errors import InvalidValueError, explain, near_names
 from l0hooks.families import HardConcreteFamily
-from l0hooks.gate import Gate
+from l0hooks.gate import Gate, steps_taken
 from l0hooks.hard_concrete import keep_prob
 from l0hooks.schedules import Schedule, cosine, cubic, exponential, linear
 from l0hooks.sizes import Floats, Size, Unit, fitting
@@ -52,7 +52,7 @@ class Budget:
     schedule : "cubic", "linear", "cosine", "exponential" or callable
         The way there; a callable takes (start, stop, steps) and returns a function of the step.
     min_keep : int, >= 0
-        How many gates of each layer or group stay at the least.
+        How many gates of each layer or group stay at the least; of a coupled group whose size counts, one.
     automatic : bool
         Count steps of the optimiser; else those of :meth:`BudgetRule.advance`.
 
@@ -93,17 +93,17 @@ class Budget:
             raise invalid_budget("exactly one of sparsity and keep must be given.", f"{self.sparsity=}, {self.keep=}")
         if self.sparsity is not None and not 0 < self.sparsity < 1:
             raise invalid_budget("sparsity must be the share to remove.", self.sparsity, "a number in (0, 1)")
-        if self.keep is not None and (not isinstance(self.keep, int) or self.keep < 1):
+        if self.keep is not None and (type(self.keep) is not int or self.keep < 1):
             raise invalid_budget("keep must be a number to keep.", self.keep, "a positive integer")
         if self.unit not in get_args(Unit):
             raise invalid_budget("the unit must be known.", repr(self.unit), hint=near_names(self.unit, get_args(Unit)))
-        if self.steps < 1:
+        if not self.steps >= 1:  # NaN
             raise invalid_budget("steps must be at least 1.", self.steps, ">= 1")
-        if self.min_keep < 0:
-            raise invalid_budget("min_keep must not be negative.", self.min_keep, ">= 0")
-        if isinstance(self.schedule, str) and self.schedule not in _SCHEDULES:
+        if type(self.min_keep) is not int or self.min_keep < 0:
+            raise invalid_budget("min_keep must not be negative.", self.min_keep, "an integer >= 0")
+        if not callable(self.schedule) and self.schedule not in _SCHEDULES:
             raise invalid_budget(
-                "the schedule must be known.", repr(self.schedule), hint=near_names(self.schedule, _SCHEDULES)
+                "the schedule must be known.", repr(self.schedule), hint=near_names(str(self.schedule), _SCHEDULES)
             )
 
     def target(self, whole: float) -> float:
@@ -141,14 +141,15 @@ class BudgetRule:
         self.step = 0
         self.start = self.expected()
         self.target = budget.target(size.whole)
-        make = _SCHEDULES[budget.schedule] if isinstance(budget.schedule, str) else budget.schedule
-        self._schedule = make(self.start, self.target, budget.steps)
+        self._schedule = self._make_schedule()
+        self._least = size.of(size.least(budget.min_keep))
+        self._moved: set[int] = set()  # the gates that this step has moved, by number
         self._key: tuple[object, ...] = ()
 
-    @property
-    def first(self) -> Gate:
-        """The gate whose optimiser counts the steps."""
-        return self.gates[0]
+    def _make_schedule(self) -> Schedule:
+        named = self.budget.schedule
+        make = _SCHEDULES[named] if isinstance(named, str) else named
+        return make(self.start, self.target, self.budget.steps)
 
     @property
     def finished(self) -> bool:
@@ -157,8 +158,13 @@ class BudgetRule:
 
     @property
     def scheduled(self) -> float:
-        """The size that the schedule asks for now."""
-        return self.target if self.finished else float(self._schedule(self.step))
+        """The size that the schedule asks for now, within what the gates can reach."""
+        if self.finished:
+            return self.target
+        value = float(self._schedule(self.step))
+        if not np.isfinite(value):
+            raise invalid_budget(f"the schedule must be finite at step {self.step}.", value)
+        return min(max(value, self._least), self.size.whole)
 
     @torch.no_grad()
     def expected(self) -> float:
@@ -169,25 +175,39 @@ class BudgetRule:
     # --- training --------------------------------------------------------------------------------------------------
 
     def before_step(self) -> None:
-        """Take the share along the constraint out of the gradient: g − c·p′·Σg / Σ(c·p′)."""
+        """Take the share along the constraint out of the gradient: g − s·Σg / Σs with s = ∂E[size]/∂log_alpha."""
         if self.finished:
             for gate in self.gates:
                 gate.log_alpha.grad = None  # the optimiser's momentum must not move them either
             return
         with torch.no_grad():
+            device = self.gates[0].log_alpha.device
+            sums = [g.log_alpha.grad.sum().to(device) for g in self.gates if g.log_alpha.grad is not None]
+            total = float(torch.stack(sums).sum()) if sums else 0.0
+            if not total or not np.isfinite(total):  # a scaler is about to skip this step
+                return
             kept, slopes, _ = self._sums(0.0)
-            price = self.size.price(kept)
-            grads = [(g, c, g.log_alpha.grad) for g, c in zip(self.gates, price.tolist(), strict=True)]
-            sums = [grad.sum() for _, _, grad in grads if grad is not None]
-            if sums:
-                common = float(torch.stack(sums).sum()) / max(float(price @ slopes), 1e-30)
-                for gate, cost, grad in grads:
-                    if grad is not None:
-                        grad.add_(_slope(gate), alpha=-cost * common)
+            price, spread = self.size.price(kept), np.diagonal(self.size.square)
+            bends = [float(_bend(gate).sum()) if s else 0.0 for gate, s in zip(self.gates, spread, strict=True)]
+            common = total / max(float(price @ slopes + spread @ bends), 1e-30)
+            for gate, cost, s in zip(self.gates, price.tolist(), spread.tolist(), strict=True):
+                if gate.log_alpha.grad is not None:
+                    gate.log_alpha.grad.add_(_slope(gate), alpha=-cost * common)
+                    if s:
+                        gate.log_alpha.grad.add_(_bend(gate), alpha=-s * common)
 
-    def after_step(self) -> None:
-        """Count an optimiser step, if the budget is to count them itself."""
-        if self.budget.automatic:
+    @torch.no_grad()
+    def after_step(self, moved: Sequence[Gate]) -> None:
+        """Count an optimiser's step, if the budget is to count them itself; that of several over its gates, once."""
+        if self.finished or not self.budget.automatic:
+            return
+        known = set(map(id, moved))
+        numbers = {number for number, gate in enumerate(self.gates) if id(gate) in known}
+        if self._moved and self._moved.isdisjoint(numbers):
+            self._moved |= numbers
+            self._settle()
+        else:
+            self._moved = numbers
             self.advance()
 
     @torch.no_grad()
@@ -196,6 +216,10 @@ class BudgetRule:
         if self.finished:
             return
         self.step += 1
+        self._settle()
+
+    def _settle(self) -> None:
+        """Shift the gates to the size that the schedule asks for."""
         shift = self._shift(self.scheduled)
         for gate in self.gates:
             gate.log_alpha.add_(shift)
@@ -216,33 +240,47 @@ class BudgetRule:
 
     def _sums(self, shift: float) -> tuple[Floats, Floats, Floats]:
         """Σ p, Σ p′ and Σ p(1 − p) of every array of gates with its log-odds shifted."""
-        parts = [torch.stack(_sums_of(gate, shift)).to(self.first.log_alpha.device) for gate in self.gates]
+        device = self.gates[0].log_alpha.device
+        parts = [torch.stack(_sums_of(gate, shift)).to(device) for gate in self.gates]
         found: Floats = torch.stack(parts).double().cpu().numpy()
         return found[:, 0], found[:, 1], found[:, 2]
+
+    # --- checkpoints -----------------------------------------------------------------------------------------------
+
+    def state(self) -> tuple[float, ...]:
+        """The step, and the size that the schedule started from."""
+        return self.step, self.start
+
+    def resume(self, *state: float) -> None:
+        """Go on from what :meth:`state` said."""
+        self.step, self.start = int(state[0]), state[1]
+        self._schedule = self._make_schedule()
+        self._moved.clear()
 
     # --- the support -----------------------------------------------------------------------------------------------
 
     def refresh(self) -> tuple[object, ...]:
         """Bring ``mask``, and once finished ``held``, of every gate up to date; a key of the state they belong to."""
-        first = self.first.log_alpha
-        versions = sum(gate.log_alpha._version for gate in self.gates)
-        key = (versions, self.step, self.finished, first.data_ptr(), first.device)
+        steps = None if self.finished else steps_taken()  # fused optimisers leave no version
+        key = (self.step, steps, *map(_state_of, self.gates))
         if key != self._key:
-            for gate, mask in zip(self.gates, self._support(), strict=True):
-                gate.mask = mask
-            self._key = key  # before the values, which ask for the support
-            for gate in self.gates:
-                gate.held = gate.value().detach() if self.finished else None
+            with torch.inference_mode(False), torch.no_grad():  # training will use them, too
+                for gate, mask in zip(self.gates, self._support(), strict=True):
+                    gate.mask = mask
+                self._key = key  # before the values, which ask for the support
+                for gate in self.gates:
+                    gate.held = gate.value() if self.finished else None
         return key
 
     @torch.no_grad()
     def _support(self) -> list[Tensor]:
         """The largest log-odds that fit into the scheduled size, ``min_keep`` of every array first."""
-        device = self.first.log_alpha.device
+        device = self.gates[0].log_alpha.device
         arrays = [gate.log_alpha.detach().flatten() for gate in self.gates]
         rank = torch.cat([a.to(device) for a in arrays])
-        for part, array in zip(torch.split(rank, [len(a) for a in arrays]), arrays, strict=True):
-            part[array.topk(min(self.budget.min_keep, len(array))).indices] = torch.inf
+        least = self.size.least(self.budget.min_keep).tolist()
+        for part, n in zip(torch.split(rank, [len(a) for a in arrays]), least, strict=True):
+            part[part.topk(int(n)).indices] = torch.inf
         order = rank.argsort(descending=True, stable=True).cpu().numpy()
         array_of = np.repeat(np.arange(len(arrays)), self.size.counts)[order]
         stays = np.zeros(len(order), np.bool_)
@@ -262,6 +300,18 @@ def _sums_of(gate: Gate, shift: float) -> tuple[Tensor, Tensor, Tensor]:
         return total, total - square, total - square
     p, slope = _with_slope(gate, location + shift)
     return p.sum(), slope.sum(), (p * (1 - p)).sum()
+
+
+def _state_of(gate: Gate) -> tuple[object, ...]:
+    """What the support and the final values depend on."""
+    found = gate.log_alpha
+    version = None if found.is_inference() else found._version
+    return version, found.data_ptr(), found.device, gate.temperature, gate.estimator
+
+
+def _bend(gate: Gate) -> Tensor:
+    """d/dlogα of p(1 − p) of every gate."""
+    return _slope(gate) * (1 - 2 * gate.family.keep_prob(gate.log_alpha.detach(), gate.temperature))
 
 
 def _slope(gate: Gate) -> Tensor:

@@ -24,20 +24,19 @@ class Rule(Protocol):
 
     Attributes
     ----------
-    step : int
-        Optimiser steps so far.
     finished : bool
         Whether the support is fixed: gates no longer move, and training uses their final values.
     """
 
-    step: int
-
     @property
     def finished(self) -> bool: ...
 
-    @property
-    def first(self) -> Gate:
-        """The gate whose optimiser counts."""
+    def state(self) -> tuple[float, ...]:
+        """What a checkpoint needs to resume."""
+        ...
+
+    def resume(self, *state: float) -> None:
+        """Go on from there."""
         ...
 
     def refresh(self) -> tuple[object, ...]:
@@ -45,11 +44,11 @@ class Rule(Protocol):
         ...
 
     def before_step(self) -> None:
-        """The optimiser is about to use the gradients."""
+        """An optimiser is about to use the gradients; possibly once more."""
         ...
 
-    def after_step(self) -> None:
-        """The optimiser has moved the gates."""
+    def after_step(self, moved: Sequence[Gate]) -> None:
+        """An optimiser has moved these gates."""
         ...
 
 
@@ -227,15 +226,15 @@ class Gate(nn.Module):
         return f"{tuple(self.log_alpha.shape)}, temperature={self.temperature:.4g}, estimator={self.estimator!r}"
 
     def get_extra_state(self) -> Tensor:
-        """The temperature and the rule's step, so that a checkpoint resumes with them."""
-        return torch.tensor([self.temperature, 0 if self.rule is None else self.rule.step], dtype=torch.float64)
+        """The temperature and the rule's state, so that a checkpoint resumes with them."""
+        state = () if self.rule is None else self.rule.state()
+        return torch.tensor([self.temperature, *state], dtype=torch.float64)
 
     def set_extra_state(self, state: Tensor) -> None:
-        """Restore the temperature and the rule's step."""
-        temperature, step = state.tolist()
-        self.temperature = temperature
-        if self.rule is not None:
-            self.rule.step = int(step)
+        """Restore the temperature and the rule's state."""
+        self.temperature, *rest = state.tolist()
+        if self.rule is not None and rest:
+            self.rule.resume(*rest)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
@@ -259,6 +258,7 @@ _live: weakref.WeakSet[Gate] = weakref.WeakSet()
 
 
 _steps = 0
+_fixed: weakref.WeakKeyDictionary[torch.optim.Optimizer, list[tuple[Gate, Tensor]]] = weakref.WeakKeyDictionary()
 
 
 def steps_taken() -> int:
@@ -273,23 +273,43 @@ def _moved(optimizer: torch.optim.Optimizer) -> list[Gate]:
 
 
 def _rules(gates: Sequence[Gate]) -> list[Rule]:
-    """The rules that count the steps of one of ``gates``."""
-    return [gate.rule for gate in gates if gate.rule is not None and gate.rule.first is gate]
+    """The rules over ``gates``, each once."""
+    return list({id(gate.rule): gate.rule for gate in gates if gate.rule is not None}.values())
 
 
-def _before_step(optimizer: torch.optim.Optimizer, *_: object) -> None:
-    for rule in _rules(_moved(optimizer)):
+def _before_step(
+    optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    moved = _moved(optimizer)
+    rules = _rules(moved)
+    for rule in rules:
         rule.before_step()
+    closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+    if not rules or not callable(closure):
+        return None
+    fixed = [gate for gate in moved if gate.rule is not None and gate.rule.finished]
+    _fixed[optimizer] = [(gate, gate.log_alpha.detach().clone()) for gate in fixed]
+
+    def closure_under_rules() -> Any:
+        loss = closure()
+        for rule in rules:
+            rule.before_step()
+        return loss
+
+    return (optimizer, closure_under_rules), {}
 
 
 def _after_step(optimizer: torch.optim.Optimizer, *_: object) -> None:
     global _steps
     _steps += 1
     moved = _moved(optimizer)
+    for gate, log_alpha in _fixed.pop(optimizer, ()):
+        gate.log_alpha.detach().copy_(log_alpha)  # LBFGS moves parameters that have no gradient
     for gate in moved:
-        gate.project()
+        if gate.rule is None or not gate.rule.finished:
+            gate.project()
     for rule in _rules(moved):
-        rule.after_step()
+        rule.after_step(moved)
     for gate in _live:
         gate._door.source.owner = None  # no forward runs across a step: one that was interrupted is over
 

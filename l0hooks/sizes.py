@@ -38,17 +38,25 @@ class Size:
         What no gate can remove.
     linear : float64, shape (arrays,)
     square : float64, shape (arrays, arrays)
+    floor : int64, shape (arrays,)
+        How many gates of each array stay whatever happens: one of a coupled group, which cannot be cut to nothing.
     """
 
     counts: npt.NDArray[np.int64]
     constant: float
     linear: Floats
     square: Floats
+    floor: npt.NDArray[np.int64] | int = 0
 
     @property
     def whole(self) -> float:
         """The size with every gate open."""
         return self.of(self.counts.astype(np.float64))
+
+    def least(self, min_keep: int) -> Floats:
+        """How many gates of each array stay at the least."""
+        least: Floats = np.minimum(np.maximum(min_keep, self.floor), self.counts).astype(np.float64)
+        return least
 
     def of(self, kept: Floats, variance: Floats | None = None) -> float:
         """The size when ``kept`` gates stay; with expected numbers and their variances, the expected size."""
@@ -95,9 +103,15 @@ def fitting(size: Size, array_of: Ints, allowed: float) -> npt.NDArray[np.bool_]
         best = int(np.argmin(next_))
         if next_[best] == len(fits):
             return fits
-        fits[next_[best]] = True
-        kept[best] += 1
-        place[best] += 1
+        others = min([*next_[:best], *next_[best + 1 :], len(fits)])
+        run = rest[best][place[best] : place[best] + np.searchsorted(rest[best][place[best] :], others)]
+        if size.square[best, best]:
+            run = run[:1]
+        elif more[best]:
+            run = run[: int(room / more[best] * (1 + 1e-12))]
+        fits[run] = True
+        kept[best] += len(run)
+        place[best] += len(run)
 
 
 def size_of(
@@ -151,8 +165,9 @@ def size_of(
             if not whole and any(number not in numbers for number, _ in sites):
                 raise _shared(prefix + names[0])
             each = 1.0 if positions is None else plan.positions.get(names[0], 0.0)
-            constant += each * _add_product(linear, square, sites, plan, numbers)
-    size = Size(counts, constant, linear, square)
+            constant += _add_product(linear, square, each, sites, plan, numbers)
+    floor = np.array([one.coupled is not None for one in gated], np.int64)
+    size = Size(counts, constant, linear, square, floor)
     return replace(size, constant=constant + _total(model, every, positions) - size.whole) if whole else size
 
 
@@ -189,14 +204,18 @@ def _plans(gated: Sequence[Gated]) -> list[tuple[CoupledPlan, str, dict[int, int
 def _add_product(
     linear: Floats,
     square: Floats,
+    each: float,
     sites: Sequence[tuple[int, GroupSite]],
     plan: CoupledPlan,
     numbers: Mapping[int, int],
 ) -> float:
-    """Add what stays of one tensor, the product of what stays along its axes; its constant part is returned."""
+    """Add what stays of one tensor, the product of what stays along its axes, ``each`` for every element.
+
+    Its constant part is returned.
+    """
     shape = sites[0][1].shape
     axes = sorted({site.axis for _, site in sites})
-    rest = float(np.prod([n for axis, n in enumerate(shape) if axis not in axes[:2]]))
+    rest = each * float(np.prod([n for axis, n in enumerate(shape) if axis not in axes[:2]]))
     fixed, weights = [], []
     for axis in axes[:2]:
         weight, lost = np.zeros(len(linear)), 0

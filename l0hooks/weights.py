@@ -111,7 +111,7 @@ class GatedWeight(Gating):
 
     def _sampled(self, weight: Tensor) -> Tensor:
         gate, family = self.gate, self.gate.family
-        if gate.rule is not None and gate.rule.finished and self.layout.pattern is None:
+        if gate.rule is not None and gate.rule.finished and self.layout.pattern is None and not is_traced():
             return held_weight(weight, gate.log_alpha, gate.final())
         if self.layout.pattern is None and type(family) is HardConcreteFamily and not is_traced():
             return gated_weight(weight, gate.log_alpha, gate.noise(), gate.temperature, family.gamma, family.zeta)
