@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from test_coupled import MODELS, gates_of, mlp, models, set_support
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from l0hooks import prune, sparsify
@@ -73,7 +73,7 @@ def test_with_every_gate_open_it_is_the_number_of_multiply_adds(name, spec):
 def test_tied_weights_count_once_as_parameters_and_at_each_use_as_multiply_adds():
     model, x = Tied(), torch.randint(7, (2, 3))
     expected = parameters(model)
-    sparsify(model, {"all": "weight"})
+    sparsify(model, dict.fromkeys(("embed", "up", "down", "head"), "weight"))
     assert size(model).whole == expected
     assert size(model, "macs", x).whole == 2 * 3 * (6 * 9 + 9 * 6 + 6 * 7)
     tied = next(n for n, one in enumerate(iter_gated(model)) if len(one.sites) == 2)
@@ -257,4 +257,3 @@ def test_many_cheap_gates_fill_the_room_behind_a_dear_one():
 def test_nothing_fits_into_less_than_the_constant():
     found = Size(np.array([2]), 5.0, np.array([1.0]), np.zeros((1, 1)))
     assert not fitting(found, np.zeros(2, np.int64), 5.0).any()
-    assert isinstance(torch.tensor(found.whole), Tensor)
