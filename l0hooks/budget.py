@@ -145,6 +145,7 @@ class BudgetRule:
         self._least = size.of(size.least(budget.min_keep))
         self._moved: set[int] = set()  # the gates that this step has moved, by number
         self._key: tuple[object, ...] = ()
+        _ = self.scheduled  # refuses a schedule that starts as no number
 
     def _make_schedule(self) -> Schedule:
         named = self.budget.schedule
@@ -327,4 +328,5 @@ def _with_slope(gate: Gate, location: Tensor) -> tuple[Tensor, Tensor]:
     location = location.detach().requires_grad_()
     with torch.enable_grad():
         p = gate.family.keep_prob(location, gate.temperature)
-    return p.detach(), torch.autograd.grad(p.sum(), location)[0]
+        (slope,) = torch.autograd.grad(p.sum(), location)
+    return p.detach(), slope

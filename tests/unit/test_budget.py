@@ -3,6 +3,7 @@
 import copy
 import itertools
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -21,7 +22,7 @@ SPECS = {
     "output": "output",
     "coupled": "coupled",
     "example": GateSpec(granularity="coupled", noise="example"),
-    "mixed": {"0": "coupled", "2": "weight"},
+    "mixed": {"0": "weight", "2": "coupled"},
 }
 
 
@@ -185,7 +186,7 @@ def test_a_closure_gets_the_gradient_along_the_constraint_and_none_after_the_end
     for _ in range(8):
         optimizer.step(closure)
         assert on_schedule(rule)
-        assert abs(sum(sums[-1])) < 1e-3
+        assert abs(sum(sums[-1])) < 1e-5 * sum(map(abs, sums[-1])) + 1e-4
     handle.remove()
     before = log_alphas(model)
     for _ in range(3):
@@ -335,7 +336,7 @@ def size_within(rule):
 
 
 def test_a_schedule_that_is_not_a_number_is_refused_before_it_spoils_the_gates():
-    model, x, rule = made(schedule=lambda a, b, n: lambda k: float("nan"))
+    model, x, rule = made(schedule=lambda a, b, n: lambda k: float("nan") if k else a)
     with pytest.raises(InvalidValueError, match="finite at step 1"):
         train(model, x, sgd(model))
     assert log_alphas(model).isfinite().all()
@@ -439,14 +440,11 @@ def test_what_is_exported_is_never_over_the_budget_and_as_near_as_one_gate(spec,
         if unit == "gates":
             assert sum(kept) == rule.target == int(rule.size.whole * (1 - sparsity) + 1e-9)
         else:
-            left = parameters_of(prune(model, example_inputs=(x,)), model)
+            inputs = None if spec in ("weight", "output") else (x,)  # with inputs more is cut out
+            left = parameters_of(prune(model, example_inputs=inputs), model)
             assert left <= (1 - sparsity) * whole
-            dearest = max(
-                (rule.size.price(rule.size.least(1)) + 1).max(),
-                rule.size.price(torch.tensor(kept).double().numpy()).max() + 1,
-            )
-            slack = dearest if spec != "mixed" else whole  # a weight's own zeros are cut out with what they hang on
-            assert left > rule.target - slack
+            dearest = rule.size.price(np.array(kept) + 1).max()
+            assert left > rule.target - (whole if spec == "mixed" else dearest)  # what hangs on a cut channel goes, too
 
 
 @pytest.mark.parametrize("sparsity", [0.5, 0.9, 0.95, 0.98])
@@ -516,7 +514,7 @@ def test_after_the_end_training_is_evaluation_and_pruning_keeps_it(spec, estimat
     torch.testing.assert_close(prune(model, example_inputs=(x,)).eval()(x), model(x))
     for gate in rule.gates:
         assert torch.equal(gate.value() > 0, gate.support())
-        assert float(gate.value()[gate.support()].min()) >= 0.5
+        assert float(gate.value()[gate.support()].min().detach()) >= 0.5
     model.train().zero_grad()
     model(x).square().sum().backward()
     for gate in rule.gates:
@@ -725,7 +723,7 @@ def test_gradients_of_each_example_after_the_end():
     def loss(chosen, row):
         return torch.func.functional_call(model, {**weights, **chosen}, (row[None],)).square().sum()
 
-    each = torch.func.vmap(torch.func.grad(loss), (None, 0))(rest, x)
+    each = torch.func.vmap(torch.func.grad(loss), (None, 0), randomness="different")(rest, x)
     model.zero_grad()
     model(x).square().sum().backward()
     for name, grad in each.items():
@@ -796,6 +794,12 @@ def test_budgets_that_cannot_be(options, message):
         Budget(**options)
 
 
+def untouched(model):
+    """What a call that failed must leave; hanging gates in and taking them out counts up a tensor's version."""
+    modules, parameters, buffers, hooks = fingerprint(model)
+    return modules, [(name, key, grad) for name, key, _, grad in parameters], [b[:2] for b in buffers], hooks
+
+
 def failing(*_):
     raise ZeroDivisionError("mine")
 
@@ -819,11 +823,11 @@ def test_a_refused_budget_leaves_the_model_as_it_was(case, earlier):
     if earlier:
         sparsify(model, {"0": "weight"})
         spec = {"2": spec, "4": spec}
-    state, before, expected = copy.deepcopy(model.state_dict()), fingerprint(model), model.eval()(x)
+    state, before, expected = copy.deepcopy(model.state_dict()), untouched(model), model.eval()(x)
     model.train()
     with pytest.raises(kind, match=message):
         sparsify(model, spec, budget=budget)
-    assert fingerprint(model) == before
+    assert untouched(model) == before
     assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
     assert all(gate.rule is None for gate in gates_of(model))
     assert torch.equal(model.eval()(x), expected)
@@ -831,14 +835,14 @@ def test_a_refused_budget_leaves_the_model_as_it_was(case, earlier):
 
 def test_a_refused_budget_of_coupled_gates_leaves_the_model_as_it_was():
     model, x = mlp(5, 12, 8, 3), torch.randn(2, 5)
-    before = fingerprint(model)
+    before = untouched(model)
     parts = {"0": Budget(sparsity=0.3, unit="params"), "2": Budget(sparsity=0.3, unit="params")}
     with pytest.raises(SpecError, match="share no tensor"):
         sparsify(model, "coupled", example_inputs=(x,), budget=parts)
-    assert fingerprint(model) == before
+    assert untouched(model) == before
     with pytest.raises(InvalidValueError, match="at least"):
         sparsify(model, "coupled", example_inputs=(x,), budget=Budget(sparsity=0.99, unit="params"))
-    assert fingerprint(model) == before
+    assert untouched(model) == before
 
 
 def test_gates_have_one_budget():
