@@ -132,6 +132,8 @@ class BudgetRule:
         Expected size at step 0, and the one to reach.
     step : int
         Steps taken.
+    finished : bool
+        Whether the schedule has ended and the support is fixed.
     """
 
     def __init__(self, budget: Budget, gates: Sequence[Gate], size: Size) -> None:
@@ -153,9 +155,14 @@ class BudgetRule:
         return make(self.start, self.target, self.budget.steps)
 
     @property
-    def finished(self) -> bool:
-        """Whether the schedule has ended and the support is fixed."""
-        return self.step >= self.budget.steps
+    def step(self) -> int:
+        """Steps taken."""
+        return self._step
+
+    @step.setter
+    def step(self, step: int) -> None:
+        self._step = step
+        self.finished = step >= self.budget.steps  # torch.compile guards on this alone, not on every step
 
     @property
     def scheduled(self) -> float:
@@ -218,6 +225,8 @@ class BudgetRule:
             return
         self.step += 1
         self._settle()
+        if self.finished:
+            self.refresh()
 
     def _settle(self) -> None:
         """Shift the gates to the size that the schedule asks for."""

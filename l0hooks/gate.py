@@ -28,8 +28,7 @@ class Rule(Protocol):
         Whether the support is fixed: gates no longer move, and training uses their final values.
     """
 
-    @property
-    def finished(self) -> bool: ...
+    finished: bool
 
     def state(self) -> tuple[float, ...]:
         """What a checkpoint needs to resume."""
@@ -188,8 +187,7 @@ class Gate(nn.Module):
 
     def final(self) -> Tensor:
         """The values that a rule has fixed: float32, shape of ``log_alpha``, constant."""
-        if self.rule is not None and not torch.compiler.is_compiling():
-            self.rule.refresh()
+        self._refresh()
         return self.value().detach() if self.held is None else self.held
 
     def support(self) -> Tensor:
@@ -199,7 +197,7 @@ class Gate(nn.Module):
         median is positive; with the paper's estimate and β > 1, if that is positive too.
         """
         if self.rule is not None:
-            self.rule.refresh()
+            self._refresh()
             if self.mask is not None:
                 return self.mask
         log_alpha = self.log_alpha.detach()
@@ -207,6 +205,17 @@ class Gate(nn.Module):
         if self.estimator == "paper":
             stays &= self.family.paper(log_alpha, self.temperature) > 0
         return stays
+
+    def train(self, mode: bool = True) -> Gate:
+        """Switch modes; the rule catches up, for a compiled forward cannot ask it to."""
+        if self.rule is not None and (self.rule.finished or not mode):
+            self._refresh()
+        super().train(mode)
+        return self
+
+    def _refresh(self) -> None:
+        if self.rule is not None and not is_traced():
+            self.rule.refresh()
 
     def keep_prob(self) -> Tensor:
         """P(z ≠ 0) of every gate, differentiable."""
