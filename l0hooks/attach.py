@@ -15,7 +15,6 @@ from torch.utils.hooks import RemovableHandle
 from l0hooks.budget import Budget
 from l0hooks.budgeting import set_budget
 from l0hooks.coupling import build_readers, hook_inputs
-from l0hooks.errors import L0HooksError
 from l0hooks.gate import Gate
 from l0hooks.layers import tensors_of
 from l0hooks.noise import Door, NoiseSource
@@ -95,7 +94,7 @@ def sparsify(
     if budget is not None:
         try:
             set_budget(model, budget, example_inputs=example_inputs)
-        except L0HooksError:
+        except BaseException:  # a schedule of the user's own may raise anything
             _detach(model, before, handles)
             raise
     return summary(model)

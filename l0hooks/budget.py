@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from l0hooks.errors import InvalidValueError, explain, near_names
-from l0hooks.gate import Gate
+from l0hooks.gate import Gate, whole
 from l0hooks.schedules import Schedule, cosine, cubic, exponential, linear
 from l0hooks.shift import SharedShift
 from l0hooks.sizes import Size, Unit, fitting
+from l0hooks.stepping import steps_taken
 
 ScheduleName = Literal["cubic", "linear", "cosine", "exponential"]
 Method = Literal["shift", "lagrangian"]
@@ -49,7 +50,7 @@ class Budget:
     schedule : "cubic", "linear", "cosine", "exponential" or callable
         The way there; a callable takes (start, stop, steps) and returns a function of the step.
     min_keep : int, >= 0
-        How many gates of each layer or group stay at the least.
+        How many gates of each layer or group stay at the least; of a coupled group whose size counts, one.
     automatic : bool
         Count steps of the optimiser; else those of :meth:`BudgetRule.advance`.
     method : "shift" or "lagrangian"
@@ -96,17 +97,17 @@ class Budget:
             raise invalid_budget("exactly one of sparsity and keep must be given.", f"{self.sparsity=}, {self.keep=}")
         if self.sparsity is not None and not 0 < self.sparsity < 1:
             raise invalid_budget("sparsity must be the share to remove.", self.sparsity, "a number in (0, 1)")
-        if self.keep is not None and (not isinstance(self.keep, int) or self.keep < 1):
+        if self.keep is not None and (type(self.keep) is not int or self.keep < 1):
             raise invalid_budget("keep must be a number to keep.", self.keep, "a positive integer")
         if self.unit not in get_args(Unit):
             raise invalid_budget("the unit must be known.", repr(self.unit), hint=near_names(self.unit, get_args(Unit)))
-        if self.steps < 1:
+        if not self.steps >= 1:  # NaN
             raise invalid_budget("steps must be at least 1.", self.steps, ">= 1")
-        if self.min_keep < 0:
-            raise invalid_budget("min_keep must not be negative.", self.min_keep, ">= 0")
-        if isinstance(self.schedule, str) and self.schedule not in _SCHEDULES:
+        if type(self.min_keep) is not int or self.min_keep < 0:
+            raise invalid_budget("min_keep must not be negative.", self.min_keep, "an integer >= 0")
+        if not callable(self.schedule) and self.schedule not in _SCHEDULES:
             raise invalid_budget(
-                "the schedule must be known.", repr(self.schedule), hint=near_names(self.schedule, _SCHEDULES)
+                "the schedule must be known.", repr(self.schedule), hint=near_names(str(self.schedule), _SCHEDULES)
             )
         for name, value, known in (("method", self.method, Method), ("constraint", self.constraint, Constraint)):
             if value not in get_args(known) and (name, value) != ("constraint", None):
@@ -140,6 +141,8 @@ class BudgetRule:
         Expected size at step 0, and the one to reach.
     step : int
         Steps taken.
+    finished : bool
+        Whether the schedule has ended and the support is fixed.
     """
 
     def __init__(self, budget: Budget, gates: Sequence[Gate], size: Size) -> None:
@@ -150,24 +153,37 @@ class BudgetRule:
         self._shift = SharedShift(self.gates, size)
         self.start = self.expected()
         self.target = budget.target(size.whole)
-        make = _SCHEDULES[budget.schedule] if isinstance(budget.schedule, str) else budget.schedule
-        self._schedule = make(self.start, self.target, budget.steps)
+        self._schedule = self._make_schedule()
+        self._least = size.of(size.least(budget.min_keep))
+        self._moved: set[int] = set()  # the gates that this step has moved, by number
         self._key: tuple[object, ...] = ()
+        self._sharded = False
+        _ = self.scheduled  # refuses a schedule that starts as no number
+
+    def _make_schedule(self) -> Schedule:
+        named = self.budget.schedule
+        make = _SCHEDULES[named] if isinstance(named, str) else named
+        return make(self.start, self.target, self.budget.steps)
 
     @property
-    def first(self) -> Gate:
-        """The gate whose optimiser counts the steps."""
-        return self.gates[0]
+    def step(self) -> int:
+        """Steps taken."""
+        return self._step
 
-    @property
-    def finished(self) -> bool:
-        """Whether the schedule has ended and the support is fixed."""
-        return self.step >= self.budget.steps
+    @step.setter
+    def step(self, step: int) -> None:
+        self._step = step
+        self.finished = step >= self.budget.steps  # torch.compile guards on this alone, not on every step
 
     @property
     def scheduled(self) -> float:
-        """The size that the schedule asks for now."""
-        return self.target if self.finished else float(self._schedule(self.step))
+        """The size that the schedule asks for now, within what the gates can reach."""
+        if self.finished:
+            return self.target
+        value = float(self._schedule(self.step))
+        if not np.isfinite(value):
+            raise invalid_budget(f"the schedule must be finite at step {self.step}.", value)
+        return min(max(value, self._least), self.size.whole)
 
     def expected(self) -> float:
         """The expected size of the gates as they stand."""
@@ -183,9 +199,17 @@ class BudgetRule:
         for gate in self.gates:
             gate.log_alpha.grad = None  # the optimiser's momentum must not move them either
 
-    def after_step(self) -> None:
-        """Count an optimiser step, if the budget is to count them itself."""
-        if self.budget.automatic:
+    def after_step(self, moved: Sequence[Gate]) -> None:
+        """Count an optimiser's step, if the budget is to count them itself; that of several over its gates, once."""
+        if self.finished or not self.budget.automatic:
+            return
+        known = set(map(id, moved))
+        numbers = {number for number, gate in enumerate(self.gates) if id(gate) in known}
+        if self._moved and self._moved.isdisjoint(numbers):
+            self._moved |= numbers
+            self._settle()
+        else:
+            self._moved = numbers
             self.advance()
 
     def after_ascent(self) -> None:
@@ -193,40 +217,73 @@ class BudgetRule:
 
     def penalty(self) -> Tensor:
         """Nothing for the loss to pay."""
-        return self.first.log_alpha.new_zeros(())
+        return self.gates[0].log_alpha.new_zeros(())
 
     def advance(self) -> None:
         """Go one step along the schedule and shift the gates to the size it asks for."""
-        if not self.finished:
-            self.step += 1
-            self._shift.shift_to(self.scheduled)
+        if self.finished:
+            return
+        self.step += 1
+        self._settle()
+        if self.finished or self._is_sharded():  # within a forward only some gates are gathered, and perhaps rounded
+            self.refresh()
+
+    def _settle(self) -> None:
+        """Bring the gates to the size that the schedule asks for."""
+        self._shift.shift_to(self.scheduled)
+
+    # --- checkpoints -----------------------------------------------------------------------------------------------
+
+    def state(self) -> tuple[float, ...]:
+        """The step, and the size that the schedule started from."""
+        return self.step, self.start
+
+    def resume(self, *state: float) -> None:
+        """Go on from what :meth:`state` said."""
+        self.step, self.start = int(state[0]), state[1]
+        self._schedule = self._make_schedule()
+        self._moved.clear()
 
     # --- the support -----------------------------------------------------------------------------------------------
 
     def refresh(self) -> tuple[object, ...]:
         """Bring ``mask``, and once finished ``held``, of every gate up to date; a key of the state they belong to."""
-        first = self.first.log_alpha
-        versions = sum(gate.log_alpha._version for gate in self.gates)
-        key = (versions, self.step, self.finished, first.data_ptr(), first.device)
-        if key != self._key:
-            for gate, mask in zip(self.gates, self._support(), strict=True):
-                gate.mask = mask
-            self._key = key  # before the values, which ask for the support
-            for gate in self.gates:
-                gate.held = gate.value().detach() if self.finished else None
+        steps = None if self.finished else steps_taken()  # fused optimisers leave no version
+        sharded = self._is_sharded()  # gathering and freeing change versions and addresses, not values
+        key = (self.step, steps, *(() if sharded else map(_state_of, self.gates)))
+        if key != self._key or self.gates[0].mask is None:
+            with torch.inference_mode(False), torch.no_grad():  # training will use them, too
+                for gate, mask in zip(self.gates, self._support(), strict=True):
+                    gate.mask = mask
+                self._key = key  # before the values, which ask for the support
+                for gate in self.gates:
+                    gate.held = gate.value() if self.finished else None
         return key
+
+    def _is_sharded(self) -> bool:
+        """Whether ``fully_shard`` has spread the gates; it stays so while they are gathered."""
+        self._sharded = self._sharded or any(whole(gate.log_alpha) is not gate.log_alpha for gate in self.gates)
+        return self._sharded
 
     @torch.no_grad()
     def _support(self) -> list[Tensor]:
         """The largest log-odds that fit into the scheduled size, ``min_keep`` of every array first."""
-        device = self.first.log_alpha.device
-        arrays = [gate.log_alpha.detach().flatten() for gate in self.gates]
+        device = self.gates[0].log_alpha.device
+        arrays = [whole(gate.log_alpha.detach()).flatten() for gate in self.gates]
         rank = torch.cat([a.to(device) for a in arrays])
-        for part, array in zip(torch.split(rank, [len(a) for a in arrays]), arrays, strict=True):
-            part[array.topk(min(self.budget.min_keep, len(array))).indices] = torch.inf
+        least = self.size.least(self.budget.min_keep).tolist()
+        for part, n in zip(torch.split(rank, [len(a) for a in arrays]), least, strict=True):
+            part[part.topk(int(n)).indices] = torch.inf
         order = rank.argsort(descending=True, stable=True).cpu().numpy()
         array_of = np.repeat(np.arange(len(arrays)), self.size.counts)[order]
         stays = np.zeros(len(order), np.bool_)
         stays[order[fitting(self.size, array_of, self.scheduled)]] = True
         masks = torch.split(torch.from_numpy(stays), [len(a) for a in arrays])
-        return [m.view_as(g.log_alpha).to(g.log_alpha.device) for m, g in zip(masks, self.gates, strict=True)]
+        return [m.view(g.log_alpha.shape).to(g.log_alpha.device) for m, g in zip(masks, self.gates, strict=True)]
+
+
+def _state_of(gate: Gate) -> tuple[object, ...]:
+    """What the support and the final values depend on."""
+    found = gate.log_alpha
+    version = None if found.is_inference() else found._version
+    return version, found.data_ptr(), found.device, gate.temperature, gate.estimator

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
 from torch import nn
 
 from l0hooks.budget import Budget, BudgetRule, invalid_budget
@@ -105,7 +104,7 @@ def _names(one: Gated, modules: Mapping[str, nn.Module]) -> list[str]:
 
 
 def _refuse_unreachable(budget: Budget, size: Size) -> None:
-    least = size.of(np.minimum(budget.min_keep, size.counts).astype(np.float64))
+    least = size.of(size.least(budget.min_keep))
     target = budget.target(size.whole)
     if not least <= target < size.whole:
         smallest = f"a {budget.unit} size of {least:,.0f} of {size.whole:,.0f}, sparsity {1 - least / size.whole:.4f}"

@@ -2,64 +2,21 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal, Protocol, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from l0hooks.errors import InvalidValueError, StateError, explain, near_names
+from l0hooks.errors import InvalidValueError, explain, near_names
 from l0hooks.families import Family, FamilyName, HardConcreteFamily, initial_log_alpha, make_family
 from l0hooks.fused import is_traced, sampled
 from l0hooks.hard_concrete import GAMMA, ZETA, check_constants
 from l0hooks.noise import Door, NoiseSource
 from l0hooks.schedules import Schedule
+from l0hooks.stepping import Rule, gate_of, register
 
 Estimator = Literal["median", "paper", "mean"]
-
-
-class Rule(Protocol):
-    """What decides for several gates together which of them stay; a budget.
-
-    Attributes
-    ----------
-    step : int
-        Optimiser steps so far.
-    finished : bool
-        Whether the support is fixed: gates no longer move, and training uses their final values.
-    """
-
-    step: int
-
-    @property
-    def finished(self) -> bool: ...
-
-    @property
-    def first(self) -> Gate:
-        """The gate whose optimiser counts."""
-        ...
-
-    def refresh(self) -> tuple[object, ...]:
-        """Bring ``mask`` and ``held`` of every gate up to date; a key that tells one state from another."""
-        ...
-
-    def before_step(self) -> None:
-        """The optimiser is about to use the gradients."""
-        ...
-
-    def after_step(self) -> None:
-        """The optimiser has moved the gates."""
-        ...
-
-    def after_ascent(self) -> None:
-        """An optimiser has moved the multipliers, if there are any."""
-        ...
-
-    def penalty(self) -> Tensor:
-        """What it adds to the loss, shape ()."""
-        ...
 
 
 class Gate(nn.Module):
@@ -154,7 +111,7 @@ class Gate(nn.Module):
         self.rule: Rule | None = None
         self.mask: Tensor | None = None  # the rule's: which gates stay, and, once they are fixed, their values
         self.held: Tensor | None = None
-        _live.add(self)
+        self._key = register(self)
 
     @property
     def temperature(self) -> float:
@@ -201,13 +158,12 @@ class Gate(nn.Module):
             "paper": self.family.paper,
             "mean": self.family.mean,
         }[self.estimator]
-        z = estimate(self.log_alpha if log_alpha is None else log_alpha, self.temperature)
+        z = estimate(whole(self.log_alpha) if log_alpha is None else log_alpha, self.temperature)
         return torch.where(self.support(), z if self.rule is None else z.clamp(min=self.family.least_open), 0.0)
 
     def final(self) -> Tensor:
         """The values that a rule has fixed: float32, shape of ``log_alpha``, constant."""
-        if self.rule is not None and not torch.compiler.is_compiling():
-            self.rule.refresh()
+        self._refresh()
         return self.value().detach() if self.held is None else self.held
 
     def support(self) -> Tensor:
@@ -216,19 +172,32 @@ class Gate(nn.Module):
         Under a budget these are the gates with the largest ``log_alpha`` that fit into it. Else a gate stays if its
         median is positive; with the paper's estimate and β > 1, if that is positive too.
         """
-        if self.rule is not None:
-            self.rule.refresh()
-            if self.mask is not None:
-                return self.mask
-        log_alpha = self.log_alpha.detach()
+        if self.rule is not None and torch.compiler.is_compiling():  # choosing them is no part of a graph
+            chosen: Tensor = torch.ops.l0hooks.support(self.log_alpha.detach(), self._key)
+            return chosen
+        self._refresh()
+        if self.rule is not None and self.mask is not None:
+            return self.mask
+        log_alpha = whole(self.log_alpha.detach())
         stays = self.family.median(log_alpha, self.temperature) > 0
         if self.estimator == "paper":
             stays &= self.family.paper(log_alpha, self.temperature) > 0
         return stays
 
+    def train(self, mode: bool = True) -> Gate:
+        """Switch modes; the rule catches up, for a compiled forward cannot ask it to."""
+        if self.rule is not None and (self.rule.finished or not mode):
+            self._refresh()
+        super().train(mode)
+        return self
+
+    def _refresh(self) -> None:
+        if self.rule is not None and not is_traced():
+            self.rule.refresh()
+
     def keep_prob(self) -> Tensor:
         """P(z ≠ 0) of every gate, differentiable."""
-        return self.family.keep_prob(self.log_alpha, self.temperature)
+        return self.family.keep_prob(whole(self.log_alpha), self.temperature)
 
     def expected_l0(self) -> Tensor:
         """The expected number of gates that are not zero, differentiable, shape ()."""
@@ -253,21 +222,25 @@ class Gate(nn.Module):
         """Shape, temperature and estimator."""
         return f"{tuple(self.log_alpha.shape)}, temperature={self.temperature:.4g}, estimator={self.estimator!r}"
 
+    def end_forward(self) -> None:
+        """No forward runs across an optimiser's step: one that was interrupted is over."""
+        self._door.source.owner = None
+
     def get_extra_state(self) -> Tensor:
-        """The temperature, the rule's step and the schedule's, so that a checkpoint resumes with them."""
-        step = 0 if self.rule is None else self.rule.step
-        return torch.tensor([self.temperature, step, self.scheduled_steps], dtype=torch.float64)
+        """The temperature, its schedule's step and the rule's state, so that a checkpoint resumes with them."""
+        state = () if self.rule is None else self.rule.state()
+        return torch.tensor([self.temperature, self.scheduled_steps, *state], dtype=torch.float64)
 
     def set_extra_state(self, state: Tensor) -> None:
-        """Restore the temperature, the rule's step and the schedule's."""
-        temperature, step, scheduled_steps = state.tolist()
-        self.temperature, self.scheduled_steps = temperature, int(scheduled_steps)
-        if self.rule is not None:
-            self.rule.step = int(step)
+        """Restore the temperature, its schedule's step and the rule's state."""
+        self.temperature, steps, *rest = state.tolist()
+        self.scheduled_steps = int(steps)
+        if self.rule is not None and rest:
+            self.rule.resume(*rest)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        _live.add(self)  # a deepcopy is never constructed
+        self._key = register(self)  # a deepcopy is never constructed
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Gate:
         def keep_dtype(tensor: Tensor) -> Tensor:
@@ -279,73 +252,27 @@ class Gate(nn.Module):
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
+        self.mask = self.held = None
         if self.log_alpha.dtype != torch.float32:  # load_state_dict(assign=True) takes the checkpoint's dtype
             self.log_alpha = nn.Parameter(self.log_alpha.float(), requires_grad=self.log_alpha.requires_grad)
         if self.multipliers is not None and self.multipliers.dtype != torch.float32:
             self.multipliers = nn.Parameter(self.multipliers.float(), requires_grad=self.multipliers.requires_grad)
 
 
-_live: weakref.WeakSet[Gate] = weakref.WeakSet()
+@torch.library.custom_op("l0hooks::support", mutates_args=())
+def _support_op(log_alpha: Tensor, key: int) -> Tensor:
+    return gate_of(key).support().clone()
 
 
-_steps = 0
+@_support_op.register_fake
+def _(log_alpha: Tensor, key: int) -> Tensor:
+    return torch.empty_like(log_alpha, dtype=torch.bool)
 
 
-def steps_taken() -> int:
-    """How many steps all optimisers of this process have taken: fused ones change tensors without a new version."""
-    return _steps
-
-
-def _moved(optimizer: torch.optim.Optimizer) -> list[Gate]:
-    """The gates that ``optimizer`` moves."""
-    own = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    return [gate for gate in _live if id(gate.log_alpha) in own]
-
-
-def _rules(gates: Sequence[Gate]) -> list[Rule]:
-    """The rules that count the steps of one of ``gates``."""
-    return [gate.rule for gate in gates if gate.rule is not None and gate.rule.first is gate]
-
-
-def _priced(optimizer: torch.optim.Optimizer, upwards: bool) -> list[Rule]:
-    """The rules whose multipliers ``optimizer`` raises, or lowers."""
-    groups = [group for group in optimizer.param_groups if bool(group.get("maximize")) is upwards]
-    own = {id(p) for group in groups for p in group["params"]}
-    return [gate.rule for gate in _live if gate.rule is not None and id(gate.multipliers) in own]
-
-
-def _before_step(optimizer: torch.optim.Optimizer, *_: object) -> None:
-    if _priced(optimizer, upwards=False):
-        raise StateError(
-            explain(
-                "optimizer.step",
-                "the multipliers of a budget must ascend.",
-                expected="them in a group of their own with maximize=True",
-                got="a group that minimises",
-                hint="optimizer(param_groups(model, lr=..., gate_lr=...))",
-            )
-        )
-    for rule in _rules(_moved(optimizer)):
-        rule.before_step()
-
-
-def _after_step(optimizer: torch.optim.Optimizer, *_: object) -> None:
-    global _steps
-    _steps += 1
-    moved = _moved(optimizer)
-    for gate in moved:
-        gate.project()
-        gate.follow_schedule()
-    for rule in _rules(moved):
-        rule.after_step()
-    for rule in _priced(optimizer, upwards=True):
-        rule.after_ascent()
-    for gate in _live:
-        gate._door.source.owner = None  # no forward runs across a step: one that was interrupted is over
-
-
-register_optimizer_step_pre_hook(_before_step)
-register_optimizer_step_post_hook(_after_step)
+def whole(tensor: Tensor) -> Tensor:
+    """``tensor``, or all of one that ``fully_shard`` has spread over processes; a collective call then."""
+    gather: Callable[[], Tensor] | None = getattr(tensor, "full_tensor", None)  # importing DTensor takes a second
+    return tensor if gather is None else gather()
 
 
 def check_estimator_name(name: Estimator) -> Estimator:

@@ -87,8 +87,8 @@ class LagrangianRule(BudgetRule):
             super().before_step()
             self.multipliers.grad = None
 
-    def after_step(self) -> None:
-        """Count an optimiser step, if the budget is to count them itself."""
+    def after_step(self, moved: Sequence[Gate]) -> None:
+        """Count an optimiser's step, if the budget is to count them itself."""
         priced = self.multipliers.grad is not None or not self.multipliers.requires_grad
         if not priced and not self.finished:
             raise StateError(
@@ -102,7 +102,7 @@ class LagrangianRule(BudgetRule):
         with torch.no_grad():
             for gate in self.gates:  # no common shift moves them beyond
                 gate.log_alpha.clamp_(*gate.limits)
-        super().after_step()
+        super().after_step(moved)
 
     def after_ascent(self) -> None:
         """Bring the multipliers back: not negative, and zero as soon as an inequality holds."""
@@ -114,6 +114,5 @@ class LagrangianRule(BudgetRule):
             else:
                 self.multipliers.clamp_(min=0)
 
-    def advance(self) -> None:
-        """Go one step along the schedule; the gates stay where they are."""
-        self.step = min(self.step + 1, self.budget.steps)
+    def _settle(self) -> None:
+        """Nothing: the gates stay where the optimiser has brought them."""

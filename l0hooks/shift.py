@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from l0hooks.families import HardConcreteFamily
-from l0hooks.gate import Gate
+from l0hooks.gate import Gate, whole
 from l0hooks.sizes import Floats, Size
 
 _ACCURACY, _EXACT = 1e-6, 1e-9  # of the size that is wanted
@@ -33,30 +33,37 @@ class SharedShift:
     def __init__(self, gates: Sequence[Gate], size: Size) -> None:
         self._gates = gates
         self._size = size
+        self._spread: Floats = np.ascontiguousarray(np.diagonal(size.square))  # what the variance of an array costs
         self._slopes: list[Tensor] = []
-        self._kept = self._slope = self._variance = np.zeros(0)
+        self._sums = np.zeros((len(gates), 4))
         self._last = 0.0
         self._key: object = None
 
     def expected(self) -> float:
         """The expected size of the gates as they stand."""
-        kept, _, variance = self._measure(0.0, [None] * len(self._gates))
-        return self._size.of(kept, variance)
+        return self._expected(self._measure(0.0, [None] * len(self._gates)))
 
     @torch.no_grad()
     def project_gradients(self) -> None:
-        """Take the share along the constraint out of the gradients: g − c·p′·Σg / Σ(c·p′)."""
-        if self._key != self._state():
-            self._pass(0.0)
+        """Take the share along the constraint out of the gradients: g − s·Σg / Σs with s = ∂E[size]/∂log_alpha."""
         grads = [gate.log_alpha.grad for gate in self._gates]
-        sums = [grad.sum() for grad in grads if grad is not None]
-        if not sums:
+        sums = [whole(grad.sum()).to(self._device) for grad in grads if grad is not None]
+        total = float(torch.stack(sums).sum()) if sums else 0.0
+        if not total or not math.isfinite(total):  # a loss scaler is about to skip this step
             return
-        price = self._size.price(self._kept)
-        common = _to_numpy(torch.stack([s.to(sums[0].device) for s in sums])).sum() / max(price @ self._slope, 1e-30)
-        for grad, slope, cost in zip(grads, self._slopes, price.tolist(), strict=True):
+        if self._key is None or self._key != self._state():
+            self._pass(0.0)
+        common = total / max(self._slope(self._sums), 1e-30)
+        price = self._size.price(self._sums[:, 0])
+        for number, (gate, grad) in enumerate(zip(self._gates, grads, strict=True)):
             if grad is not None:
-                grad.add_(slope.view_as(grad), alpha=-cost * float(common))
+                alone = whole(grad) is grad
+                slope = self._slopes[number].view_as(grad) if alone else _slope_of(gate)
+                grad.add_(slope, alpha=-float(price[number]) * common)
+                if self._spread[number]:
+                    grad.add_(
+                        _slope_of(gate) * (1 - 2 * _probability(gate)), alpha=-float(self._spread[number]) * common
+                    )
 
     @torch.no_grad()
     def shift_to(self, wanted: float) -> None:
@@ -64,56 +71,70 @@ class SharedShift:
         shift, low, high = self._last, -math.inf, math.inf
         for _ in range(100):
             self._pass(shift)
-            error, step = self._size.of(self._kept, self._variance) - wanted, 0.0
+            error, step = self._expected(self._sums) - wanted, 0.0
             if abs(error) <= _EXACT * wanted:
                 break
-            slope = max(float(self._size.price(self._kept) @ self._slope), 1e-30)
+            slope = max(self._slope(self._sums), 1e-30)
             low, high = (low, shift) if error > 0 else (shift, high)
             step = min(max(-error / slope, -_FARTHEST), _FARTHEST)
-            inside = low < shift + step < high
-            shift = shift + step if inside else (low + high) / 2
-            # |p″| <= p′, so this bounds the error that is left
-            if inside and slope * step * step * math.exp(abs(step)) / 2 <= _ACCURACY * wanted:
+            newton = step == -error / slope and low < shift + step < high
+            shift = shift + step if low < shift + step < high else (low + high) / 2
+            # |p″| <= p′, so this bounds the error that a whole Newton step leaves
+            if newton and slope * step * step * math.exp(abs(step)) / 2 <= _ACCURACY * wanted:
                 break
-        self._kept = self._kept + self._slope * step
+        self._sums[:, 0] += self._sums[:, 1] * step
         self._last = shift
         for gate in self._gates:
             gate.log_alpha.add_(shift)
         self._key = self._state()
+
+    def _expected(self, sums: Floats) -> float:
+        return self._size.of(sums[:, 0], sums[:, 2])
+
+    def _slope(self, sums: Floats) -> float:
+        """d E[size] / dδ."""
+        return float(self._size.price(sums[:, 0]) @ sums[:, 1] + self._spread @ sums[:, 3])
 
     @property
     def _device(self) -> torch.device:
         return self._gates[0].log_alpha.device
 
     def _state(self) -> object:
-        """What tells whether the gates are where the last pass left them."""
+        """What tells whether the gates are where the last pass left them; None if nothing does."""
         tensors = [gate.log_alpha for gate in self._gates]
-        return sum(t._version for t in tensors), [t.data_ptr() for t in tensors], [g.temperature for g in self._gates]
+        if any(whole(t) is not t or t.is_inference() for t in tensors):
+            return None
+        return [(t._version, t.data_ptr(), gate.temperature) for t, gate in zip(tensors, self._gates, strict=True)]
 
     def _pass(self, shift: float) -> None:
         """Measure the gates at a shift, and keep their p′."""
-        sizes = [gate.log_alpha.numel() for gate in self._gates]
-        devices = [gate.log_alpha.device for gate in self._gates]
-        if [len(s) for s in self._slopes] != sizes or [s.device for s in self._slopes] != devices:
-            self._slopes = [torch.empty_like(gate.log_alpha.detach()).flatten() for gate in self._gates]
-        self._kept, self._slope, self._variance = self._measure(shift, self._slopes)
+        sizes = [(gate.log_alpha.numel(), gate.log_alpha.device) for gate in self._gates]
+        if [(s.numel(), s.device) for s in self._slopes] != sizes:
+            self._slopes = [torch.empty(count, device=device) for count, device in sizes]
+        self._sums = self._measure(shift, self._slopes)
         self._key = self._state()
 
     @torch.no_grad()
-    def _measure(self, shift: float, slopes: Sequence[Tensor | None]) -> tuple[Floats, Floats, Floats]:
-        """Σ p, Σ p′ and Σ p(1 − p) of every array of gates with its log-odds shifted; p′ goes into ``slopes``."""
-        parts = [torch.stack(_sums(g, shift, s)).to(self._device) for g, s in zip(self._gates, slopes, strict=True)]
-        found = _to_numpy(torch.stack(parts))
-        return found[:, 0], found[:, 1], found[:, 2]
+    def _measure(self, shift: float, slopes: Sequence[Tensor | None]) -> Floats:
+        """Σ p, Σ p′, Σ p(1 − p) and its slope, for every array of gates with its log-odds shifted."""
+        bent = self._spread != 0
+        parts = zip(self._gates, slopes, bent, strict=True)
+        found: Floats = (
+            torch.stack([torch.stack(_sums_of(g, shift, s, b)).to(self._device) for g, s, b in parts])
+            .double()
+            .cpu()
+            .numpy()
+        )
+        return found
 
 
-def _sums(gate: Gate, shift: float, slopes: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    family, location = gate.family, gate.log_alpha.detach().flatten()
-    if isinstance(family, HardConcreteFamily):
+def _sums_of(gate: Gate, shift: float, slopes: Tensor | None, bent: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    family, location = gate.family, whole(gate.log_alpha.detach()).flatten()
+    if isinstance(family, HardConcreteFamily) and not bent:
         p = torch.add(location, shift - gate.temperature * math.log(-family.gamma / family.zeta), out=slopes).sigmoid_()
         total = p.sum()
         slope = torch.addcmul(p, p, p, value=-1, out=p).sum()  # p′ = p(1 − p), in the same memory
-        return total, slope, slope
+        return total, slope, slope, slope
     moved = (location + shift).requires_grad_()
     with torch.enable_grad():
         p = family.keep_prob(moved, gate.temperature)
@@ -121,9 +142,17 @@ def _sums(gate: Gate, shift: float, slopes: Tensor | None) -> tuple[Tensor, Tens
     if slopes is not None:
         slopes.copy_(found)
     p = p.detach()
-    return p.sum(), found.sum(), (p * (1 - p)).sum()
+    return p.sum(), found.sum(), (p * (1 - p)).sum(), (found * (1 - 2 * p)).sum()
 
 
-def _to_numpy(tensor: Tensor) -> Floats:
-    found: Floats = tensor.detach().double().cpu().numpy()
-    return found
+def _probability(gate: Gate) -> Tensor:
+    return gate.family.keep_prob(gate.log_alpha.detach(), gate.temperature)
+
+
+def _slope_of(gate: Gate) -> Tensor:
+    """p′ of every gate, spread over processes if the gates are."""
+    location = gate.log_alpha.detach().requires_grad_()
+    with torch.enable_grad():
+        p = gate.family.keep_prob(location, gate.temperature)
+        (slope,) = torch.autograd.grad(p.sum(), location)
+    return slope

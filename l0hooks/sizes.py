@@ -38,17 +38,25 @@ class Size:
         What no gate can remove.
     linear : float64, shape (arrays,)
     square : float64, shape (arrays, arrays)
+    floor : int64, shape (arrays,)
+        How many gates of each array stay whatever happens: one of a coupled group, which cannot be cut to nothing.
     """
 
     counts: npt.NDArray[np.int64]
     constant: float
     linear: Floats
     square: Floats
+    floor: npt.NDArray[np.int64] | int = 0
 
     @property
     def whole(self) -> float:
         """The size with every gate open."""
         return self.of(self.counts.astype(np.float64))
+
+    def least(self, min_keep: int) -> Floats:
+        """How many gates of each array stay at the least."""
+        least: Floats = np.minimum(np.maximum(min_keep, self.floor), self.counts).astype(np.float64)
+        return least
 
     def of(self, kept: Floats, variance: Floats | None = None) -> float:
         """The size when ``kept`` gates stay; with expected numbers and their variances, the expected size."""
@@ -95,9 +103,15 @@ def fitting(size: Size, array_of: Ints, allowed: float) -> npt.NDArray[np.bool_]
         best = int(np.argmin(next_))
         if next_[best] == len(fits):
             return fits
-        fits[next_[best]] = True
-        kept[best] += 1
-        place[best] += 1
+        others = min([*next_[:best], *next_[best + 1 :], len(fits)])
+        run = rest[best][place[best] : place[best] + np.searchsorted(rest[best][place[best] :], others)]
+        if size.square[best, best]:
+            run = run[:1]
+        elif more[best]:
+            run = run[: int(room / more[best] * (1 + 1e-12))]
+        fits[run] = True
+        kept[best] += len(run)
+        place[best] += len(run)
 
 
 def size_of(
@@ -150,9 +164,10 @@ def size_of(
         for names, sites in tensors.items():
             if not whole and any(number not in numbers for number, _ in sites):
                 raise _shared(prefix + names[0])
-            each = 1.0 if positions is None else plan.positions.get(names[0], 0.0)
-            constant += _add_product(linear, square, sites, plan, numbers, each)
-    size = Size(counts, constant, linear, square)
+            each = 1.0 if positions is None else _uses(model, [prefix + name for name in names], positions)
+            constant += _add_product(linear, square, each, sites, plan, numbers)
+    floor = np.array([one.coupled is not None for one in gated], np.int64)
+    size = Size(counts, constant, linear, square, floor)
     return replace(size, constant=constant + _total(model, every, positions) - size.whole) if whole else size
 
 
@@ -176,6 +191,13 @@ def _positions(model: nn.Module, unit: Unit, example_inputs: Sequence[Any] | Non
     return count_positions(model, example_inputs)
 
 
+def _uses(model: nn.Module, names: Sequence[str], positions: Positions) -> float:
+    """Multiply-adds of each element of a parameter, at all places that go by these names."""
+    parts = [name.rpartition(".") for name in names]
+    keys = {(id(model.get_submodule(module)), tensor_name) for module, _, tensor_name in parts}
+    return sum(positions.get(key, 0.0) for key in keys)
+
+
 def _plans(gated: Sequence[Gated]) -> list[tuple[CoupledPlan, str, dict[int, int]]]:
     """The plans of coupled gates, what a wrapper puts before their names, and each group's place in ``gated``."""
     found: dict[int, tuple[CoupledPlan, str, dict[int, int]]] = {}
@@ -189,12 +211,15 @@ def _plans(gated: Sequence[Gated]) -> list[tuple[CoupledPlan, str, dict[int, int
 def _add_product(
     linear: Floats,
     square: Floats,
+    each: float,
     sites: Sequence[tuple[int, GroupSite]],
     plan: CoupledPlan,
     numbers: Mapping[int, int],
-    each: float,
 ) -> float:
-    """Add what stays of one tensor, ``each`` times what stays along its axes; its constant part is returned."""
+    """Add what stays of one tensor, the product of what stays along its axes, ``each`` for every element.
+
+    Its constant part is returned.
+    """
     shape = sites[0][1].shape
     axes = sorted({site.axis for _, site in sites})
     rest = each * float(np.prod([n for axis, n in enumerate(shape) if axis not in axes[:2]]))

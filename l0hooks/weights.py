@@ -12,8 +12,9 @@ from torch.nn.utils import parametrize
 
 from l0hooks.families import HardConcreteFamily
 from l0hooks.fused import gated_weight, held_weight, is_traced
-from l0hooks.gate import Gate, steps_taken
+from l0hooks.gate import Gate
 from l0hooks.layers import GateLayout, Granularity
+from l0hooks.stepping import steps_taken
 
 
 class Gating(nn.Module):
@@ -111,7 +112,7 @@ class GatedWeight(Gating):
 
     def _sampled(self, weight: Tensor) -> Tensor:
         gate, family = self.gate, self.gate.family
-        if gate.rule is not None and gate.rule.finished and self.layout.pattern is None:
+        if gate.rule is not None and gate.rule.finished and self.layout.pattern is None and not is_traced():
             return held_weight(weight, gate.log_alpha, gate.final())
         if self.layout.pattern is None and type(family) is HardConcreteFamily and not is_traced():
             return gated_weight(weight, gate.log_alpha, gate.noise(), gate.temperature, family.gamma, family.zeta)

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 FLOORS = {
     0: ["errors"],
     1: ["hard_concrete", "layers", "noise", "schedules", "extras"],
-    2: ["distribution", "families", "fused", "tracing"],
+    2: ["distribution", "families", "fused", "stepping", "tracing"],
     3: ["structure", "gate", "comparison", "constants"],
     4: ["spec", "weights", "optim"],
     5: ["coupled"],
