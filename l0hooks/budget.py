@@ -242,6 +242,8 @@ class BudgetRule:
             error = self.size.of(kept, variance) - wanted
             if abs(error) <= _ACCURACY * wanted:
                 break
+            if not np.isfinite(error):
+                return 0.0  # one gate that is no number must not spoil the others
             low, high = (low, shift) if error > 0 else (shift, high)
             slope = max(float(self.size.price(kept) @ slopes), 1e-30)
             moved = shift + min(max(-error / slope, -_FARTHEST), _FARTHEST)

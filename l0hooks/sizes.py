@@ -164,7 +164,7 @@ def size_of(
         for names, sites in tensors.items():
             if not whole and any(number not in numbers for number, _ in sites):
                 raise _shared(prefix + names[0])
-            each = 1.0 if positions is None else plan.positions.get(names[0], 0.0)
+            each = 1.0 if positions is None else _uses(model, [prefix + name for name in names], positions)
             constant += _add_product(linear, square, each, sites, plan, numbers)
     floor = np.array([one.coupled is not None for one in gated], np.int64)
     size = Size(counts, constant, linear, square, floor)
@@ -189,6 +189,13 @@ def _positions(model: nn.Module, unit: Unit, example_inputs: Sequence[Any] | Non
             )
         )
     return count_positions(model, example_inputs)
+
+
+def _uses(model: nn.Module, names: Sequence[str], positions: Positions) -> float:
+    """Multiply-adds of each element of a parameter, at all places that go by these names."""
+    parts = [name.rpartition(".") for name in names]
+    keys = {(id(model.get_submodule(module)), tensor_name) for module, _, tensor_name in parts}
+    return sum(positions.get(key, 0.0) for key in keys)
 
 
 def _plans(gated: Sequence[Gated]) -> list[tuple[CoupledPlan, str, dict[int, int]]]:

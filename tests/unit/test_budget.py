@@ -414,6 +414,14 @@ def test_a_gradient_that_is_not_finite_stays_where_it_is():
     assert rule.gates[1].log_alpha.grad.isfinite().all()
 
 
+def test_one_gate_that_is_not_a_number_does_not_spread():
+    model, x, rule = made()
+    with torch.no_grad():
+        rule.gates[0].log_alpha[0, 0] = torch.nan
+    train(model, x, torch.optim.SGD([p for n, p in model.named_parameters() if "0." not in n[:2]], lr=0.01))
+    assert int(log_alphas(model).isnan().sum()) == 1
+
+
 # --- the end ---------------------------------------------------------------------------------------------------------
 
 
@@ -747,6 +755,28 @@ def test_several_budgets_over_parts():
         assert on_schedule(second)
     assert int((model.eval()[0].weight != 0).sum()) == 20
     assert int((model[2].weight != 0).sum()) == 24
+
+
+def test_a_budget_in_multiply_adds_is_set_with_other_inputs_than_the_gates_were():
+    class Wrapped(nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, x):
+            return self.inner(x)
+
+    x = torch.randn(4, 5)
+    for wrap in (lambda m: m, Wrapped):
+        model = mlp(5, 12, 8, 3)
+        sparsify(model, "coupled", example_inputs=(x[:1],))
+        (rule,) = set_budget(wrap(model), Budget(sparsity=0.5, unit="macs", steps=4), example_inputs=(x,))
+        assert rule.size.whole == 4 * (5 * 12 + 12 * 8 + 8 * 3)
+        train(model, x, sgd(model, 0.01), 4)
+        small = prune(model, example_inputs=(x,))
+        macs = 4 * sum(m.weight.numel() for m in small if isinstance(m, nn.Linear))
+        dearest = rule.size.price(np.array([float(g.support().sum()) for g in rule.gates]) + 1).max()
+        assert rule.target - dearest < macs <= rule.target
 
 
 def test_standalone_gates():
