@@ -143,7 +143,11 @@ class BudgetRule:
         Steps taken.
     finished : bool
         Whether the schedule has ended and the support is fixed.
+    limits : (float, float) or None
+        For the log-odds, wider than a gate's own: a common shift must not press its gates together at an end.
     """
+
+    limits: tuple[float, float] | None = (-30.0, 15.0)
 
     def __init__(self, budget: Budget, gates: Sequence[Gate], size: Size) -> None:
         self.budget = budget
@@ -236,6 +240,7 @@ class BudgetRule:
 
     def state(self) -> tuple[float, ...]:
         """The step, and the size that the schedule started from."""
+        self._shift.forget()
         return self.step, self.start
 
     def resume(self, *state: float) -> None:
@@ -243,6 +248,7 @@ class BudgetRule:
         self.step, self.start = int(state[0]), state[1]
         self._schedule = self._make_schedule()
         self._moved.clear()
+        self._shift.forget()
 
     # --- the support -----------------------------------------------------------------------------------------------
 

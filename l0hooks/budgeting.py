@@ -72,6 +72,7 @@ def set_budget(
     for rule in rules:
         for gate in rule.gates:
             gate.rule = rule
+            gate.limits = rule.limits or gate.limits
         if isinstance(rule, LagrangianRule):
             rule.add_multipliers()
     return rules

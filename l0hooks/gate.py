@@ -207,9 +207,9 @@ class Gate(nn.Module):
     def project(self) -> None:
         """Bring ``log_alpha`` back into the limits. Runs by itself after every ``torch.optim`` step.
 
-        Not under a rule: a shift common to all gates must not press them together at an end.
+        Not once a rule has fixed the support.
         """
-        if self.rule is None:
+        if self.rule is None or not self.rule.finished:
             self.log_alpha.clamp_(*self.limits)
 
     def follow_schedule(self) -> None:

@@ -43,6 +43,8 @@ class LagrangianRule(BudgetRule):
     (20, True)
     """
 
+    limits = None
+
     def __init__(self, budget: Budget, gates: Sequence[Gate], size: Size) -> None:
         super().__init__(budget, gates, size)
         self.equality = budget.constraint == "equality"
@@ -99,9 +101,6 @@ class LagrangianRule(BudgetRule):
                     hint="loss + penalty(model, budget=1.0)",
                 )
             )
-        with torch.no_grad():
-            for gate in self.gates:  # no common shift moves them beyond
-                gate.log_alpha.clamp_(*gate.limits)
         super().after_step(moved)
 
     def after_ascent(self) -> None:

@@ -43,6 +43,10 @@ class SharedShift:
         """The expected size of the gates as they stand."""
         return self._expected(self._measure(0.0, [None] * len(self._gates)))
 
+    def forget(self) -> None:
+        """Measure anew: a run that saves its state goes on as one that loads it."""
+        self._last, self._key = 0.0, None
+
     @torch.no_grad()
     def project_gradients(self) -> None:
         """Take the share along the constraint out of the gradients: g − s·Σg / Σs with s = ∂E[size]/∂log_alpha."""
@@ -74,6 +78,9 @@ class SharedShift:
             error, step = self._expected(self._sums) - wanted, 0.0
             if abs(error) <= _EXACT * wanted:
                 break
+            if not math.isfinite(error):  # one gate that is no number must not spoil the others
+                self._key = None
+                return
             slope = max(self._slope(self._sums), 1e-30)
             low, high = (low, shift) if error > 0 else (shift, high)
             step = min(max(-error / slope, -_FARTHEST), _FARTHEST)

@@ -8,11 +8,11 @@ from collections.abc import Callable
 import pytest
 
 from l0hooks.errors import InvalidValueError
-from l0hooks.schedules import Schedule, cosine, exponential, linear
+from l0hooks.schedules import Schedule, cosine, cubic, exponential, linear
 
 Maker = Callable[[float, float, int], Schedule]
 
-all_schedules = pytest.mark.parametrize("make", [linear, exponential, cosine])
+all_schedules = pytest.mark.parametrize("make", [linear, exponential, cosine, cubic])
 
 
 @pytest.mark.parametrize(
@@ -20,6 +20,7 @@ all_schedules = pytest.mark.parametrize("make", [linear, exponential, cosine])
     [
         (linear, [8.0, 6.5, 5.0, 3.5, 2.0]),
         (exponential, [8.0, 8 / math.sqrt(2), 4.0, 2 * math.sqrt(2), 2.0]),
+        (cubic, [8.0, 2 + 6 * 27 / 64, 2.75, 2 + 6 / 64, 2.0]),
         (cosine, [8.0, 5 + 3 / math.sqrt(2), 5.0, 5 - 3 / math.sqrt(2), 2.0]),
     ],
 )

@@ -134,7 +134,10 @@ def test_a_tied_embedding_with_coupled_gates():
         supports = random_supports(counts, seed)
         set_support(model, supports)
         kept = np.array([float(support.sum()) for support in supports])
-        assert size(model).of(kept) == parameters(prune(model, example_inputs=(x,)))
+        small = prune(model, example_inputs=(x,))
+        assert size(model).of(kept) == parameters(small)
+        uses = (small.up, small.down, small.head)
+        assert size(model, "macs", x).of(kept) == 6 * sum(layer.weight.numel() for layer in uses)
 
 
 @pytest.mark.parametrize("seed", range(3))
