@@ -12,7 +12,7 @@ from torch import Tensor
 
 from l0hooks.errors import InvalidValueError, explain, near_names
 from l0hooks.families import HardConcreteFamily
-from l0hooks.gate import Gate
+from l0hooks.gate import Gate, steps_taken, whole
 from l0hooks.hard_concrete import keep_prob
 from l0hooks.schedules import Schedule, cosine, cubic, exponential, linear
 from l0hooks.sizes import Floats, Size, Unit, fitting
@@ -144,6 +144,7 @@ class BudgetRule:
         make = _SCHEDULES[budget.schedule] if isinstance(budget.schedule, str) else budget.schedule
         self._schedule = make(self.start, self.target, budget.steps)
         self._key: tuple[object, ...] = ()
+        self._spread = False
 
     @property
     def first(self) -> Gate:
@@ -178,7 +179,7 @@ class BudgetRule:
             kept, slopes, _ = self._sums(0.0)
             price = self.size.price(kept)
             grads = [(g, c, g.log_alpha.grad) for g, c in zip(self.gates, price.tolist(), strict=True)]
-            sums = [grad.sum() for _, _, grad in grads if grad is not None]
+            sums = [whole(grad.sum()) for _, _, grad in grads if grad is not None]
             if sums:
                 common = float(torch.stack(sums).sum()) / max(float(price @ slopes), 1e-30)
                 for gate, cost, grad in grads:
@@ -199,6 +200,8 @@ class BudgetRule:
         shift = self._shift(self.scheduled)
         for gate in self.gates:
             gate.log_alpha.add_(shift)
+        if self._sharded():
+            self.refresh()  # within a forward only some gates are gathered, and perhaps rounded
 
     def _shift(self, wanted: float) -> float:
         """The common shift δ with E[size] = ``wanted``: damped Newton steps, kept between bounds that close in."""
@@ -225,9 +228,12 @@ class BudgetRule:
     def refresh(self) -> tuple[object, ...]:
         """Bring ``mask``, and once finished ``held``, of every gate up to date; a key of the state they belong to."""
         first = self.first.log_alpha
-        versions = sum(gate.log_alpha._version for gate in self.gates)
-        key = (versions, self.step, self.finished, first.data_ptr(), first.device)
-        if key != self._key:
+        if self._sharded():  # gathering and freeing change versions and addresses, not values
+            key: tuple[object, ...] = (0 if self.finished else steps_taken(), self.step, self.finished)
+        else:
+            versions = sum(gate.log_alpha._version for gate in self.gates)
+            key = (versions, self.step, self.finished, first.data_ptr(), first.device)
+        if key != self._key or self.first.mask is None:
             for gate, mask in zip(self.gates, self._support(), strict=True):
                 gate.mask = mask
             self._key = key  # before the values, which ask for the support
@@ -235,11 +241,16 @@ class BudgetRule:
                 gate.held = gate.value().detach() if self.finished else None
         return key
 
+    def _sharded(self) -> bool:
+        """Whether ``fully_shard`` has spread the gates; it stays so while they are gathered."""
+        self._spread = self._spread or any(hasattr(gate.log_alpha, "full_tensor") for gate in self.gates)
+        return self._spread
+
     @torch.no_grad()
     def _support(self) -> list[Tensor]:
         """The largest log-odds that fit into the scheduled size, ``min_keep`` of every array first."""
         device = self.first.log_alpha.device
-        arrays = [gate.log_alpha.detach().flatten() for gate in self.gates]
+        arrays = [whole(gate.log_alpha.detach()).flatten() for gate in self.gates]
         rank = torch.cat([a.to(device) for a in arrays])
         for part, array in zip(torch.split(rank, [len(a) for a in arrays]), arrays, strict=True):
             part[array.topk(min(self.budget.min_keep, len(array))).indices] = torch.inf
@@ -248,11 +259,11 @@ class BudgetRule:
         stays = np.zeros(len(order), np.bool_)
         stays[order[fitting(self.size, array_of, self.scheduled)]] = True
         masks = torch.split(torch.from_numpy(stays), [len(a) for a in arrays])
-        return [m.view_as(g.log_alpha).to(g.log_alpha.device) for m, g in zip(masks, self.gates, strict=True)]
+        return [m.view(g.log_alpha.shape).to(g.log_alpha.device) for m, g in zip(masks, self.gates, strict=True)]
 
 
 def _sums_of(gate: Gate, shift: float) -> tuple[Tensor, Tensor, Tensor]:
-    family, location = gate.family, gate.log_alpha.detach()
+    family, location = gate.family, whole(gate.log_alpha.detach())
     if isinstance(family, HardConcreteFamily):
         offset = shift - gate.temperature * float(np.log(-family.gamma / family.zeta))
         flat, total, square = location.flatten(), location.new_zeros(()), location.new_zeros(())

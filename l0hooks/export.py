@@ -154,6 +154,16 @@ def _check(model: nn.Module, sparse_format: str | None, block_size: object) -> N
                     hint="replace it in the model by a constant mask from gate.eval()() first",
                 )
             )
+        if hasattr(one.gate.log_alpha, "full_tensor"):
+            raise StateError(
+                explain(
+                    f"prune at {one.name!r}",
+                    "a model must lie whole in the process that prunes it.",
+                    got="gates that fully_shard has spread over several",
+                    hint="load torch.distributed.checkpoint.state_dict.get_model_state_dict(model, "
+                    "options=StateDictOptions(full_state_dict=True)) into a model sparsified in the same way",
+                )
+            )
         if not bool(torch.isfinite(one.gate.log_alpha).all()):
             raise StateError(
                 explain(f"prune at {one.name!r}", "log-odds must be finite.", got="NaN", hint="a smaller gate_lr")

@@ -184,7 +184,7 @@ class Gate(nn.Module):
             "paper": self.family.paper,
             "mean": self.family.mean,
         }[self.estimator]
-        z = estimate(self.log_alpha if log_alpha is None else log_alpha, self.temperature)
+        z = estimate(whole(self.log_alpha) if log_alpha is None else log_alpha, self.temperature)
         return torch.where(self.support(), z if self.rule is None else z.clamp(min=self.family.least_open), 0.0)
 
     def final(self) -> Tensor:
@@ -203,7 +203,7 @@ class Gate(nn.Module):
             self.rule.refresh()
             if self.mask is not None:
                 return self.mask
-        log_alpha = self.log_alpha.detach()
+        log_alpha = whole(self.log_alpha.detach())
         stays = self.family.median(log_alpha, self.temperature) > 0
         if self.estimator == "paper":
             stays &= self.family.paper(log_alpha, self.temperature) > 0
@@ -211,7 +211,7 @@ class Gate(nn.Module):
 
     def keep_prob(self) -> Tensor:
         """P(z ≠ 0) of every gate, differentiable."""
-        return self.family.keep_prob(self.log_alpha, self.temperature)
+        return self.family.keep_prob(whole(self.log_alpha), self.temperature)
 
     def expected_l0(self) -> Tensor:
         """The expected number of gates that are not zero, differentiable, shape ()."""
@@ -251,6 +251,7 @@ class Gate(nn.Module):
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
+        self.mask = self.held = None
         if self.log_alpha.dtype != torch.float32:  # load_state_dict(assign=True) takes the checkpoint's dtype
             self.log_alpha = nn.Parameter(self.log_alpha.float(), requires_grad=self.log_alpha.requires_grad)
 
@@ -259,6 +260,12 @@ _live: weakref.WeakSet[Gate] = weakref.WeakSet()
 
 
 _steps = 0
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """``tensor``, or all of one that ``fully_shard`` has spread over processes; a collective call then."""
+    gather: Callable[[], Tensor] | None = getattr(tensor, "full_tensor", None)  # importing DTensor takes a second
+    return tensor if gather is None else gather()
 
 
 def steps_taken() -> int:
@@ -277,9 +284,23 @@ def _rules(gates: Sequence[Gate]) -> list[Rule]:
     return [gate.rule for gate in gates if gate.rule is not None and gate.rule.first is gate]
 
 
-def _before_step(optimizer: torch.optim.Optimizer, *_: object) -> None:
-    for rule in _rules(_moved(optimizer)):
-        rule.before_step()
+def _before_step(
+    optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    rules = _rules(_moved(optimizer))
+    closure: Callable[[], Any] | None = args[1] if len(args) > 1 else kwargs.get("closure")
+    if closure is None or not rules:
+        for rule in rules:
+            rule.before_step()
+        return None
+
+    def then_rules() -> object:  # the gradients come only now; Lightning passes every step as a closure
+        loss = closure()
+        for rule in rules:
+            rule.before_step()
+        return loss
+
+    return (args[0], then_rules, *args[2:]), {k: v for k, v in kwargs.items() if k != "closure"}
 
 
 def _after_step(optimizer: torch.optim.Optimizer, *_: object) -> None:
