@@ -20,7 +20,7 @@ STEPS = 6
 
 def build(spec: str = "output", sparsity: float = 0.5) -> nn.Module:
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(8, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 15), nn.ReLU(), nn.Linear(15, 4))
+    model = nn.Sequential(nn.Linear(8, 16), nn.LayerNorm(16), nn.ReLU(), nn.Linear(16, 15), nn.ReLU(), nn.Linear(15, 4))
     l0hooks.sparsify(model, spec, budget=l0hooks.Budget(sparsity=sparsity, steps=STEPS))
     return model
 
@@ -70,3 +70,81 @@ def test_ddp_keeps_the_gates_of_every_process_equal_to_the_end_of_a_budget_and_b
     assert sum(int(mask.sum()) for mask in gates) == sum(mask.numel() for mask in gates) // 2
     assert one["pruned"].keys() == other["pruned"].keys()
     assert all(torch.equal(one["pruned"][k], other["pruned"][k]) for k in one["pruned"] if "running" not in k)
+
+
+def shard(model: nn.Sequential, nested: bool) -> nn.Module:
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.device_mesh import init_device_mesh
+
+    mesh = init_device_mesh("cpu", (2,))
+    for child in model if nested else ():
+        if isinstance(child, nn.Linear):
+            fully_shard(child, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
+def fsdp(rank: int, spec: str, nested: bool, penalise: bool) -> dict[str, Any]:
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+    model = shard(build(spec), nested)
+    torch.manual_seed(5)  # the same noise everywhere, as in one process
+    optimizer = optimizer_for(model)
+    history = []
+    for step in range(STEPS + 3):
+        loss = model(batch(step, rank)).square().mean()
+        if penalise:
+            loss = loss + l0hooks.penalty(model, l0=1e-3, expected_l2=1e-3)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        history.append(([odds.full_tensor() for odds in log_odds(model)], supports(model)))
+        model.eval()(batch(step, rank))
+        model.train()
+    report = l0hooks.summary(model)
+    output = model.eval()(batch(0, 0)).detach()
+    with pytest.raises(StateError, match="get_model_state_dict"):
+        l0hooks.prune(model)
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    state = get_model_state_dict(model, options=options)
+    kept = report.parameters_kept, report.sparsity, report.expected_sparsity
+    return {"history": history, "state": state, "output": output, "kept": kept}
+
+
+def single(spec: str, penalise: bool) -> tuple[nn.Module, list[Any]]:
+    model = build(spec)
+    torch.manual_seed(5)
+    optimizer = optimizer_for(model)
+    history = []
+    for step in range(STEPS + 3):
+        loss = model(torch.cat([batch(step, 0), batch(step, 1)])).square().mean()
+        if penalise:
+            loss = loss + l0hooks.penalty(model, l0=1e-3, expected_l2=1e-3)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        history.append((log_odds(model), supports(model)))
+    return model, history
+
+
+@pytest.mark.parametrize("spec", ["output", "weight"])
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("penalise", [False, True])
+def test_fully_sharded_training_is_that_of_one_process(spec: str, nested: bool, penalise: bool) -> None:
+    one, other = in_processes(fsdp, spec, nested, penalise)
+    model, history = single(spec, penalise)
+    for mine, (odds, mask), (other_odds, other_mask) in zip(history, one["history"], other["history"], strict=True):
+        assert all(map(torch.equal, odds, other_odds))
+        assert all(map(torch.equal, mask, other_mask))
+        for a, b in zip(mine[0], odds, strict=True):
+            torch.testing.assert_close(a, b, atol=2e-4, rtol=1e-4)
+        assert all(map(torch.equal, mine[1], mask))
+    whole = build(spec)  # a model of the same kind takes what the processes hold, and is pruned
+    whole.load_state_dict(one["state"])
+    torch.testing.assert_close(whole.eval()(batch(0, 0)), one["output"])
+    assert all(map(torch.equal, supports(whole), one["history"][-1][1]))
+    report = l0hooks.summary(whole)
+    assert one["kept"][:2] == (report.parameters_kept, report.sparsity)
+    plain = l0hooks.prune(whole, example_inputs=(batch(0, 0),))
+    torch.testing.assert_close(plain(batch(0, 0)), one["output"])
