@@ -273,6 +273,11 @@ def steps_taken() -> int:
     return _steps
 
 
+def gate_ids() -> set[int]:
+    """The ids of the log-odds of every gate there is."""
+    return {id(gate.log_alpha) for gate in _live}
+
+
 def _moved(optimizer: torch.optim.Optimizer) -> list[Gate]:
     """The gates that ``optimizer`` moves."""
     own = {id(p) for group in optimizer.param_groups for p in group["params"]}
