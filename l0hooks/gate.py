@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, Protocol, get_args
@@ -137,7 +138,7 @@ class Gate(nn.Module):
         self.rule: Rule | None = None
         self.mask: Tensor | None = None  # the rule's: which gates stay, and, once they are fixed, their values
         self.held: Tensor | None = None
-        _live.add(self)
+        self._enter()
 
     @property
     def temperature(self) -> float:
@@ -189,8 +190,9 @@ class Gate(nn.Module):
 
     def final(self) -> Tensor:
         """The values that a rule has fixed: float32, shape of ``log_alpha``, constant."""
-        if self.rule is not None and not torch.compiler.is_compiling():
-            self.rule.refresh()
+        if self.rule is None or torch.compiler.is_compiling():
+            return self.value().detach()
+        self.rule.refresh()
         return self.value().detach() if self.held is None else self.held
 
     def support(self) -> Tensor:
@@ -199,6 +201,9 @@ class Gate(nn.Module):
         Under a budget these are the gates with the largest ``log_alpha`` that fit into it. Else a gate stays if its
         median is positive; with the paper's estimate and β > 1, if that is positive too.
         """
+        if self.rule is not None and torch.compiler.is_compiling():  # choosing them is no part of a graph
+            chosen: Tensor = torch.ops.l0hooks.support(self.log_alpha.detach(), self._key)
+            return chosen
         if self.rule is not None:
             self.rule.refresh()
             if self.mask is not None:
@@ -239,7 +244,11 @@ class Gate(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        _live.add(self)  # a deepcopy is never constructed
+        self._enter()  # a deepcopy is never constructed
+
+    def _enter(self) -> None:
+        self._key = next(_keys)
+        _live[self._key] = self
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Gate:
         def keep_dtype(tensor: Tensor) -> Tensor:
@@ -256,7 +265,18 @@ class Gate(nn.Module):
             self.log_alpha = nn.Parameter(self.log_alpha.float(), requires_grad=self.log_alpha.requires_grad)
 
 
-_live: weakref.WeakSet[Gate] = weakref.WeakSet()
+_live: weakref.WeakValueDictionary[int, Gate] = weakref.WeakValueDictionary()
+_keys = itertools.count()
+
+
+@torch.library.custom_op("l0hooks::support", mutates_args=())
+def _support_op(log_alpha: Tensor, key: int) -> Tensor:
+    return _live[key].support().clone()
+
+
+@_support_op.register_fake
+def _(log_alpha: Tensor, key: int) -> Tensor:
+    return torch.empty_like(log_alpha, dtype=torch.bool)
 
 
 _steps = 0
@@ -275,13 +295,13 @@ def steps_taken() -> int:
 
 def gate_ids() -> set[int]:
     """The ids of the log-odds of every gate there is."""
-    return {id(gate.log_alpha) for gate in _live}
+    return {id(gate.log_alpha) for gate in _live.values()}
 
 
 def _moved(optimizer: torch.optim.Optimizer) -> list[Gate]:
     """The gates that ``optimizer`` moves."""
     own = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    return [gate for gate in _live if id(gate.log_alpha) in own]
+    return [gate for gate in _live.values() if id(gate.log_alpha) in own]
 
 
 def _rules(gates: Sequence[Gate]) -> list[Rule]:
@@ -316,7 +336,7 @@ def _after_step(optimizer: torch.optim.Optimizer, *_: object) -> None:
         gate.project()
     for rule in _rules(moved):
         rule.after_step()
-    for gate in _live:
+    for gate in _live.values():
         gate._door.source.owner = None  # no forward runs across a step: one that was interrupted is over
 
 

@@ -81,7 +81,7 @@ class SparsifyCallback(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Log the sizes, as often as the trainer logs."""
-        if trainer.global_step % max(trainer.log_every_n_steps, 1) == 0:
+        if trainer.global_step % max(getattr(trainer, "log_every_n_steps", 1), 1) == 0:
             pl_module.log_dict(sizes(pl_module))
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

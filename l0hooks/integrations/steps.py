@@ -79,7 +79,7 @@ def sizes(model: nn.Module) -> dict[str, float]:
 @contextlib.contextmanager
 def plain_forward(model: nn.Module) -> Iterator[None]:
     """The model's own ``forward``, without what accelerate has put before it for mixed precision."""
-    added = {k: model.__dict__.pop(k) for k in ("forward", "_original_forward") if k in model.__dict__}
+    added: dict[str, Any] = {k: model.__dict__.pop(k) for k in ("forward", "_original_forward") if k in model.__dict__}
     if "_original_forward" not in added:  # not accelerate's
         model.__dict__.update(added)
     try:

@@ -105,8 +105,10 @@ class SparsifyCallback(TrainerCallback):
         """Add the penalties' gradient."""
         if self.penalties:
             scaler = getattr(kwargs["optimizer"], "scaler", None)
-            unscaled = scaler is None or args.max_grad_norm > 0  # clipping takes the loss scale out
-            self._penalty = add_penalties(kwargs["model"], self.penalties, 1.0 if unscaled else scaler.get_scale())
+            scale = 1.0
+            if scaler is not None and not args.max_grad_norm > 0:  # clipping takes the loss scale out
+                scale = scaler.get_scale()
+            self._penalty = add_penalties(kwargs["model"], self.penalties, scale)
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Add the sizes to a training log, for the callbacks that come after this one, and to the history."""

@@ -6,22 +6,27 @@ from typing import Any
 
 import pytest
 import torch
+from processes import in_processes
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import l0hooks
 from l0hooks.errors import StateError
 
-from processes import in_processes
-
 pytestmark = pytest.mark.slow  # spawning two processes takes their import of torch
 STEPS = 6
+WAYS = [(nested, penalise) for nested in (False, True) for penalise in (False, True)]
 
 
-def build(spec: str = "output", sparsity: float = 0.5) -> nn.Module:
+def build(spec: str = "output", sparsity: float = 0.5) -> nn.Sequential:
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(8, 16), nn.LayerNorm(16), nn.ReLU(), nn.Linear(16, 15), nn.ReLU(), nn.Linear(15, 4))
-    l0hooks.sparsify(model, spec, budget=l0hooks.Budget(sparsity=sparsity, steps=STEPS))
+    layers = [nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 15), nn.LayerNorm(15), nn.ReLU(), nn.Linear(15, 4)]
+    model = nn.Sequential(*layers)
+    budget = l0hooks.Budget(sparsity=sparsity, steps=STEPS)
+    l0hooks.sparsify(model, spec, budget=budget, example_inputs=(torch.randn(2, 8),))
+    with torch.no_grad():
+        for _, gate in l0hooks.iter_gates(model):
+            gate.log_alpha.add_(0.1 * torch.randn(gate.log_alpha.shape))  # no ties for rounding to decide
     return model
 
 
@@ -73,14 +78,18 @@ def test_ddp_keeps_the_gates_of_every_process_equal_to_the_end_of_a_budget_and_b
 
 
 def shard(model: nn.Sequential, nested: bool) -> nn.Module:
-    from torch.distributed.fsdp import fully_shard
     from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
 
     mesh = init_device_mesh("cpu", (2,))
     for child in model if nested else ():
         if isinstance(child, nn.Linear):
             fully_shard(child, mesh=mesh)
     return fully_shard(model, mesh=mesh)
+
+
+def fsdp_each(rank: int, spec: str) -> list[dict[str, Any]]:
+    return [fsdp(rank, spec, nested, penalise) for nested, penalise in WAYS]
 
 
 def fsdp(rank: int, spec: str, nested: bool, penalise: bool) -> dict[str, Any]:
@@ -129,11 +138,13 @@ def single(spec: str, penalise: bool) -> tuple[nn.Module, list[Any]]:
 
 
 @pytest.mark.parametrize("spec", ["output", "weight"])
-@pytest.mark.parametrize("nested", [False, True])
-@pytest.mark.parametrize("penalise", [False, True])
-def test_fully_sharded_training_is_that_of_one_process(spec: str, nested: bool, penalise: bool) -> None:
-    one, other = in_processes(fsdp, spec, nested, penalise)
-    model, history = single(spec, penalise)
+def test_fully_sharded_training_is_that_of_one_process(spec: str) -> None:
+    for (_, penalise), one, other in zip(WAYS, *in_processes(fsdp_each, spec), strict=True):
+        check_sharded(spec, penalise, one, other)
+
+
+def check_sharded(spec: str, penalise: bool, one: dict[str, Any], other: dict[str, Any]) -> None:
+    _, history = single(spec, penalise)
     for mine, (odds, mask), (other_odds, other_mask) in zip(history, one["history"], other["history"], strict=True):
         assert all(map(torch.equal, odds, other_odds))
         assert all(map(torch.equal, mask, other_mask))
@@ -148,3 +159,74 @@ def test_fully_sharded_training_is_that_of_one_process(spec: str, nested: bool, 
     assert one["kept"][:2] == (report.parameters_kept, report.sparsity)
     plain = l0hooks.prune(whole, example_inputs=(batch(0, 0),))
     torch.testing.assert_close(plain(batch(0, 0)), one["output"])
+
+
+def fsdp_mixed(rank: int) -> dict[str, Any]:
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    found = {}
+    for spec in ("output", "coupled"):
+        model = build(spec)
+        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+        fully_shard(model, mp_policy=policy)
+        optimizer = optimizer_for(model)
+        for step in range(STEPS + 3):
+            model(batch(step, rank)).float().square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            found[spec, step] = supports(model)
+        model.eval()(batch(0, 0))
+        found[spec, "eval"] = supports(model)
+        model.reshard()
+        found[spec, "dtype"] = [odds.dtype for odds in log_odds(model)]
+    return found
+
+
+def test_sharded_gates_in_mixed_precision_and_shared_by_several_layers() -> None:
+    one, other = in_processes(fsdp_mixed)
+    for spec in ("output", "coupled"):
+        for step in range(STEPS + 3):
+            assert all(map(torch.equal, one[spec, step], other[spec, step]))
+        final = one[spec, STEPS + 2]
+        assert all(map(torch.equal, final, one[spec, STEPS - 1]))
+        assert all(map(torch.equal, final, one[spec, "eval"]))
+        assert sum(int(mask.sum()) for mask in final) == sum(mask.numel() for mask in final) // 2
+        assert set(one[spec, "dtype"]) == {torch.float32}
+
+
+def hugging_face(rank: int, folder: str) -> dict[str, Any]:
+    from test_transformers import SparsifyCallback, arguments, trainer_of
+    from test_transformers import build as build_llama
+
+    model = build_llama(budget=l0hooks.Budget(sparsity=0.75, steps=STEPS))
+    callback = SparsifyCallback(gate_lr=0.1, penalties={"l2": 1e-3})
+    args = arguments(folder, ddp_backend="gloo", gradient_accumulation_steps=2)
+    trainer = trainer_of(model, args, callback)
+    trainer.train()
+    wrapped = type(trainer.model_wrapped).__name__
+    return {"odds": log_odds(model), "supports": supports(model), "wrapped": wrapped, "pruned": callback.pruned is None}
+
+
+def lightning(rank: int, folder: str) -> dict[str, Any]:
+    import os
+
+    from test_lightning import Module, SparsifyCallback, Spy, loader, trainer_of
+
+    os.environ |= {"TORCHELASTIC_RUN_ID": "tests", "GROUP_RANK": "0", "LOCAL_WORLD_SIZE": "2"}  # as torchrun does
+    module, spy = Module(budget=l0hooks.Budget(sparsity=0.75, steps=STEPS)), Spy()
+    callback = SparsifyCallback(part="net", penalties={"l2": 1e-3})
+    trainer = trainer_of(folder, callback, spy, devices=2, strategy="ddp", max_steps=8)
+    trainer.fit(module, loader())
+    odds, kept = spy.history[-1][1:]
+    return {"odds": [odds], "supports": [kept], "wrapped": spy.wrapped, "pruned": callback.pruned is None}
+
+
+@pytest.mark.parametrize("work", [hugging_face, lightning])
+def test_trainers_on_two_processes_end_with_one_support(work: Any, tmp_path: Any) -> None:
+    pytest.importorskip("accelerate" if work is hugging_face else "lightning")
+    one, other = in_processes(work, str(tmp_path))
+    assert one["wrapped"] == other["wrapped"] == "DistributedDataParallel"
+    assert all(map(torch.equal, one["odds"], other["odds"]))
+    assert all(map(torch.equal, one["supports"], other["supports"]))
+    assert (one["pruned"], other["pruned"]) == (False, True)
+    assert (tmp_path / "pruned.safetensors").exists()

@@ -14,11 +14,11 @@ import l0hooks
 from l0hooks.errors import StateError
 
 pytest.importorskip("lightning")
-from lightning import pytorch as pl  # noqa: E402
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint  # noqa: E402
-from lightning.pytorch.loggers import CSVLogger  # noqa: E402
+from lightning import pytorch as pl
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
 
-from l0hooks.integrations.lightning import SparsifyCallback  # noqa: E402
+from l0hooks.integrations.lightning import SparsifyCallback
 
 STEPS = 6
 pytestmark = [
@@ -60,14 +60,22 @@ class Spy(Callback):
 
     def __init__(self) -> None:
         self.history: list[tuple[int, Tensor, Tensor]] = []
+        self.wrapped = ""
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+        self.wrapped = type(trainer.strategy.model).__name__
         gates = [gate for _, gate in l0hooks.iter_gates(pl_module)]
         odds = torch.cat([gate.log_alpha.detach().flatten() for gate in gates])
         self.history.append((gates[0].rule.step, odds, torch.cat([gate.support().flatten() for gate in gates])))
 
 
-OPTIONS = [{}, {"precision": "bf16-mixed"}, {"gradient_clip_val": 0.1}, {"accumulate_grad_batches": 2}, {"precision": "bf16-true"}]
+OPTIONS = [
+    {},
+    {"precision": "bf16-mixed"},
+    {"gradient_clip_val": 0.1},
+    {"accumulate_grad_batches": 2},
+    {"precision": "bf16-true"},
+]
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
@@ -125,7 +133,11 @@ def test_a_penalty_counts_once_a_step_and_is_logged_with_the_sizes(tmp_path: Pat
 
     class Gradients(Callback):
         def on_before_zero_grad(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
-            seen.extend(gate.log_alpha.grad.clone() for _, gate in l0hooks.iter_gates(pl_module) if gate.log_alpha.grad is not None)
+            seen.extend(
+                gate.log_alpha.grad.clone()
+                for _, gate in l0hooks.iter_gates(pl_module)
+                if gate.log_alpha.grad is not None
+            )
 
     trainer = trainer_of(
         tmp_path, callback, Gradients(), max_steps=2, accumulate_grad_batches=accumulate, logger=CSVLogger(tmp_path)

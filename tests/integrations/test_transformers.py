@@ -59,7 +59,9 @@ def rule_of(model: nn.Module) -> Any:
     return next(l0hooks.iter_gates(model))[1].rule
 
 
-@pytest.mark.parametrize("options", [{}, {"gradient_accumulation_steps": 2}, {"bf16": True}, {"max_grad_norm": 0.0}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"gradient_accumulation_steps": 2}, {"bf16": True}, {"max_grad_norm": 0.0}], ids=str
+)
 def test_a_budget_runs_to_its_end_and_the_model_is_pruned_and_saved(tmp_path: Path, options: dict[str, Any]) -> None:
     model = build(budget=l0hooks.Budget(sparsity=0.75, steps=STEPS))
     callback = SparsifyCallback(gate_lr=0.1)
@@ -141,9 +143,7 @@ def test_coupled_gates_are_trained_saved_and_cut(tmp_path: Path) -> None:
     )
     model = transformers.BertForSequenceClassification(config)
     example = (torch.randint(0, 50, (2, 8)),)
-    l0hooks.sparsify(
-        model, "coupled", example_inputs=example, budget=l0hooks.Budget(sparsity=0.5, steps=STEPS)
-    )
+    l0hooks.sparsify(model, "coupled", example_inputs=example, budget=l0hooks.Budget(sparsity=0.5, steps=STEPS))
     callback = SparsifyCallback(gate_lr=0.1, example_inputs=example)
     args = arguments(tmp_path, save_strategy="steps", save_steps=4)
     trainer = transformers.Trainer(
