@@ -152,9 +152,19 @@ class BudgetRule:
         return self.gates[0]
 
     @property
+    def step(self) -> int:
+        """Steps taken."""
+        return self._step
+
+    @step.setter
+    def step(self, value: int) -> None:
+        self._step = value
+        self._finished = value >= self.budget.steps  # kept: a compiled model that compared would be one for each step
+
+    @property
     def finished(self) -> bool:
         """Whether the schedule has ended and the support is fixed."""
-        return self.step >= self.budget.steps
+        return self._finished
 
     @property
     def scheduled(self) -> float:

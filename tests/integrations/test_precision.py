@@ -14,10 +14,10 @@ import l0hooks
 STEPS = 4
 
 
-def build(spec: str = "weight") -> nn.Module:
+def build(spec: str = "weight", steps: int = STEPS) -> nn.Module:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
-    budget = l0hooks.Budget(sparsity=0.5, steps=STEPS)
+    budget = l0hooks.Budget(sparsity=0.5, steps=steps)
     l0hooks.sparsify(model, spec, budget=budget, example_inputs=(torch.randn(2, 8),))
     return model
 
@@ -59,6 +59,7 @@ def test_loss_scaling_under_autocast_counts_only_the_steps_that_are_taken(dtype:
 
 def test_accelerate_accumulates_saves_and_resumes(tmp_path: Path) -> None:
     accelerate = pytest.importorskip("accelerate")
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)  # another test's
     for resume in (False, True):
         accelerator = accelerate.Accelerator(cpu=True, mixed_precision="bf16", gradient_accumulation_steps=2)
         accelerator.free_memory()
@@ -83,6 +84,7 @@ def test_accelerate_accumulates_saves_and_resumes(tmp_path: Path) -> None:
 @pytest.fixture
 def fresh_compiler() -> Iterator[None]:
     torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
     yield
     torch._dynamo.reset()
 
@@ -92,16 +94,17 @@ def fresh_compiler() -> Iterator[None]:
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own use of torch.jit
 def test_a_compiled_model_runs_a_budget_to_its_end_and_beyond(backend: str, spec: str) -> None:
-    ends = []
+    steps, ends = 10, []  # more than the compiler would recompile
     for compiled in (False, True):
-        model = build(spec)
+        model = build(spec, steps)
         call = torch.compile(model, fullgraph=True, backend=backend) if compiled else model
         optimizer = optimizer_for(model)
         torch.manual_seed(2)
-        for _ in range(STEPS + 3):
+        for _ in range(steps + 3):
             call(torch.randn(4, 8)).square().mean().backward()
             optimizer.step()
             optimizer.zero_grad()
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2
         model.eval()
         ends.append((kept(model), call(torch.ones(4, 8)).detach(), model.state_dict()))
     assert ends[0][0] == ends[1][0] == 0.5
