@@ -63,7 +63,8 @@ def gates_apart(params: Iterable[Tensor | dict[str, Any]], *, gate_lr: float) ->
     Examples
     --------
     >>> from l0hooks import Gate
-    >>> groups = gates_apart([nn.Linear(2, 2).weight, Gate(3).log_alpha], gate_lr=0.1)
+    >>> gate = Gate(3)
+    >>> groups = gates_apart([nn.Linear(2, 2).weight, gate.log_alpha], gate_lr=0.1)
     >>> [len(group["params"]) for group in groups], groups[-1]["lr"]
     ([1, 1], 0.1)
     """

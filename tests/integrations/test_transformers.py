@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -170,3 +171,18 @@ def test_gates_that_decay_or_stand_still_are_refused(tmp_path: Path) -> None:
         trainer_of(plain, args, SparsifyCallback()).train()
     with pytest.raises(InvalidValueError, match="gate_lr"):
         SparsifyCallback(gate_lr=0.0)
+
+
+@pytest.mark.parametrize(("clip", "times"), [(1.0, 1.0), (0.0, 8.0)])
+def test_a_penalty_joins_gradients_at_the_scale_they_have(tmp_path: Path, clip: float, times: float) -> None:
+    """float16 needs a GPU here: the optimiser only says what scaler it has, and clipping takes the scale out."""
+    model = build()
+    callback = SparsifyCallback(penalties={"l0": 1.0})
+    optimizer = SimpleNamespace(scaler=torch.amp.GradScaler("cpu", init_scale=8.0))
+    optimizer.scaler.scale(torch.zeros(()))  # makes the scale
+    callback.on_pre_optimizer_step(
+        arguments(tmp_path, max_grad_norm=clip), None, None, model=model, optimizer=optimizer
+    )
+    for _, gate in l0hooks.iter_gates(model):
+        (plain,) = torch.autograd.grad(gate.expected_l0(), gate.log_alpha)
+        torch.testing.assert_close(gate.log_alpha.grad, times * plain)
