@@ -9,7 +9,17 @@ import torch
 before = set(sys.modules)
 import l0hooks  # noqa: E402  # what it adds is what is being looked at
 
-OPTIONAL = ("sklearn", "pandas", "matplotlib", "tqdm", "onnx", "transformers", "safetensors", "scipy.sparse")
+OPTIONAL = (
+    "sklearn",
+    "pandas",
+    "matplotlib",
+    "tqdm",
+    "onnx",
+    "transformers",
+    "lightning",
+    "safetensors",
+    "scipy.sparse",
+)
 added = set(sys.modules) - before
 if added & set(OPTIONAL) or "site-packages" not in l0hooks.__file__:
     raise SystemExit(f"imported {sorted(added & set(OPTIONAL))} from {l0hooks.__file__}")
@@ -22,4 +32,11 @@ model(torch.zeros(1, 4)).sum().backward()
 pruned = l0hooks.prune(model, example_inputs=(torch.zeros(1, 4),))
 if type(pruned[0]) is not torch.nn.Linear:
     raise SystemExit(f"not plain: {pruned}")
+try:
+    import l0hooks.integrations.lightning
+except l0hooks.L0HooksError as error:
+    if 'pip install "l0hooks[lightning]"' not in str(error):
+        raise
+else:
+    raise SystemExit("lightning is not installed here")
 sys.stdout.write(f"l0hooks {l0hooks.__version__} works from its wheel\n")

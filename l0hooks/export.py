@@ -143,6 +143,17 @@ def prune(
 
 def _check(model: nn.Module, sparse_format: str | None, block_size: object) -> None:
     gated = list(iter_gated(model))
+    spread = any(hasattr(one.gate.log_alpha, "full_tensor") for one in gated)
+    if spread or any(hasattr(module, "set_requires_gradient_sync") for module in model.modules()):
+        raise StateError(
+            explain(
+                "prune",
+                "a model must lie whole in the process that prunes it.",
+                got="one that fully_shard has spread over several",
+                hint="load torch.distributed.checkpoint.state_dict.get_model_state_dict(model, "
+                "options=StateDictOptions(full_state_dict=True)) into a model sparsified in the same way",
+            )
+        )
     if not gated:
         raise StateError(explain("prune", "the model must hold gates.", got="none", hint="sparsify(model, ...) first"))
     for one in gated:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from l0hooks.errors import InvalidValueError, explain
 from l0hooks.gate import iter_gates
+from l0hooks.stepping import gate_ids
 
 
 def param_groups(
@@ -65,3 +67,25 @@ def param_groups(
         upwards = gate_lr if multiplier_lr is None else multiplier_lr
         groups.append({"params": multipliers, "lr": upwards, "weight_decay": 0.0, "maximize": True})
     return [group for group in groups if group["params"]]
+
+
+def gates_apart(params: Iterable[Tensor | dict[str, Any]], *, gate_lr: float) -> list[dict[str, Any]]:
+    """Parameters or groups as an optimiser takes them, with all gates moved to a last group that does not decay.
+
+    Examples
+    --------
+    >>> from l0hooks import Gate
+    >>> gate = Gate(3)
+    >>> groups = gates_apart([nn.Linear(2, 2).weight, gate.log_alpha], gate_lr=0.1)
+    >>> [len(group["params"]) for group in groups], groups[-1]["lr"]
+    ([1, 1], 0.1)
+    """
+    given = list(params)
+    groups: list[dict[str, Any]] = [g for g in given if isinstance(g, dict)]
+    groups = [dict(g, params=list(g["params"])) for g in groups] or [{"params": given}]
+    known = gate_ids()
+    gates = [p for group in groups for p in group["params"] if id(p) in known]
+    for group in groups:
+        group["params"] = [p for p in group["params"] if id(p) not in known]
+    groups = [group for group in groups if group["params"]]
+    return [*groups, {"params": gates, "lr": gate_lr, "weight_decay": 0.0}] if gates else groups

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from l0hooks.coupled import CoupledPlan, CoupledWeight
 from l0hooks.errors import SpecError, StateError, explain, near_names
-from l0hooks.gate import Gate, iter_gates
+from l0hooks.gate import Gate, iter_gates, whole
 from l0hooks.spec import Pattern, matches, no_match
 from l0hooks.structure import ChannelGroup
 from l0hooks.weights import Site, iter_sites
@@ -276,7 +276,7 @@ def _l0(gated: Gated) -> Tensor:
 
 @register_penalty("l2")
 def _l2(gated: Gated) -> Tensor:
-    return _squares(gated, torch.ones_like(gated.gate.log_alpha))
+    return _squares(gated, torch.ones_like(whole(gated.gate.log_alpha)))
 
 
 @register_penalty("expected_l2")
@@ -289,8 +289,8 @@ def _squares(gated: Gated, values: Tensor) -> Tensor:
     total = torch.zeros((), device=values.device)
     for site in gated.weights():
         gates = site.gating.gates
-        mine = [values if gate is gated.gate else torch.zeros_like(gate.log_alpha) for gate in gates]
-        total = total + (site.gating.factor(mine, 0.0) * site.weight.float().square()).sum()
+        mine = [values if gate is gated.gate else torch.zeros_like(whole(gate.log_alpha)) for gate in gates]
+        total = total + (site.gating.factor(mine, 0.0) * whole(site.weight).float().square()).sum()
     return total
 
 
@@ -299,10 +299,14 @@ def _l0l2(gated: Gated, l0: float, l2: float) -> Tensor:
     return l0 * _params(gated) + l2 / 2 * _expected_l2(gated)
 
 
+def _zero(gate: Gate) -> Tensor:
+    return torch.zeros((), device=gate.log_alpha.device)
+
+
 @register_penalty("params")
 def _params(gated: Gated) -> Tensor:
     if gated.coupled is not None:
-        return gated.gate.log_alpha.new_zeros(()) + gated.coupled.expected(gated.coupled.plan.parameters)
+        return _zero(gated.gate) + gated.coupled.expected(gated.coupled.plan.parameters)
     per_gate = sum(site.weight.numel() for site in gated.weights()) / gated.gate.log_alpha.numel()
     return per_gate * gated.gate.expected_l0()
 
@@ -310,7 +314,7 @@ def _params(gated: Gated) -> Tensor:
 @register_penalty("macs")
 def _macs(gated: Gated) -> Tensor:
     if gated.coupled is not None:
-        return gated.gate.log_alpha.new_zeros(()) + gated.coupled.expected(gated.coupled.plan.macs)
+        return _zero(gated.gate) + gated.coupled.expected(gated.coupled.plan.macs)
     macs = 0.0
     for site in gated.sites:  # a tied weight works at each of its sites
         if site.gating.positions is None:

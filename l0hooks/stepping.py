@@ -34,6 +34,11 @@ class Rule(Protocol):
 
     finished: bool
 
+    @property
+    def step(self) -> int:
+        """How many steps it has taken."""
+        ...
+
     def state(self) -> tuple[float, ...]:
         """What a checkpoint needs to resume."""
         ...

@@ -51,7 +51,7 @@ class Gating(nn.Module):
         if self.training:
             return self._sampled(weight)
         tensors = (weight, *(gate.log_alpha for gate in self.gates))
-        if is_traced() or any(t.is_inference() for t in tensors):  # no versions to compare
+        if is_traced() or any(t.is_inference() for t in tensors) or _in_processes():  # no versions to compare
             return self.fold(weight)
         kept = self._kept.product(self, tensors)
         if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
@@ -82,6 +82,11 @@ class Gating(nn.Module):
 
     def _sampled(self, weight: Tensor) -> Tensor:
         return weight * self.factor([gate.sample() for gate in self.gates]).to(weight.dtype)
+
+
+def _in_processes() -> bool:
+    """Whether this is one of several processes: weights that ``fully_shard`` gathers change without a new version."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 class GatedWeight(Gating):

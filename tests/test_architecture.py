@@ -20,7 +20,7 @@ FLOORS = {
     7: ["summary", "shrink", "sizes", "planning", "control"],
     8: ["folding", "serial", "shift", "measures", "plots"],
     9: ["export", "budget", "track"],
-    10: ["lagrangian"],
+    10: ["lagrangian", "integrations"],
     11: ["budgeting"],
     12: ["attach"],
     13: ["__init__"],
@@ -29,6 +29,7 @@ STRUCTURE = {
     **{"labels": 0, "ties": 0, "roles": 0, "failure": 0, "rules": 1, "trace": 2, "groups": 3},
     **{"declare": 4, "surgery": 4, "rewrite": 5, "__init__": 5},
 }
+PACKAGES = {"structure": STRUCTURE, "integrations": {"steps": 0, "transformers": 1, "lightning": 1, "__init__": 0}}
 FLOOR_OF = {room: floor for floor, rooms in FLOORS.items() for room in rooms}
 
 
@@ -50,18 +51,17 @@ def imports(source: Path) -> set[tuple[str, ...]]:
 
 def test_every_room_has_a_floor() -> None:
     house = ROOT / "l0hooks"
-    assert {path.stem for path in house.glob("*.py")} | {"structure"} == set(FLOOR_OF)
-    assert {path.stem for path in (house / "structure").glob("*.py")} == set(STRUCTURE)
+    assert {path.stem for path in house.glob("*.py")} | set(PACKAGES) == set(FLOOR_OF)
+    for package, floors in PACKAGES.items():
+        assert {path.stem for path in (house / package).glob("*.py")} == set(floors)
 
 
 def test_imports_go_strictly_downward() -> None:
     for room, floor in FLOOR_OF.items():
-        for path in (
-            (ROOT / "l0hooks" / room).glob("*.py") if room == "structure" else [ROOT / "l0hooks" / f"{room}.py"]
-        ):
+        for path in (ROOT / "l0hooks" / room).glob("*.py") if room in PACKAGES else [ROOT / "l0hooks" / f"{room}.py"]:
             for first, *rest in imports(path):
-                if first == room == "structure":
-                    assert STRUCTURE[rest[0]] < STRUCTURE[path.stem], f"{path.stem} imports {rest[0]}"
+                if first == room and room in PACKAGES:
+                    assert PACKAGES[room][rest[0]] < PACKAGES[room][path.stem], f"{path.stem} imports {rest[0]}"
                 else:
                     assert FLOOR_OF[first] < floor, f"{room} imports {first}"
 
@@ -78,7 +78,8 @@ def test_importing_the_library_imports_no_optional_package() -> None:
         "print(*{m.split('.')[0] for m in set(sys.modules) - before})"
     )
     added = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
-    assert not set(added) & {"sklearn", "pandas", "matplotlib", "tqdm", "onnx", "safetensors", "transformers", "scipy"}
+    optional = {"sklearn", "pandas", "matplotlib", "tqdm", "onnx", "safetensors", "scipy"}
+    assert not set(added) & (optional | {"transformers", "accelerate", "lightning", "pytorch_lightning"})
 
 
 def test_the_front_door_is_small_and_sorted() -> None:
