@@ -51,6 +51,10 @@ class Budget:
         The way there; a callable takes (start, stop, steps) and returns a function of the step.
     min_keep : int, >= 0
         How many gates of each layer or group stay at the least; of a coupled group whose size counts, one.
+    prior : float, >= 0
+        How much a gate's start depends on the weights behind it: its log-odds are raised by ``prior`` for every
+        standard deviation that the logarithm of their size lies above the mean; the expected size stays the same.
+        0: all start alike.
     automatic : bool
         Count steps of the optimiser; else those of :meth:`BudgetRule.advance`.
     method : "shift" or "lagrangian"
@@ -88,6 +92,7 @@ class Budget:
     steps: int = 1000
     schedule: ScheduleName | MakeSchedule = "cubic"
     min_keep: int = 1
+    prior: float = 1.0
     automatic: bool = True
     method: Method = "shift"
     constraint: Constraint | None = None
@@ -105,6 +110,8 @@ class Budget:
             raise invalid_budget("steps must be at least 1.", self.steps, ">= 1")
         if type(self.min_keep) is not int or self.min_keep < 0:
             raise invalid_budget("min_keep must not be negative.", self.min_keep, "an integer >= 0")
+        if not 0 <= self.prior < np.inf:
+            raise invalid_budget("prior must not be negative.", self.prior, "a number >= 0")
         if not callable(self.schedule) and self.schedule not in _SCHEDULES:
             raise invalid_budget(
                 "the schedule must be known.", repr(self.schedule), hint=near_names(str(self.schedule), _SCHEDULES)
@@ -235,6 +242,17 @@ class BudgetRule:
     def _settle(self) -> None:
         """Bring the gates to the size that the schedule asks for."""
         self._shift.shift_to(self.scheduled)
+
+    @torch.no_grad()
+    def start_from(self, scores: Sequence[Tensor | None]) -> None:
+        """Raise the log-odds of each array of gates by its ``scores``; the expected size stays what it is."""
+        for gate, score in zip(self.gates, scores, strict=True):
+            if score is not None:
+                gate.log_alpha.add_(score)
+        self._shift.shift_to(self.start)
+        self._shift.forget()
+        self.start = self.expected()  # to the last bit
+        self._schedule = self._make_schedule()
 
     # --- checkpoints -----------------------------------------------------------------------------------------------
 

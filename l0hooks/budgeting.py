@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from l0hooks.budget import Budget, BudgetRule, invalid_budget
 from l0hooks.errors import SpecError, StateError, explain
@@ -13,6 +14,8 @@ from l0hooks.lagrangian import LagrangianRule
 from l0hooks.penalties import Gated, iter_gated
 from l0hooks.sizes import Size, size_of
 from l0hooks.spec import Pattern, matches, named_modules, no_match
+
+_FARTHEST = 3.0  # standard deviations that a weight counts for: many are next to nothing
 
 
 def set_budget(
@@ -64,12 +67,16 @@ def set_budget(
         got = "gates that have budgets" if every else "none"
         raise StateError(explain("set_budget", "the model must hold gates without a budget.", got=got))
     rules: list[BudgetRule] = []
+    scores: list[list[Tensor | None]] = []
     for part, one_budget in _parts(model, free, budget):
         size = size_of(model, part, every, one_budget.unit, example_inputs, whole=not isinstance(budget, Mapping))
         _refuse_unreachable(one_budget, size)
         kind = LagrangianRule if one_budget.method == "lagrangian" else BudgetRule
         rules.append(kind(one_budget, [one.gate for one in part], size))
-    for rule in rules:
+        scores.append(prior_scores(part, one_budget.prior) if one_budget.prior else [])
+    for rule, score in zip(rules, scores, strict=True):
+        if any(part is not None for part in score):
+            rule.start_from(score)
         for gate in rule.gates:
             gate.rule = rule
             gate.limits = rule.limits or gate.limits
@@ -94,6 +101,47 @@ def _parts(
         if not part:
             raise SpecError(no_match("set_budget", pattern, modules))
     return [(part, budget[pattern]) for pattern, part in parts.items()]
+
+
+@torch.no_grad()
+def prior_scores(part: Sequence[Gated], prior: float) -> list[Tensor | None]:
+    """How much the weights behind the gates of each array speak for them; None for an array without weights.
+
+    The logarithm of the root mean square of the weights behind a gate, in standard deviations from the mean: that of
+    all single weights together, or of the array's own gates where these are channels, kernels or blocks.
+    """
+    sizes = [_log_size(one) for one in part]
+    single = [s for s, one in zip(sizes, part, strict=True) if s is not None and _is_single(one)]
+    together = torch.cat([s.flatten().to(single[0].device) for s in single]) if single else None
+    scores: list[Tensor | None] = []
+    for size, one in zip(sizes, part, strict=True):
+        known = together if _is_single(one) else size
+        if size is None or known is None or not bool(known.isfinite().any()):
+            scores.append(None)
+            continue
+        finite = known[known.isfinite()]
+        spread = finite.std(correction=0).clamp(min=1e-6).to(size.device)
+        scores.append(prior * ((size - finite.mean().to(size.device)) / spread).clamp(-_FARTHEST, _FARTHEST))
+    return scores
+
+
+def _is_single(one: Gated) -> bool:
+    return bool(one.sites) and one.sites[0].gating.granularity == "weight"
+
+
+def _log_size(one: Gated) -> Tensor | None:
+    """log of the root mean square of the weights behind each gate; None without weights."""
+    squares, counts = torch.zeros_like(one.gate.log_alpha), torch.zeros_like(one.gate.log_alpha)
+    for site in one.weights():
+        gates = site.gating.gates
+        with torch.enable_grad():
+            values = [torch.ones_like(gate.log_alpha, requires_grad=gate is one.gate) for gate in gates]
+            factor = site.gating.factor(values, 0.0)
+            mine = next(v for v, gate in zip(values, gates, strict=True) if gate is one.gate)
+            weight = site.weight.detach().to(factor)
+            squares += torch.autograd.grad((factor * weight.square()).sum(), mine, retain_graph=True)[0]
+            counts += torch.autograd.grad((factor * torch.ones_like(weight)).sum(), mine)[0]
+    return (squares / counts.clamp(min=1)).log() / 2 if one.sites else None
 
 
 def _names(one: Gated, modules: Mapping[str, nn.Module]) -> list[str]:

@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from l0hooks import Budget, Gate, GateSpec, prune, set_budget, sparsify
 from l0hooks.errors import InvalidValueError, SpecError, StateError
 from l0hooks.penalties import iter_gated
+from l0hooks.weights import iter_sites
 
 FAMILIES = ("hard_concrete", "straight_through", "stg", "deterministic")
 UNITS = ("gates", "params", "macs")
@@ -39,7 +40,7 @@ def train(model, x, optimizer, steps=1):
     model.train()
     for _ in range(steps):
         optimizer.zero_grad()
-        model(x).square().sum().backward()
+        model(x).square().mean().backward()
         optimizer.step()
 
 
@@ -897,3 +898,65 @@ def test_the_best_that_can_be_reached_can_be():
         train(model, x, sgd(model, 0.01), 2)
         assert F.relu(model.eval()(x)).isfinite().all()
         assert gates_of(model)[0].rule.size.of(gates_of(model)[0].rule.size.least(1)) == least
+
+
+# --- the prior -------------------------------------------------------------------------------------------------------
+
+
+def test_larger_weights_start_more_open_and_the_expected_size_is_that_of_equal_starts():
+    torch.manual_seed(0)
+    model = mlp(6, 10, 4)
+    plain = copy.deepcopy(model)
+    sparsify(model, budget=Budget(sparsity=0.5, prior=2.0))
+    sparsify(plain, budget=Budget(sparsity=0.5, prior=0.0))
+    rule, other = gates_of(model)[0].rule, gates_of(plain)[0].rule
+    assert rule.start == pytest.approx(other.start, rel=1e-5)
+    assert rule.expected() == rule.start
+    weights = torch.cat([layer.parametrizations.weight.original.flatten().abs() for layer in (model[0], model[2])])
+    found = torch.cat([gate.log_alpha.detach().flatten() for gate in gates_of(model)])
+    z = (weights.log() - weights.log().mean()) / weights.log().std(correction=0)
+    expected = 2 * z.clamp(-3, 3)
+    torch.testing.assert_close(found - found.mean(), expected - expected.mean())
+    assert all(bool((gate.log_alpha == gate.log_alpha.flatten()[0]).all()) for gate in gates_of(plain))
+
+
+@pytest.mark.parametrize("spec", ["output", "input", "coupled", (2, 2)])
+def test_the_prior_of_channels_is_the_size_of_the_weights_behind_them_within_their_layer(spec):
+    torch.manual_seed(0)
+    model = mlp(6, 10, 4)
+    with torch.no_grad():
+        model[2].weight.mul_(100)  # another scale must not close the other layer
+    sparsify(model, spec, example_inputs=(torch.randn(2, 6),), budget=Budget(sparsity=0.5))
+    site = next(s for s in iter_sites(model) if s.name == "2.weight")
+    squares = site.weight.detach().square()
+    sizes = {
+        "output": lambda: squares.mean(1),
+        "input": lambda: squares.mean(0),
+        "coupled": lambda: squares.mean(0),
+        (2, 2): lambda: squares.unflatten(0, (-1, 2)).unflatten(2, (-1, 2)).mean((1, 3)),
+    }[spec]()
+    gate = site.gating.gates[0]
+    assert torch.equal(gate.log_alpha.flatten().argsort(), sizes.flatten().argsort())
+    spreads = [g.log_alpha.detach().std(correction=0) for g in gates_of(model) if g.log_alpha.numel() > 4]
+    assert all(0.9 < float(spread) < 1.1 for spread in spreads)
+
+
+def test_weights_that_are_zero_or_alike_have_a_prior_too():
+    model = mlp(6, 10, 4)
+    with torch.no_grad():
+        model[0].weight[:3] = 0
+        model[2].weight.fill_(0.5)
+    sparsify(model, budget=Budget(sparsity=0.5))
+    log_alpha = gates_of(model)[0].log_alpha.detach()
+    assert all(bool(g.log_alpha.isfinite().all()) for g in gates_of(model))
+    assert log_alpha[:3].max() < log_alpha[3:].max()
+    alike = nn.Sequential(nn.Linear(4, 3))
+    nn.init.constant_(alike[0].weight, 0.3)
+    sparsify(alike, budget=Budget(sparsity=0.5))
+    assert gates_of(alike)[0].rule.expected() == pytest.approx(gates_of(alike)[0].rule.start)
+
+
+def test_a_prior_that_is_no_number_is_refused():
+    for prior in (-1.0, float("nan"), float("inf")):
+        with pytest.raises(InvalidValueError, match="prior must not be negative"):
+            Budget(keep=3, prior=prior)
