@@ -243,15 +243,13 @@ def _add_product(
 
 def _total(model: nn.Module, every: Sequence[Gated], positions: Positions | None) -> float:
     """The size of the whole model, without the gates' own parameters."""
-    own = {id(p) for one in every for p in one.gate.parameters()}
-    found: dict[object, float] = {}
-    for _, module in named_modules(model):
-        for name, tensor in tensors_of(module):
-            if positions is not None:
-                found[id(module), name] = positions.get((id(module), name), 0.0) * tensor.numel()
-            elif id(tensor) not in own and not isinstance(tensor, UninitializedParameter):
-                found[tensor.data_ptr() or id(tensor)] = float(tensor.numel())  # tied ones once
-    return sum(found.values())
+    if positions is None:
+        own = {id(p) for one in every for p in one.gate.parameters()}
+        found = [p for p in model.parameters() if id(p) not in own and not isinstance(p, UninitializedParameter)]
+        return float(sum({p.data_ptr() or id(p): p.numel() for p in found}.values()))  # tied ones once
+    layers = {id(module): module for _, module in named_modules(model)}.values()
+    tensors = ((id(module), name, tensor) for module in layers for name, tensor in tensors_of(module))
+    return sum(positions.get((key, name), 0.0) * tensor.numel() for key, name, tensor in tensors)
 
 
 def _shared(name: str) -> SpecError:
