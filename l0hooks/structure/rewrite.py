@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 
 from l0hooks.errors import StateError, explain
 from l0hooks.structure.labels import squeeze_constant, varies
-from l0hooks.structure.rules import name_of
+from l0hooks.structure.rules import POINTWISE, name_of
 from l0hooks.structure.surgery import Bools, Cut, apply_cuts
 from l0hooks.structure.trace import Tracer, export_and_trace
 from l0hooks.tracing import evaluating
@@ -42,13 +42,17 @@ def rewrite(model: nn.Module, cuts: Sequence[Cut], example_inputs: Sequence[Any]
     graph_module = _flexible(model, example_inputs, program)
     kept = _Kept(tracer, cuts)
     labels = _matched(program, graph_module, tracer)
-    for node, (value, sources) in labels.items():
+    for node, (value, sources, equal) in labels.items():
+        _shorten_equal(node, value, sources, equal, kept)
         _rewrite_node(node, value, sources, kept)
     apply_cuts(graph_module, cuts)
     graph_module.graph.lint()
     plain = fx.GraphModule(graph_module, graph_module.graph)  # torch.export's own refuses train() and eval()
     plain.train(model.training)
     return plain
+
+
+_Equal = list[frozenset[int]]  # for each input of a node the axes, from the right, along which its numbers are equal
 
 
 class _Kept:
@@ -91,7 +95,7 @@ def _flexible(model: nn.Module, example_inputs: Sequence[Any], program: torch.ex
 
 def _matched(
     program: torch.export.ExportedProgram, module: fx.GraphModule, tracer: Tracer
-) -> dict[fx.Node, tuple[Any, list[Any]]]:
+) -> dict[fx.Node, tuple[Any, list[Any], _Equal]]:
     """For every operator of ``module`` the labels of its value and of its inputs, from the graph that was traced."""
 
     def operators(graph: fx.Graph) -> list[fx.Node]:
@@ -101,11 +105,13 @@ def _matched(
 
     traced, running = operators(program.graph), operators(module.graph)
     matcher = difflib.SequenceMatcher(None, [str(n.target) for n in traced], [str(n.target) for n in running], False)
-    found: dict[fx.Node, tuple[Any, list[Any]]] = {}
+    found: dict[fx.Node, tuple[Any, list[Any], _Equal]] = {}
     for tag, a0, a1, b0, b1 in matcher.get_opcodes():
         if tag == "equal":
             for then, now in zip(traced[a0:a1], running[b0:b1], strict=True):
-                found[now] = tracer.values.get(then), [tracer.values.get(source) for source in then.all_input_nodes]
+                inputs = then.all_input_nodes
+                equal = [tracer.uniform.get(source, frozenset()) for source in inputs]
+                found[now] = tracer.values.get(then), [tracer.values.get(source) for source in inputs], equal
         elif tag != "insert" or any(name_of(n) != "slice" for n in running[b0:b1]):  # a slice of everything is no cut
             raise StateError(explain("prune", "both exports of the model must agree.", got="different operators"))
     return found
@@ -116,6 +122,23 @@ def _rewrite_node(node: fx.Node, value: Any, sources: list[Any], kept: _Kept) ->
     editor = _EDITORS.get("reshape" if name in _RESHAPES else name)
     if editor is not None:
         editor(node, value, sources, kept)
+
+
+def _shorten_equal(node: fx.Node, value: Any, sources: list[Any], equal: _Equal, kept: _Kept) -> None:
+    """Cut inputs of an elementwise operator, or masks of attention, made at full length and with all numbers alike."""
+    aligned = name_of(node) in POINTWISE or name_of(node) == "scaled_dot_product_attention"
+    cut = kept.along(value) if aligned else None
+    if cut is None:
+        return
+    axis, stays = cut[0] - value.dim(), cut[1]
+    for source, labels, axes in zip(list(node.all_input_nodes), sources, equal, strict=True):
+        full = isinstance(labels, Tensor) and labels.dim() >= -axis and labels.shape[axis] == len(stays)
+        if axis in axes and full and kept.along(labels) is None:
+            with node.graph.inserting_before(node):
+                short = node.graph.call_function(
+                    torch.ops.aten.slice.Tensor, (source, labels.dim() + axis, 0, int(stays.sum()))
+                )
+            node.replace_input_with(source, short)
 
 
 def _reshape(node: fx.Node, value: Any, sources: list[Any], kept: _Kept) -> None:

@@ -673,6 +673,23 @@ class WeightShown(nn.Module):
         return self.out(F.relu(self.four(x)))
 
 
+@zoo(images(5, 8), head=4, neuron=8)
+class ZeroBias(nn.Module):
+    """Attention that adds zeros made for a number of heads held by hand."""
+
+    def __init__(self):
+        super().__init__()
+        self.q, self.k, self.v, self.proj = (nn.Linear(8, 16), nn.Linear(8, 16), nn.Linear(8, 16), nn.Linear(16, 8))
+        self.out = nn.Linear(8, 3)
+
+    def forward(self, x):
+        q, k, v = (layer(x).view(x.shape[0], 5, 4, 4).transpose(1, 2) for layer in (self.q, self.k, self.v))
+        bias = torch.zeros(1, 4, 5, 5)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias * 2)
+        y = y + torch.softmax(q @ k.transpose(-1, -2) + bias, -1) @ v
+        return self.out(torch.tanh(self.proj(y.transpose(1, 2).reshape(x.shape[0], 5, 16)))).mean(1)
+
+
 @zoo(images(6), neuron=8 + 7 + 4)
 class InPlace(nn.Module):
     """Activations written into others through views: one neuron of the second layer, half of the third's."""

@@ -17,7 +17,7 @@ from l0hooks.tracing import count_positions
 
 make_model = runpy.run_path(str(Path(__file__).parents[2] / "examples" / "retrofit_digits.py"))["make_model"]
 ENTRIES = {**ZOO, **HUGGING_FACE}
-# Not cut at all; heads of a cross-attention that makes zeros for as many as it had, when few are left
+# Not cut at all; a graph for one batch size only, where layers keep different numbers of heads
 REFUSED = {"InPlace", "HFT5"}
 VIEWS = {"SharedStorage"}  # parameters that share memory, which a deepcopy separates
 

@@ -32,6 +32,7 @@ GRAPHS = {
     "TransformerEncoder",
     "VGGWithView",
     "ViT",
+    "ZeroBias",
 }
 EITHER = {"ShuffleNetV2"}  # modules where both halves keep as many channels
 REFUSED = {"InPlace"}
