@@ -313,11 +313,10 @@ def show(name, kind, results, targets, dense):
             values = 100 * np.array([at(seed, target, has_target) for seed in results[method]])
             error = np.std(values, ddof=1) / math.sqrt(len(values)) if len(values) > 1 else math.nan
             cells.append(f"{np.mean(values):8.2f} ± {error:4.2f}")
-        over = max((value - share for value, share, *_ in points), default=math.nan) if has_target else math.nan
+        off = [share - value for value, share, *_ in points] if has_target else []
         seconds = statistics.median(p[3] for p in points)
-        print(
-            f"{method:26}" + "".join(cells) + f"{seconds:10.1f}" + (f"{over:16.2%}" if has_target else ""), flush=True
-        )
+        reached = f"   {min(off):+.2%} to {max(off):+.2%}" if off else ""
+        print(f"{method:26}" + "".join(cells) + f"{seconds:10.1f}" + reached, flush=True)
 
 
 def plot(found, targets, path):
