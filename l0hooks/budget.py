@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from l0hooks.errors import InvalidValueError, explain, near_names
-from l0hooks.gate import Gate, whole
+from l0hooks.gate import Gate, is_sharded, whole
 from l0hooks.schedules import Schedule, cosine, cubic, exponential, linear
 from l0hooks.shift import SharedShift
 from l0hooks.sizes import Size, Unit, fitting
@@ -286,7 +286,7 @@ class BudgetRule:
 
     def _is_sharded(self) -> bool:
         """Whether ``fully_shard`` has spread the gates; it stays so while they are gathered."""
-        self._sharded = self._sharded or any(whole(gate.log_alpha) is not gate.log_alpha for gate in self.gates)
+        self._sharded = self._sharded or any(is_sharded(gate.log_alpha) for gate in self.gates)
         return self._sharded
 
     @torch.no_grad()

@@ -16,6 +16,7 @@ from l0hooks.comparison import Comparison
 from l0hooks.coupled import MaskInput
 from l0hooks.errors import SpecError, StateError, explain
 from l0hooks.folding import Closed, after_cuts, closed_channels, cut_closed
+from l0hooks.gate import is_sharded
 from l0hooks.noise import Door, unhook
 from l0hooks.penalties import iter_gated
 from l0hooks.shrink import members_that_stay, rewritten_from, shrink
@@ -143,7 +144,7 @@ def prune(
 
 def _check(model: nn.Module, sparse_format: str | None, block_size: object) -> None:
     gated = list(iter_gated(model))
-    spread = any(hasattr(one.gate.log_alpha, "full_tensor") for one in gated)
+    spread = any(is_sharded(one.gate.log_alpha) for one in gated)
     if spread or any(hasattr(module, "set_requires_gradient_sync") for module in model.modules()):
         raise StateError(
             explain(

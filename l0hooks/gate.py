@@ -269,10 +269,15 @@ def _(log_alpha: Tensor, key: int) -> Tensor:
     return torch.empty_like(log_alpha, dtype=torch.bool)
 
 
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether ``fully_shard`` has spread ``tensor`` over processes."""
+    return hasattr(tensor, "full_tensor")  # importing DTensor, to ask for its type, takes a second
+
+
 def whole(tensor: Tensor) -> Tensor:
-    """``tensor``, or all of one that ``fully_shard`` has spread over processes; a collective call then."""
-    gather: Callable[[], Tensor] | None = getattr(tensor, "full_tensor", None)  # importing DTensor takes a second
-    return tensor if gather is None else gather()
+    """``tensor``, or all of one that is sharded; a collective call then."""
+    gathered: Tensor = tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+    return gathered
 
 
 def check_estimator_name(name: Estimator) -> Estimator:

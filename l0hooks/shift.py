@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from l0hooks.families import HardConcreteFamily
-from l0hooks.gate import Gate, whole
+from l0hooks.gate import Gate, is_sharded, whole
 from l0hooks.sizes import Floats, Size
 
 _ACCURACY, _EXACT = 1e-6, 1e-9  # of the size that is wanted
@@ -60,14 +60,15 @@ class SharedShift:
         common = total / max(self._slope(self._sums), 1e-30)
         price = self._size.price(self._sums[:, 0])
         for number, (gate, grad) in enumerate(zip(self._gates, grads, strict=True)):
-            if grad is not None:
-                alone = whole(grad) is grad
-                slope = self._slopes[number].view_as(grad) if alone else _slope_of(gate)
-                grad.add_(slope, alpha=-float(price[number]) * common)
-                if self._spread[number]:
-                    grad.add_(
-                        _slope_of(gate) * (1 - 2 * _probability(gate)), alpha=-float(self._spread[number]) * common
-                    )
+            if grad is None:
+                continue
+            spread = float(self._spread[number])
+            if spread or is_sharded(grad):
+                p, slope = _with_slope(gate, gate.log_alpha.detach())
+                slope = slope * (float(price[number]) + spread * (1 - 2 * p))
+                grad.add_(slope, alpha=-common)
+            else:
+                grad.add_(self._slopes[number].view_as(grad), alpha=-float(price[number]) * common)
 
     @torch.no_grad()
     def shift_to(self, wanted: float) -> None:
@@ -109,7 +110,7 @@ class SharedShift:
     def _state(self) -> object:
         """What tells whether the gates are where the last pass left them; None if nothing does."""
         tensors = [gate.log_alpha for gate in self._gates]
-        if any(whole(t) is not t or t.is_inference() for t in tensors):
+        if any(is_sharded(t) or t.is_inference() for t in tensors):
             return None
         return [(t._version, t.data_ptr(), gate.temperature) for t, gate in zip(tensors, self._gates, strict=True)]
 
@@ -142,24 +143,16 @@ def _sums_of(gate: Gate, shift: float, slopes: Tensor | None, bent: bool) -> tup
         total = p.sum()
         slope = torch.addcmul(p, p, p, value=-1, out=p).sum()  # p′ = p(1 − p), in the same memory
         return total, slope, slope, slope
-    moved = (location + shift).requires_grad_()
-    with torch.enable_grad():
-        p = family.keep_prob(moved, gate.temperature)
-        (found,) = torch.autograd.grad(p.sum(), moved)
+    p, slope = _with_slope(gate, location + shift)
     if slopes is not None:
-        slopes.copy_(found)
-    p = p.detach()
-    return p.sum(), found.sum(), (p * (1 - p)).sum(), (found * (1 - 2 * p)).sum()
+        slopes.copy_(slope)
+    return p.sum(), slope.sum(), (p * (1 - p)).sum(), (slope * (1 - 2 * p)).sum()
 
 
-def _probability(gate: Gate) -> Tensor:
-    return gate.family.keep_prob(gate.log_alpha.detach(), gate.temperature)
-
-
-def _slope_of(gate: Gate) -> Tensor:
-    """p′ of every gate, spread over processes if the gates are."""
-    location = gate.log_alpha.detach().requires_grad_()
+def _with_slope(gate: Gate, location: Tensor) -> tuple[Tensor, Tensor]:
+    """p and p′ at log-odds, spread over processes if these are."""
+    location = location.requires_grad_()
     with torch.enable_grad():
         p = gate.family.keep_prob(location, gate.temperature)
         (slope,) = torch.autograd.grad(p.sum(), location)
-    return slope
+    return p.detach(), slope
