@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Sequence
-from collections.abc import Set as AbstractSet
 from dataclasses import replace
 from typing import Any, Literal, overload
 
 import torch
 from torch import nn
-from torch.nn.parameter import UninitializedParameter
 
 from l0hooks.comparison import Comparison
 from l0hooks.coupled import MaskInput
 from l0hooks.errors import SpecError, StateError, explain
 from l0hooks.folding import Closed, after_cuts, closed_channels, cut_closed
 from l0hooks.gate import is_sharded
+from l0hooks.measures import count_parameters
 from l0hooks.noise import Door, unhook
 from l0hooks.penalties import iter_gated
 from l0hooks.shrink import members_that_stay, rewritten_from, shrink
@@ -138,7 +137,7 @@ def prune(
                 hint="a model whose evaluation is deterministic",
             )
         )
-    report = replace(report, note=note, exported_parameters=_exported(target, {site.name for site in sites}))
+    report = replace(report, note=note, exported_parameters=count_parameters(target, {site.name for site in sites}))
     return (target, report) if return_report else target
 
 
@@ -231,19 +230,6 @@ def _without_closed(
         return target, f"{note}; channels that gates on single layers closed stay as zeros in it"
     target, remark = cut_closed(target, after_cuts(closed, groups), comparison, example_inputs)
     return target, note or remark
-
-
-def _exported(target: nn.Module, gated: AbstractSet[str]) -> int:
-    """The parameters of a pruned model, without the zeros of weights that had gates."""
-    total = 0
-    for name, parameter in target.named_parameters():
-        if isinstance(parameter, UninitializedParameter):
-            continue
-        if parameter.layout is not torch.strided:
-            total += parameter.values().numel()
-        else:
-            total += int(parameter.count_nonzero()) if name in gated else parameter.numel()
-    return total
 
 
 def _remove_all(sites: list[Site]) -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from collections.abc import Set as AbstractSet
 from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
 
 from l0hooks.errors import SpecError, StateError, explain, near_names
 from l0hooks.penalties import iter_gated
@@ -90,7 +92,7 @@ def exported_size(model: nn.Module, pruned: nn.Module, unit: Unit, example_input
         )
     zeros = {_plain(name) for name in _gated_alone(model)}
     if unit == "params":
-        return sum(_count(p, _plain(name) in zeros) for name, p in pruned.named_parameters())
+        return count_parameters(pruned, zeros)
     if example_inputs is None:
         raise StateError(explain("exported size", "multiply-adds need example inputs.", hint="example_inputs=(x,)"))
     positions = count_positions(pruned, example_inputs)
@@ -111,6 +113,12 @@ def exported_size(model: nn.Module, pruned: nn.Module, unit: Unit, example_input
             )
         )
     return round(sum(counted.values()))
+
+
+def count_parameters(pruned: nn.Module, gated: AbstractSet[str]) -> int:
+    """The parameters of a pruned model, without the zeros of those named in ``gated``, dense or stored in blocks."""
+    named = [(n, p) for n, p in pruned.named_parameters() if not isinstance(p, UninitializedParameter)]
+    return sum(_count(p, _plain(name) in gated) for name, p in named)
 
 
 def _not_counted() -> StateError:

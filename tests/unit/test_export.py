@@ -14,6 +14,7 @@ from torch.nn.utils import parametrize
 
 from l0hooks import Gate, iter_gates, prune, sparsify, summary
 from l0hooks.errors import SpecError, StateError
+from l0hooks.measures import exported_size
 from l0hooks.summary import Summary
 
 CNN_INPUT = (2, 3, 8, 8)
@@ -375,6 +376,18 @@ def test_layers_without_sparse_kernels_stay_dense(close_gates):
     found = {name: m.weight.layout for name, m in pruned.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))}
     assert {name for name, layout in found.items() if layout != torch.strided} == {"fc"}
     assert prune(model, sparse_format="bsr", block_size=(3, 2))["odd"].weight.layout == torch.sparse_bsr
+
+
+@SPARSE
+@pytest.mark.parametrize("sparse_format", [None, "csr", "bsr"])
+def test_zeros_within_blocks_are_no_parameters(close_gates, sparse_format):
+    model = nn.Sequential(nn.Linear(8, 8))
+    sparsify(model, "weight")
+    close_gates(model)
+    pruned, report = prune(model, sparse_format=sparse_format, block_size=(4, 4), return_report=True)
+    kept = int(next(iter_gates(model))[1].support().sum())
+    assert kept < 64
+    assert report.exported_parameters == exported_size(model, pruned, "params") == kept + 8
 
 
 @SPARSE
