@@ -4,33 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from collections.abc import Set as AbstractSet
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
-from l0hooks.errors import SpecError, StateError, explain, near_names
+from l0hooks.errors import StateError, explain
 from l0hooks.penalties import iter_gated
 from l0hooks.sizes import Unit
 from l0hooks.summary import Summary
 from l0hooks.tracing import count_positions
 from l0hooks.weights import iter_sites
-
-
-def check_unit(unit: Unit) -> Unit:
-    """``unit``, if sizes are counted in it.
-
-    Raises
-    ------
-    SpecError
-        If they are not.
-    """
-    if unit not in get_args(Unit):
-        raise SpecError(
-            explain("unit", "the unit must be known.", got=repr(unit), hint=near_names(str(unit), get_args(Unit)))
-        )
-    return unit
 
 
 def evaluated_size(report: Summary, unit: Unit) -> int:

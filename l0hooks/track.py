@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from numbers import Integral, Real
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, get_args
 
 import torch
 from torch import Tensor, nn
@@ -16,9 +16,10 @@ from l0hooks import plots
 from l0hooks.errors import InvalidValueError, SpecError, StateError, explain
 from l0hooks.extras import import_extra
 from l0hooks.gate import iter_gates
-from l0hooks.measures import check_unit, evaluated_size, expected_size, exported_size
+from l0hooks.measures import evaluated_size, expected_size, exported_size
 from l0hooks.penalties import Strength, penalty
 from l0hooks.sizes import Unit
+from l0hooks.spec import check_one_of
 from l0hooks.summary import summary
 
 if TYPE_CHECKING:
@@ -90,7 +91,8 @@ class Tracker:
         if not _is_integer(every) or every < 1:
             raise InvalidValueError(explain("Tracker", "every must be a positive integer.", got=repr(every)))
         self.model = model
-        self.unit = check_unit(unit)
+        check_one_of("Tracker's unit", unit, get_args(Unit))
+        self.unit = unit
         self.penalties = dict(penalties) if isinstance(penalties, Mapping) else dict.fromkeys(penalties, 1.0)
         self.every = every
         self.writer = writer
