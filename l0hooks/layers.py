@@ -108,7 +108,7 @@ def gateable_weights(name: str, module: nn.Module) -> list[tuple[nn.Module, str,
 def tensors_of(module: nn.Module) -> list[tuple[str, Tensor]]:
     """The parameters that ``module`` itself owns, parametrized ones under their plain name."""
     own: list[tuple[str, Tensor]] = [(k, p) for k, p in module._parameters.items() if p is not None]
-    lists = module._modules.get("parametrizations")
+    lists = None if isinstance(module, torch.jit.ScriptModule) else module._modules.get("parametrizations")
     if isinstance(lists, nn.ModuleDict):
         single = [(k, plist) for k, plist in lists.items() if plist.is_tensor]  # weight_norm has two originals
         own += [(k, plist.original) for k, plist in single if isinstance(plist.original, Tensor)]

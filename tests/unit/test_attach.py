@@ -697,6 +697,16 @@ def test_layers_that_cannot_be_gated_are_no_trouble_when_left_out(other):
     assert isinstance(prune(model, inplace=True)[0], nn.Linear)
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit.*:DeprecationWarning")
+def test_layers_compiled_by_torchscript_stay_what_they_are(close_gates):
+    model = nn.Sequential(nn.Linear(4, 4), torch.jit.script(nn.Sequential(nn.Linear(4, 4), nn.ReLU())), nn.Linear(4, 2))
+    sparsify(model, "weight")
+    assert {site.name for site in iter_sites(model)} == {"0.weight", "2.weight"}
+    close_gates(model)
+    x = torch.randn(3, 4)
+    torch.testing.assert_close(prune(model).eval()(x), model.eval()(x))
+
+
 def test_a_deepcopy_of_a_gated_model_has_gates_of_its_own():
     model = gated()
     twin = copy.deepcopy(model)
