@@ -33,7 +33,7 @@ class CoupledPlan:
     ----------
     groups : tuple of ChannelGroup
     positions : mapping from parameter name to float
-        Multiply-adds per weight in one pass over the example inputs.
+        Multiply-adds per weight in one pass over the example inputs; of each layer under one name.
     declared : bool
         Whether the groups were given by hand, so that no graph says that they are complete.
     """
@@ -67,9 +67,9 @@ class CoupledPlan:
     def macs(self, kept: Count, without: AbstractSet[str] = frozenset(), *, variance: Count = _none) -> Any:
         """The same in multiply-adds of the layers among them."""
         return sum(
-            self.positions[names[0]] * self._elements(sites, kept, variance)
+            sum(self.positions.get(name, 0.0) for name in names) * self._elements(sites, kept, variance)
             for names, sites in self.tensors(without).items()
-            if names[0] in self.positions
+            if not self.positions.keys().isdisjoint(names)
         )
 
     def _elements(self, sites: Sequence[tuple[int, GroupSite]], kept: Count, variance: Count) -> Any:

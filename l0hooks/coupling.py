@@ -171,7 +171,9 @@ def build_readers(
     declared: bool = False,
 ) -> list[Reader]:
     """A parametrization for every weight that reads a chosen group; nothing is attached yet."""
-    plan = CoupledPlan(tuple(group for group, _ in chosen), dict(positions), declared)
+    once = {name for name, _ in model.named_modules()}  # a layer with two names counts under its first
+    counted = {name: value for name, value in positions.items() if name.rpartition(".")[0] in once}
+    plan = CoupledPlan(tuple(group for group, _ in chosen), counted, declared)
     members: dict[str, dict[int, Gate]] = {}
     for number, (group, spec) in enumerate(chosen):
         gate = make_gate(group, spec, model.get_submodule(group.readers[0].module))

@@ -782,6 +782,28 @@ def test_l0_and_l2_are_those_of_gates_and_read_columns(name):
     assert price(model, l0l2=(1.0, 1.0)) == pytest.approx(total, rel=1e-5)
 
 
+class TiedReaders(nn.Module):
+    """One weight in two layers, one of which has two names."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.a, self.b = nn.Linear(8, 6), nn.Linear(6, 3), nn.Linear(6, 3)
+        self.b.weight = self.a.weight
+        self.same = self.a
+
+    def forward(self, x):
+        hidden = self.up(x).relu()
+        return self.a(hidden) + self.b(2 * hidden)
+
+
+def test_a_tied_weight_costs_multiply_adds_at_every_layer_that_uses_it():
+    model, x = TiedReaders(), torch.randn(5, 8)
+    report = sparsify(model, "coupled", example_inputs=(x,))
+    assert report.macs == 5 * (6 * 8 + 2 * 6 * 3)
+    kept = float(next(iter_gates(model))[1].expected_l0().detach())
+    assert penalty(model, macs=1.0).item() == pytest.approx(5 * kept * (8 + 2 * 3), rel=1e-5)
+
+
 @pytest.mark.parametrize("name", ["l0", "expected_l2", "params", "macs"])
 def test_every_penalty_reaches_every_gate(name):
     model, *_ = made("branched")
