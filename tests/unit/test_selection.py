@@ -383,6 +383,15 @@ def test_they_print_their_counts(make):
     assert "4, k=2" in repr(make())
 
 
+@pytest.mark.parametrize(("k", "other"), [(4, 2), (2, 4), (2, 3)])
+def test_the_state_of_a_gate_for_another_k_is_refused(k, other):
+    gate, before = SampleGate(4, k), SampleGate(4, k).state_dict()
+    with pytest.raises(InvalidValueError, match=rf"counts must agree(.|\n)*n=4, k={k}(.|\n)*n=4, k={other}"):
+        gate.load_state_dict(scattered(SampleGate(4, other))[0].state_dict())
+    assert torch.equal(gate.state_dict()["gate.log_alpha"], before["gate.log_alpha"])
+    gate.load_state_dict(before)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_on_a_gpu():
