@@ -10,8 +10,10 @@ from l0hooks.distribution import HardConcrete
 from l0hooks.errors import L0HooksError
 from l0hooks.export import prune
 from l0hooks.gate import Gate, iter_gates, set_temperature
+from l0hooks.hybrid import HybridGate
 from l0hooks.optim import param_groups
 from l0hooks.penalties import penalty, register_penalty
+from l0hooks.selection import FeatureGate, SampleGate
 from l0hooks.serial import load_pruned, save_pruned
 from l0hooks.spec import GateSpec
 from l0hooks.structure import channel_groups
@@ -22,10 +24,13 @@ __version__ = version("l0hooks")
 
 __all__ = [
     "Budget",
+    "FeatureGate",
     "Gate",
     "GateSpec",
     "HardConcrete",
+    "HybridGate",
     "L0HooksError",
+    "SampleGate",
     "Scheduled",
     "Tracker",
     "channel_groups",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -254,6 +254,13 @@ class BudgetRule:
         self.start = self.expected()  # to the last bit
         self._schedule = self._make_schedule()
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_schedule"}  # no lambda in a pickle
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._schedule = self._make_schedule()
+
     # --- checkpoints -----------------------------------------------------------------------------------------------
 
     def state(self) -> tuple[float, ...]:
@@ -289,9 +296,12 @@ class BudgetRule:
         self._sharded = self._sharded or any(is_sharded(gate.log_alpha) for gate in self.gates)
         return self._sharded
 
-    @torch.no_grad()
     def _support(self) -> list[Tensor]:
-        """The largest log-odds that fit into the scheduled size, ``min_keep`` of every array first."""
+        return self.support_at(self.scheduled)
+
+    @torch.no_grad()
+    def support_at(self, allowed: float) -> list[Tensor]:
+        """The largest log-odds that fit into a size, ``min_keep`` of every array first; of equal ones the first."""
         device = self.gates[0].log_alpha.device
         arrays = [whole(gate.log_alpha.detach()).flatten() for gate in self.gates]
         rank = torch.cat([a.to(device) for a in arrays])
@@ -301,7 +311,7 @@ class BudgetRule:
         order = rank.argsort(descending=True, stable=True).cpu().numpy()
         array_of = np.repeat(np.arange(len(arrays)), self.size.counts)[order]
         stays = np.zeros(len(order), np.bool_)
-        stays[order[fitting(self.size, array_of, self.scheduled)]] = True
+        stays[order[fitting(self.size, array_of, allowed)]] = True
         masks = torch.split(torch.from_numpy(stays), [len(a) for a in arrays])
         return [m.view(g.log_alpha.shape).to(g.log_alpha.device) for m, g in zip(masks, self.gates, strict=True)]
 

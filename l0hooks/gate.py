@@ -148,10 +148,11 @@ class Gate(nn.Module):
             return sampled(self.log_alpha, noise, self.temperature, family.gamma, family.zeta)
         return family.sample(self.log_alpha, noise, self.temperature)
 
-    def value(self, log_alpha: Tensor | None = None) -> Tensor:
+    def value(self, log_alpha: Tensor | None = None, *, support: Tensor | None = None) -> Tensor:
         """The test-time gates, differentiable, exactly zero outside :meth:`support`.
 
-        ``log_alpha`` may be given to stand for the gate's own, with equal values.
+        ``log_alpha`` may be given to stand for the gate's own, with equal values; ``support`` for one that the rule
+        will have later.
         """
         estimate: Callable[[Tensor, float], Tensor] = {
             "median": self.family.median,
@@ -159,7 +160,8 @@ class Gate(nn.Module):
             "mean": self.family.mean,
         }[self.estimator]
         z = estimate(whole(self.log_alpha) if log_alpha is None else log_alpha, self.temperature)
-        return torch.where(self.support(), z if self.rule is None else z.clamp(min=self.family.least_open), 0.0)
+        stays = self.support() if support is None else support
+        return torch.where(stays, z if self.rule is None else z.clamp(min=self.family.least_open), 0.0)
 
     def final(self) -> Tensor:
         """The values that a rule has fixed: float32, shape of ``log_alpha``, constant."""

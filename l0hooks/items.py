@@ -1,0 +1,304 @@
+"""``ItemGate``: gates over n items under a budget of k, and which k of them are chosen."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, TypedDict, get_args
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from l0hooks.budget import Budget, BudgetRule, MakeSchedule, ScheduleName
+from l0hooks.budgeting import set_budget
+from l0hooks.errors import InvalidValueError, StateError, explain, near_names
+from l0hooks.families import FamilyName
+from l0hooks.gate import Estimator, Gate
+from l0hooks.rows import Ints, indices_like, length, take
+from l0hooks.sizes import Size
+
+Noise = Literal["step", "example"]
+_OPEN = 40.0  # a location where every family's gate is exactly 1
+
+
+class Options(TypedDict, total=False):
+    """What every gate over items takes besides its counts; see :class:`ItemGate`."""
+
+    steps: int
+    schedule: ScheduleName | MakeSchedule
+    automatic: bool
+    noise: Noise
+    family: FamilyName
+    init_mean: float | None
+    init_keep_prob: float | None
+    temperature: float | None
+    estimator: Estimator
+    device: torch.device | str | None
+
+
+class ItemGate(nn.Module):
+    """What the gates over items share: one :class:`Gate` under a budget of ``k``.
+
+    All log-odds share one shift, so that their expected number Σ P(z ≠ 0) is what the schedule says after every step
+    of the optimiser; after ``steps`` of them the k largest ``log_alpha`` are fixed. With k = n everything stays: the
+    gates are 1 from the start and do not move.
+
+    Which items are chosen is asked of the budget at its final size, also before the schedule has ended: always
+    exactly k, those with the largest ``log_alpha``, of equal ones the first. Nothing is sampled.
+
+    Parameters
+    ----------
+    n : int, >= 1
+    k : int, 1 <= k <= n
+    axis : int
+        Where the items lie in the data, unless a call says otherwise.
+    steps : int, >= 1
+        Optimiser steps until k is reached.
+    schedule : "cubic", "linear", "cosine", "exponential" or callable
+        The way there, as in :class:`Budget`.
+    automatic : bool
+        Count steps of the optimiser; else those of ``rule.advance()``.
+    noise : "step" or "example"
+        One draw for a whole call, or one for each index along the first axis of the data.
+    family, init_mean, init_keep_prob, temperature, estimator, device
+        As in :class:`Gate`.
+
+    Attributes
+    ----------
+    gate : Gate, shape (n,)
+    """
+
+    gate: Gate
+
+    def __init__(
+        self,
+        n: int,
+        k: int,
+        *,
+        axis: int,
+        steps: int = 1000,
+        schedule: ScheduleName | MakeSchedule = "cubic",
+        automatic: bool = True,
+        noise: Noise = "step",
+        family: FamilyName = "hard_concrete",
+        init_mean: float | None = None,
+        init_keep_prob: float | None = None,
+        temperature: float | None = None,
+        estimator: Estimator = "median",
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        self.n, self.k = check_counts(type(self).__name__, n, k)
+        if noise not in get_args(Noise):
+            raise InvalidValueError(
+                explain("noise", "it must be known.", got=repr(noise), hint=near_names(str(noise), get_args(Noise)))
+            )
+        self.axis = axis
+        self.noise = noise
+        self.gate = Gate(
+            self.n,
+            family=family,
+            init_mean=init_mean,
+            init_keep_prob=init_keep_prob,
+            temperature=temperature,
+            estimator=estimator,
+            device=device,
+        )
+        # min_keep would mark an item of its own choice among equal ones
+        budget = Budget(keep=self.k, steps=steps, schedule=schedule, automatic=automatic, min_keep=0)
+        if self.k < self.n:
+            set_budget(self.gate, budget)
+        else:
+            _keep_all(self.gate, budget)
+
+    # --- training --------------------------------------------------------------------------------------------------
+
+    def forward(self, x: Tensor, dim: int | None = None) -> Tensor:
+        """``x`` times the gates along one dimension: sampled in training, the test-time gates in evaluation.
+
+        Every call draws anew; to use one draw in several places call ``z = module.gate()`` once.
+
+        Parameters
+        ----------
+        x : Tensor
+            n items along ``dim``; dense. Floating point keeps its dtype, integers become float32.
+        dim : int, optional
+            Where the items lie, if not where this class expects them.
+
+        Returns
+        -------
+        Tensor, shape of ``x``
+
+        Raises
+        ------
+        InvalidValueError
+            If ``x`` does not have n items there, or there is no axis of examples beside it.
+        UnsupportedModuleError
+            If ``x`` is not a dense tensor.
+        """
+        where = type(self).__name__
+        axis = self.axis if dim is None else dim
+        self.check(x, axis, where, tensor=True)
+        axis %= x.ndim
+        z = self._gates(x, axis, where)
+        z = z.reshape([n if d == axis or (d == 0 and z.ndim == 2) else 1 for d, n in enumerate(x.shape)])
+        return _times(x, z)
+
+    def weights(self, w: Tensor) -> Tensor:
+        """The weights ``w`` of the items, shape (n,), times the gates of one draw, differentiable in both."""
+        where = f"{type(self).__name__}.weights"
+        self.check(w, 0, where, tensor=True, weights=True)
+        return _times(w, self.gate())
+
+    def _gates(self, x: Tensor, axis: int, where: str) -> Tensor:
+        if self.noise == "step" or not self.gate.training:
+            z: Tensor = self.gate()
+            return z
+        if axis == 0:
+            raise InvalidValueError(
+                explain(
+                    where,
+                    "masks for each example need an axis of examples first.",
+                    expected="the items along another axis than 0",
+                    got=f"shape {tuple(x.shape)}, dim=0",
+                    hint='dim=1, or noise="step"',
+                )
+            )
+        return self.gate.sample(x.shape[0])
+
+    # --- selecting -------------------------------------------------------------------------------------------------
+
+    @property
+    def rule(self) -> BudgetRule:
+        """The budget's rule: ``expected()``, ``scheduled``, ``target``, ``step``, ``finished``, ``advance()``."""
+        rule = self.gate.rule
+        if not isinstance(rule, BudgetRule):
+            raise StateError(explain(type(self).__name__, "the gates must have their budget.", got=rule))
+        return rule
+
+    def chosen(self) -> Tensor:
+        """Which items are chosen: boolean, shape (n,), exactly k; once the schedule has ended ``gate.support()``.
+
+        Raises
+        ------
+        StateError
+            If a gate is not a number, after training that diverged.
+        """
+        if bool(self.gate.log_alpha.detach().isnan().any()):
+            raise StateError(
+                explain(type(self).__name__, "gates must be numbers to be ranked.", got="NaN", hint="a smaller gate_lr")
+            )
+        (mask,) = self.rule.support_at(self.rule.target)
+        return mask
+
+    @torch.no_grad()
+    def final(self) -> Tensor:
+        """The test-time gates of the chosen items, zero for all others: float32, shape (n,), constant."""
+        chosen = self.chosen()
+        return self.gate.final() if self.rule.finished else self.gate.value(support=chosen)
+
+    def importances(self) -> Tensor:
+        """The probability P(z ≠ 0) that each item is kept: float32, shape (n,), in [0, 1], without gradient."""
+        return self.gate.keep_prob().detach()
+
+    def select(self, x: Any) -> Any:
+        """The k chosen items of ``x`` and their indices.
+
+        Parameters
+        ----------
+        x : Tensor, NumPy array, pandas DataFrame or Series, scipy.sparse array or matrix
+            Any dtype. n items along the axis of this class.
+
+        Returns
+        -------
+        selected : the kind of ``x``
+            The items in the order of ``x``, not multiplied by their gates. A tensor keeps its graph; sparse data stay
+            sparse (BSR, DIA and DOK come back as CSR).
+        indices : int64, shape (k,)
+            Ascending; a tensor for a tensor, else a NumPy array.
+
+        Raises
+        ------
+        InvalidValueError
+            If ``x`` does not have n items.
+        UnsupportedModuleError
+            If ``x`` is of another kind.
+        StateError
+            If a gate is not a number.
+        """
+        self.check(x, self.axis, f"{type(self).__name__}.select")
+        indices = indices_of(self.chosen())
+        return take(x, indices, self.axis), indices_like(x, indices, self.gate.log_alpha.device)
+
+    def check(self, x: Any, axis: int, where: str, *, tensor: bool = False, weights: bool = False) -> None:
+        """Refuse data that are not of a known kind, or that do not hold n items."""
+        if tensor and not isinstance(x, Tensor):
+            raise InvalidValueError(
+                explain(where, "gates multiply tensors.", expected="a Tensor", got=type(x).__name__, hint="select(x)")
+            )
+        found = length(where, x, axis)
+        if weights and x.ndim != 1:
+            raise InvalidValueError(
+                explain(where, "each item must have one weight.", expected=f"shape ({self.n},)", got=tuple(x.shape))
+            )
+        if found != self.n:
+            what = "weight" if weights else "item"
+            raise InvalidValueError(
+                explain(
+                    where,
+                    f"there must be one {what} for each gate.",
+                    expected=f"{self.n} along axis {axis}",
+                    got=f"{found}, shape {tuple(x.shape)}",
+                )
+            )
+
+    def get_extra_state(self) -> Tensor:
+        """n and k: the state of a gate for another k must not be loaded."""
+        return torch.tensor([self.n, self.k])
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Refuse the state of a gate with other counts, before anything of it is loaded."""
+        if state.tolist() != [self.n, self.k]:
+            expected, got = (f"n={n}, k={k}" for n, k in ((self.n, self.k), state.tolist()))
+            raise InvalidValueError(
+                explain(f"{type(self).__name__}.load_state_dict", "the counts must agree.", expected=expected, got=got)
+            )
+
+    def extra_repr(self) -> str:
+        """n and k."""
+        return f"{self.n}, k={self.k}"
+
+
+def indices_of(mask: Tensor) -> Ints:
+    """Where ``mask`` is true, ascending."""
+    return np.flatnonzero(mask.cpu().numpy())
+
+
+def check_counts(where: str, n: int, k: int) -> tuple[int, int]:
+    """``n`` and ``k`` as Python integers, if k of n items can be chosen.
+
+    Raises
+    ------
+    InvalidValueError
+        If they are not integers, or not 1 <= k <= n.
+    """
+    for name, value in (("the number of items", n), ("k", k)):
+        if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
+            raise InvalidValueError(explain(where, f"{name} must be an integer.", got=repr(value)))
+    if not 1 <= k <= n:
+        raise InvalidValueError(
+            explain(where, "k must be a number of items that there are.", expected=f"1 <= k <= {n}", got=k)
+        )
+    return int(n), int(k)
+
+
+def _times(x: Tensor, z: Tensor) -> Tensor:
+    return x * (z.to(x.dtype) if x.is_floating_point() else z)
+
+
+def _keep_all(gate: Gate, budget: Budget) -> None:
+    """Put the gates under a budget of all of them, which has ended: a shift could not reach it."""
+    with torch.no_grad():
+        gate.log_alpha.fill_(_OPEN)
+    count = gate.log_alpha.numel()
+    gate.rule = BudgetRule(budget, [gate], Size(np.array([count]), 0.0, np.ones(1), np.zeros((1, 1))))
+    gate.rule.step = budget.steps

@@ -1,0 +1,170 @@
+"""How far the mean of k samples is from that of all, as a quadratic form, and its exact descent by swaps.
+
+With a kernel K, or features Φ and K = ΦΦᵀ, the squared distance of a subset S is
+
+    ‖(1/k) Σ_{i∈S} φᵢ − Σᵢ pᵢφᵢ‖² = (1/k²) Σ_{i,j∈S} Kᵢⱼ − (2/k) Σ_{i∈S} hᵢ + c,   h = Kp,   c = pᵀKp.
+
+All an algorithm needs is h, c, the diagonal, and one column of K at a time; K itself is never asked for.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+_GAIN = 1e-9  # of the form's value: a swap that gains less is rounding
+_ROUNDING = 1e-14  # of c: what the three terms leave when they cancel
+
+
+class Quadratic(Protocol):
+    """A kernel K over n samples and a mean of it; float64.
+
+    Attributes
+    ----------
+    diagonal, h : Tensor, shape (n,)
+    c : float
+    """
+
+    diagonal: Tensor
+    h: Tensor
+    c: float
+
+    def column(self, i: int) -> Tensor:
+        """K[:, i], shape (n,)."""
+        ...
+
+    def block(self, rows: Tensor) -> Tensor:
+        """K[rows][:, rows]."""
+        ...
+
+
+class Kernel:
+    """A kernel held as an (n, n) matrix."""
+
+    def __init__(self, matrix: Tensor, p: Tensor) -> None:
+        self._matrix = matrix
+        self.diagonal, self.h = matrix.diagonal(), matrix @ p
+        self.c = float(p @ self.h)
+
+    def column(self, i: int) -> Tensor:
+        """K[:, i]; the matrix is symmetric, and its rows lie together."""
+        return self._matrix[i]
+
+    def block(self, rows: Tensor) -> Tensor:
+        """K[rows][:, rows]."""
+        return self._matrix[rows][:, rows]
+
+
+class Features:
+    """K = ΦΦᵀ for features Φ of shape (n, D)."""
+
+    def __init__(self, features: Tensor, p: Tensor) -> None:
+        self._features = features
+        mean = p @ features
+        self.diagonal, self.h, self.c = features.square().sum(1), features @ mean, float(mean @ mean)
+
+    def column(self, i: int) -> Tensor:
+        """ΦΦᵀ[:, i]."""
+        return self._features @ self._features[i]
+
+    def block(self, rows: Tensor) -> Tensor:
+        """ΦΦᵀ[rows][:, rows]."""
+        return self._features[rows] @ self._features[rows].T
+
+
+class Moments:
+    """K = t + t² with t = ZZᵀ: features are the columns of Z, shape (n, d), and all their products.
+
+    The distance is then ‖mean of Z‖ and ‖mean of zzᵀ‖ (Frobenius), without ever forming d² features a sample.
+    """
+
+    def __init__(self, z: Tensor, p: Tensor) -> None:
+        self._z = z
+        first, second = p @ z, z.T @ (p[:, None] * z)
+        square = z.square().sum(1)
+        self.diagonal = square + square.square()
+        self.h = z @ first + ((z @ second) * z).sum(1)
+        self.c = float(first @ first + second.square().sum())
+
+    def column(self, i: int) -> Tensor:
+        """K[:, i]."""
+        t = self._z @ self._z[i]
+        return t + t.square()
+
+    def block(self, rows: Tensor) -> Tensor:
+        """K[rows][:, rows]."""
+        t = self._z[rows] @ self._z[rows].T
+        return t + t.square()
+
+
+def distance(form: Quadratic, rows: Tensor) -> float:
+    """The distance between the mean of ``rows`` and that of all."""
+    squared = float(form.block(rows).mean() - 2 * form.h[rows].mean() + form.c)
+    return math.sqrt(squared) if squared > _ROUNDING * form.c else 0.0
+
+
+def greedy(form: Quadratic, k: int) -> Tensor:
+    """k rows, each the one that brings the mean of those so far closest to that of all; of equal ones the first.
+
+    Returns
+    -------
+    Tensor, int64, shape (k,)
+
+    References
+    ----------
+    Chen, Welling & Smola (2010), "Super-samples from kernel herding".
+    """
+    toward = torch.zeros_like(form.h)  # Σ_S K[:, j]
+    free = form.diagonal.clone()
+    chosen: list[int] = []
+    for count in range(1, k + 1):
+        i = int((2 * (toward - count * form.h) + free).argmin())
+        chosen.append(i)
+        free[i] = math.inf
+        toward += form.column(i)
+    return torch.tensor(chosen)
+
+
+def swap(form: Quadratic, rows: Tensor, sweeps: int) -> tuple[Tensor, int]:
+    """Exchange one chosen row after another for the best one that is not, as long as that brings the mean closer.
+
+    Every exchange is exact: row j leaves for the i with the least 2(g − K[:, j])ᵢ + Kᵢᵢ, g = Σ_S K[:, s] − kh. The
+    distance never grows.
+
+    Parameters
+    ----------
+    form : Quadratic
+    rows : Tensor, int64, shape (k,)
+    sweeps : int, >= 0
+        How often to go through all chosen rows at the most; a sweep costs k columns and O(nk).
+
+    Returns
+    -------
+    Tensor, int64, shape (k,)
+        No single exchange makes it better, if the sweeps were enough.
+    int
+        How many exchanges there were.
+    """
+    chosen, k, exchanges = rows.tolist(), len(rows), 0
+    g, free = -k * form.h, form.diagonal.clone()
+    for j in chosen:
+        g = g + form.column(j)
+        free[j] = math.inf
+    value = k * k * distance(form, rows) ** 2
+    for _ in range(sweeps):
+        before = exchanges
+        for place, j in enumerate(chosen):
+            without = g - form.column(j)
+            scores = 2 * without + free
+            i = int(scores.argmin())
+            gain = float(2 * without[j] + form.diagonal[j] - scores[i])
+            if gain > _GAIN * value:
+                free[j], free[i], chosen[place] = form.diagonal[j], math.inf, i
+                g, value = without + form.column(i), value - gain
+                exchanges += 1
+        if exchanges == before:
+            break
+    return torch.tensor(chosen), exchanges

@@ -1,0 +1,120 @@
+"""Taking some rows or columns out of tensors, NumPy arrays, pandas objects and scipy.sparse arrays and matrices."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from l0hooks.errors import InvalidValueError, UnsupportedModuleError, explain
+
+Ints = npt.NDArray[np.int64]
+T = TypeVar("T")
+_KNOWN = "a dense Tensor, a NumPy array, a pandas DataFrame or Series, or a scipy.sparse array or matrix"
+_KEPT = ("csr", "csc", "coo", "lil")  # of the sparse formats; the others have no cheap form for arbitrary rows
+
+
+def is_pandas(x: object) -> bool:
+    """Whether ``x`` is a pandas DataFrame or Series. Imports nothing: who has one has imported pandas."""
+    pandas = sys.modules.get("pandas")
+    return pandas is not None and isinstance(x, (pandas.DataFrame, pandas.Series))
+
+
+def is_sparse(x: object) -> bool:
+    """Whether ``x`` is a scipy.sparse array or matrix, of any format."""
+    scipy_sparse = sys.modules.get("scipy.sparse")
+    return scipy_sparse is not None and bool(scipy_sparse.issparse(x))
+
+
+def length(where: str, x: Any, axis: int) -> int:
+    """How many items ``x`` has along ``axis``.
+
+    Parameters
+    ----------
+    where : str
+        Who asks, for the message.
+    x : Tensor, NumPy array, pandas DataFrame or Series, scipy.sparse array or matrix
+    axis : int
+        Negative ones count from the end.
+
+    Raises
+    ------
+    UnsupportedModuleError
+        If ``x`` is of another kind, or a sparse or nested tensor.
+    InvalidValueError
+        If it has no such axis.
+
+    Examples
+    --------
+    >>> length("here", np.zeros((3, 5)), -1)
+    5
+    """
+    if isinstance(x, Tensor):
+        if x.layout != torch.strided or x.is_nested:
+            raise UnsupportedModuleError(
+                explain(
+                    where, "a tensor must be dense.", got=f"layout {x.layout}", hint="x.to_dense(), or scipy.sparse"
+                )
+            )
+    elif not (isinstance(x, np.ndarray) or is_pandas(x) or is_sparse(x)):
+        raise UnsupportedModuleError(
+            explain(where, "the data must be of a known kind.", expected=_KNOWN, got=type(x).__name__)
+        )
+    elif is_sparse(x) and x.ndim != 2:
+        raise InvalidValueError(explain(where, "a sparse array must have two axes.", expected=2, got=x.ndim))
+    if not -x.ndim <= axis < x.ndim:
+        raise InvalidValueError(
+            explain(where, "the data must have the axis that the gates lie along.", expected=axis, got=tuple(x.shape))
+        )
+    return int(x.shape[axis])
+
+
+def take(x: Any, indices: Ints, axis: int) -> Any:
+    """The items of ``x`` at ``indices`` along ``axis``, as the same kind; sparse ones are never made dense.
+
+    CSR, CSC, COO and LIL keep their format; other sparse formats come back as CSR.
+
+    Parameters
+    ----------
+    x : Tensor, NumPy array, pandas DataFrame or Series, scipy.sparse array or matrix
+    indices : int64, shape (k,)
+    axis : int
+
+    Examples
+    --------
+    >>> take(torch.arange(6).view(2, 3), np.array([0, 2]), -1)
+    tensor([[0, 2],
+            [3, 5]])
+    """
+    axis %= x.ndim
+    if isinstance(x, Tensor):
+        return x.index_select(axis, torch.from_numpy(indices).to(x.device))
+    where = (slice(None),) * axis + (indices,)
+    if is_pandas(x):
+        return x.iloc[where]
+    if is_sparse(x):
+        rows = x.tocsr() if axis == 0 else x.tocsc()
+        return rows[where].asformat(x.format if x.format in _KEPT else "csr")
+    return x[where]
+
+
+def indices_like(x: object, indices: Ints, device: torch.device) -> Tensor | Ints:
+    """``indices`` as the kind that goes with ``x``: a tensor on ``device`` for a tensor, else a NumPy array."""
+    return torch.from_numpy(indices).to(device) if isinstance(x, Tensor) else indices
+
+
+def scaled(x: Any, factors: Tensor) -> Any:
+    """The numbers ``x`` (one axis) times ``factors``, as the same kind; integers become floating point."""
+    if isinstance(x, Tensor):
+        return x * factors.to(x.device, x.dtype if x.is_floating_point() else None)
+    known = x.dtype if isinstance(x.dtype, np.dtype) else np.dtype(np.float64)  # pandas has dtypes of its own
+    return x * factors.cpu().numpy().astype(np.result_type(known, np.float32))
+
+
+def total(x: Any) -> float:
+    """The sum of the numbers ``x``."""
+    return float(x.detach().double().sum() if isinstance(x, Tensor) else np.asarray(x, np.float64).sum())

@@ -1,0 +1,231 @@
+"""``SampleGate`` and ``FeatureGate``: gates that choose exactly k of n, in a model or by themselves."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, Unpack
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from l0hooks.errors import InvalidValueError, explain
+from l0hooks.items import ItemGate, Options, indices_of
+from l0hooks.rows import indices_like, is_pandas, is_sparse, scaled, take, total
+
+
+class SampleGate(ItemGate):
+    r"""Learn which k of n samples stay: minimise E L(z ⊙ x) with Σ P(zᵢ ≠ 0) = k at the end, and exactly k chosen.
+
+    The gates multiply the first axis of the data, or their weights; what they learn is decided by the loss. See
+    :class:`~l0hooks.items.ItemGate` for what is common to all gates over items.
+
+    Parameters
+    ----------
+    n_samples : int, >= 1
+    k : int, 1 <= k <= n_samples
+        How many stay.
+    **options
+        ``steps``, ``schedule``, ``automatic``, ``noise``, ``family``, ``init_mean``, ``init_keep_prob``,
+        ``temperature``, ``estimator``, ``device``, as in :class:`~l0hooks.items.ItemGate`. With ``noise="example"``
+        the samples must lie along another axis than the first: ``gate(x, dim=1)``.
+
+    Raises
+    ------
+    InvalidValueError
+        If a value is out of range.
+
+    Examples
+    --------
+    >>> age = torch.arange(8.0)
+    >>> gate = SampleGate(8, k=3, steps=100)
+    >>> optimizer = torch.optim.SGD(gate.parameters(), lr=0.5)
+    >>> for _ in range(100):
+    ...     loss = -gate.weights(age).sum()
+    ...     optimizer.zero_grad()
+    ...     loss.backward()
+    ...     optimizer.step()
+    >>> gate.select(age)
+    (tensor([5., 6., 7.]), tensor([5, 6, 7]))
+
+    References
+    ----------
+    Louizos, Welling & Kingma (2018), section 2.2, for the gates.
+    """
+
+    def __init__(self, n_samples: int, k: int, **options: Unpack[Options]) -> None:
+        super().__init__(n_samples, k, axis=0, **options)
+
+    def select_weighted(self, x: Any, w: Any, *, preserve_total: bool = False) -> Any:
+        """The k chosen samples of ``x``, their weights, and their indices.
+
+        Parameters
+        ----------
+        x : Tensor, NumPy array, pandas DataFrame or Series, scipy.sparse array or matrix
+            Samples along the first axis.
+        w : Tensor, NumPy array or pandas Series, shape (n,)
+        preserve_total : bool
+            Scale the weights so that they sum to what ``w`` sums to.
+
+        Returns
+        -------
+        selected : the kind of ``x``
+        weights : the kind of ``w``, shape (k,)
+            ``w`` times the gates, as :meth:`weights` gives them in evaluation.
+        indices : int64, shape (k,)
+            Ascending.
+
+        Raises
+        ------
+        InvalidValueError
+            If ``x`` or ``w`` does not have n entries, or the total is to be preserved and cannot be.
+
+        Examples
+        --------
+        >>> SampleGate(3, k=3).select_weighted(torch.eye(3), torch.ones(3))[1]
+        tensor([1., 1., 1.])
+        """
+        where = f"{type(self).__name__}.select_weighted"
+        check_weighted(self, x, w, where)
+        indices = indices_of(self.chosen())
+        weights = gated_weights(self, w, indices)
+        if preserve_total:
+            weights = weights * preserving(where, total(w), total(weights))
+        return take(x, indices, 0), weights, indices_like(x, indices, self.gate.log_alpha.device)
+
+
+class FeatureGate(ItemGate):
+    """Learn which k of n features stay: the gates multiply the last axis of the data, or the one that is named.
+
+    See :class:`~l0hooks.items.ItemGate` for what is common to all gates over items.
+
+    Parameters
+    ----------
+    n_features : int, >= 1
+    k : int, 1 <= k <= n_features
+        How many stay.
+    feature_names : sequence of str, optional
+        One for each; data frames that are selected from must then have these columns in this order.
+    **options
+        As in :class:`~l0hooks.items.ItemGate`; with ``noise="example"`` every example (the first axis) has a mask of
+        its own.
+
+    Raises
+    ------
+    InvalidValueError
+        If a value is out of range, or the names do not fit.
+
+    Examples
+    --------
+    >>> _ = torch.manual_seed(0)
+    >>> x = torch.randn(200, 4)
+    >>> y = x[:, 1] - 2 * x[:, 3]
+    >>> gate, linear = FeatureGate(4, k=2, feature_names=["a", "b", "c", "d"], steps=50), torch.nn.Linear(4, 1)
+    >>> optimizer = torch.optim.Adam([*gate.parameters(), *linear.parameters()], lr=0.1)
+    >>> for _ in range(50):
+    ...     loss = (linear(gate(x)).squeeze() - y).square().mean()
+    ...     optimizer.zero_grad()
+    ...     loss.backward()
+    ...     optimizer.step()
+    >>> gate.feature_names_out()
+    ['b', 'd']
+
+    References
+    ----------
+    Louizos, Welling & Kingma (2018), section 2.2, for the gates.
+    """
+
+    def __init__(
+        self, n_features: int, k: int, *, feature_names: Sequence[str] | None = None, **options: Unpack[Options]
+    ) -> None:
+        super().__init__(n_features, k, axis=-1, **options)
+        self.feature_names = None if feature_names is None else self._names(feature_names)
+
+    def select(self, x: Any) -> Any:
+        """The k chosen features of ``x`` and their indices; see :meth:`l0hooks.items.ItemGate.select`.
+
+        Raises
+        ------
+        InvalidValueError
+            Also if ``x`` is a data frame whose columns are not the gate's ``feature_names``.
+        """
+        if is_pandas(x) and x.ndim == 2 and self.feature_names is not None:
+            self._agree("FeatureGate.select", list(x.columns))
+        return super().select(x)
+
+    def feature_names_out(self, feature_names: Sequence[str] | None = None) -> list[str]:
+        """The names of the chosen features, in the order of the columns.
+
+        Parameters
+        ----------
+        feature_names : sequence of str, optional
+            One for each of the n features, such as ``frame.columns``; the gate's own if not given, else ``x0``,
+            ``x1``, …
+
+        Raises
+        ------
+        InvalidValueError
+            If there are not n names, or they are not those that the gate has.
+        """
+        names = self.feature_names
+        if feature_names is not None:
+            names = self._names(feature_names)
+            self._agree("FeatureGate.feature_names_out", names)
+        return [f"x{i}" if names is None else names[i] for i in indices_of(self.chosen())]
+
+    def _names(self, names: Sequence[str]) -> list[str]:
+        found = list(names)
+        if len(found) != self.n:
+            raise InvalidValueError(
+                explain("feature_names", "each feature must have a name.", expected=self.n, got=len(found))
+            )
+        return found
+
+    def _agree(self, where: str, names: Sequence[object]) -> None:
+        if self.feature_names is not None and list(names) != self.feature_names:
+            raise InvalidValueError(
+                explain(where, "the columns must be those of the gate.", expected=self.feature_names, got=list(names))
+            )
+
+
+def check_weighted(gate: ItemGate, x: Any, w: Any, where: str) -> None:
+    """Refuse data and weights that do not fit the gate.
+
+    Raises
+    ------
+    InvalidValueError
+        If either does not have n entries, or the weights are not one-dimensional and dense.
+    """
+    gate.check(x, 0, where)
+    if is_sparse(w):
+        raise InvalidValueError(explain(where, "weights must be dense.", got=type(w).__name__))
+    gate.check(w, 0, where, weights=True)
+
+
+def gated_weights(gate: ItemGate, w: Any, indices: npt.NDArray[np.int64], plain: Tensor | None = None) -> Any:
+    """The weights at ``indices`` times the final gates, or times 1 where ``plain``."""
+    z = gate.final()[torch.from_numpy(indices).to(gate.gate.log_alpha.device)]
+    return scaled(take(w, indices, 0), z if plain is None else z.masked_fill(plain.to(z.device), 1.0))
+
+
+def preserving(where: str, wanted: float, found: float) -> float:
+    """The factor that makes weights that sum to ``found`` sum to ``wanted``.
+
+    Raises
+    ------
+    InvalidValueError
+        If it is not a positive number.
+    """
+    factor = wanted / found if found else math.inf
+    if not 0 < factor < math.inf:
+        raise InvalidValueError(
+            explain(
+                where,
+                "a total can be preserved only by a positive factor.",
+                expected="chosen weights whose sum has the sign of the total",
+                got=f"{wanted:g} to be shared by weights that sum to {found:g}",
+            )
+        )
+    return factor
