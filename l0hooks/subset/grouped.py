@@ -102,14 +102,14 @@ class GroupTableau(Tableau):
                     self._add_column(int(column))
         self._refresh()
 
-    def _blocks(self) -> tuple[Floats, Floats]:
-        i = self.index
-        blocks = self._t[i[:, :, None], i[:, None, :]] * (self.real[:, :, None] * self.real[:, None, :])
-        r = self._t[i, self.m :] * self.real[:, :, None]
+    def _blocks(self, items: Ints | slice) -> tuple[Floats, Floats]:
+        i, real = self.index[items], self.real[items]
+        blocks = self._t[i[:, :, None], i[:, None, :]] * (real[:, :, None] * real[:, None, :])
+        r = self._t[i, self.m :] * real[:, :, None]
         return blocks, r
 
     def add_gains(self) -> Floats:
-        gains = block_gains(*self._blocks(), self._most)
+        gains = block_gains(*self._blocks(slice(None)), self._most)
         gains[self.items] = 0
         return gains
 
@@ -127,10 +127,9 @@ class GroupTableau(Tableau):
         costs = [float((b[of] * np.linalg.solve(a[np.ix_(of, of)], b[of])).sum()) if len(of) else 0.0 for of in inside]
         return np.array(costs)
 
-    def swap_gains(self) -> Floats:
+    def swap_gains(self, enter: Ints) -> Floats:
         columns, inside = self._fitted()
         a, b = -self._t[np.ix_(columns, columns)], self._t[columns, self.m :]
-        h = self._t[columns][:, self.index] * self.real
-        gains = group_swap_gains(h, a, b, inside, *self._blocks(), self._most)
-        gains[:, self.items] = -np.inf
-        return gains
+        h = self._t[columns][:, self.index[enter]] * self.real[enter]
+        blocks, r = self._blocks(enter)
+        return group_swap_gains(h, a, b, inside, blocks, r, self._most[enter])

@@ -16,8 +16,10 @@ from l0hooks.subset.grouped import GroupTableau, block_gains, group_swap_gains, 
 from l0hooks.subset.tableau import Tableau, quotient, swap_gains
 
 GAIN = 1e-9  # an exchange counts if it gains this part of yᵀy
-WIDTH = 4  # columns of the first working set for each item of the largest support
+WIDTH = 2  # columns of the first working set for each item of the largest support
 LEAST = 48  # and its least size
+REACH, LEAST_REACH = 0.25, 3  # how far beyond the sizes of interest the passes go
+LOOK = 24  # columns that are tried in exchanges before all are
 PASSES = 6  # up and down through the sizes, while it helps
 ROUNDS = 12  # comparisons with all columns
 
@@ -161,7 +163,9 @@ class SubsetSearch:
     def __init__(self, problem: SquaresProblem, sizes: Iterable[int], start: dict[int, Sequence[int]] | None = None):
         self.problem = problem
         self.sizes = sorted(set(sizes))
-        self.top = min(problem.n_items, self.sizes[-1] + 2 + self.sizes[-1] // 8) if self.sizes else 0
+        first, last = self.sizes[0], self.sizes[-1]
+        self.top = min(problem.n_items, last + LEAST_REACH + int(REACH * last))
+        self._low = max(0, first - LEAST_REACH - int(REACH * first))
         gains = problem.first_gains()
         order = np.argsort(-gains, kind="stable")
         wide = min(problem.n_items, max(LEAST, WIDTH * self.top))
@@ -180,9 +184,17 @@ class SubsetSearch:
 
     def run(self) -> dict[int, Found]:
         """Passes on the working set, then comparison with every column, until nothing gains."""
-        self._passes(range(self.top + 1))
+        for size in range(self.sizes[-1] + 1):
+            if size in self.sizes:
+                self._visit()
+            if size < self.sizes[-1]:
+                self._grow()
         for _ in range(ROUNDS):
-            if not self._widen():
+            if self._widen():
+                continue
+            before = sum(self.best[k][0] for k in self.sizes)
+            self._passes(range(self._low, self.top + 1))
+            if sum(self.best[k][0] for k in self.sizes) >= before:
                 break
         return {k: Found(tuple(sorted(self.working[i] for i in self.best[k][1])), self.best[k][0]) for k in self.sizes}
 
@@ -193,14 +205,13 @@ class SubsetSearch:
         self.best[size] = (loss, tuple(self.tableau.items))
         return True
 
-    def _descend(self) -> None:
+    def _descend(self, most: int = LOOK) -> None:
         """Exchanges, the steepest first, until none gains."""
         while 0 < len(self.tableau.items) < len(self.working):
-            gains = self.tableau.swap_gains()
-            out, item = divmod(int(gains.argmax()), gains.shape[1])
-            if gains[out, item] <= self._least:
+            gain, out, item = self.tableau.best_swap(most)
+            if gain <= self._least:
                 return
-            self.tableau.swap(self.tableau.items[out], item)
+            self.tableau.swap(out, item)
             self.exchanges += 1
 
     def _grow(self) -> None:
@@ -224,17 +235,14 @@ class SubsetSearch:
         """Up through the sizes and down again while some size of interest improves."""
         wanted = set(self.sizes)
         for _ in range(PASSES):
-            if len(self.tableau.items) != sizes[0]:
-                self.tableau.load(list(self.best[sizes[0]][1]) if sizes[0] in self.best else [])
-            improved = self._visit() and sizes[0] in wanted
-            for size in sizes[1:]:
+            improved = False
+            while len(self.tableau.items) < sizes[-1]:
                 self._grow()
-                improved |= self._visit() and size in wanted
-            down = False
-            for size in reversed(sizes[:-1]):
+                improved |= self._visit() and len(self.tableau.items) in wanted
+            while len(self.tableau.items) > sizes[0]:
                 self._shrink()
-                down |= self._visit() and size in wanted
-            if not down:
+                improved |= self._visit() and len(self.tableau.items) in wanted
+            if not improved:
                 return
 
     def _widen(self) -> bool:
@@ -243,19 +251,21 @@ class SubsetSearch:
         for size in self.sizes:
             if 0 < size < self.problem.n_items:
                 gains = self.problem.exchange_gains([self.working[i] for i in self.best[size][1]])
-                gains[self.working] = -np.inf
                 most = min(8 + size, len(gains))
                 top = np.argpartition(-gains, most - 1)[:most]
                 for item in top[gains[top] > self._least]:
                     gaining[int(item)] = max(gaining.get(int(item), 0.0), float(gains[item]))
         if not gaining:
             return False
-        self.working += sorted(gaining, key=lambda item: -gaining[item])[: max(LEAST, 2 * self.top)]
-        self.tableau = self.problem.tableau(self.working)
+        for item in set(gaining) & set(self.working):
+            del gaining[item]
+        if gaining:
+            self.working += sorted(gaining, key=lambda item: -gaining[item])[: max(LEAST, 2 * self.top)]
+            self.tableau = self.problem.tableau(self.working)
         for size in self.sizes:
             self.tableau.load(list(self.best[size][1]))
+            self._descend(len(self.working))
             self._visit()
-        self._passes(range(max(0, self.sizes[0] - 2), self.top + 1))
         return True
 
 

@@ -50,9 +50,10 @@ def swap_gains(h: Floats, left: Floats, whole: Floats, r: Floats, a: Floats, b: 
     ratio *= h
     ratio += left
     tight = ratio <= DEPENDENT * whole
-    np.maximum(ratio, np.finfo(np.float64).tiny, out=ratio)
+    if tight.any():
+        numerator[tight] = 0
+        ratio[tight] = 1
     numerator /= ratio
-    numerator[tight] = 0
     numerator -= ((b * b).sum(1) / a)[:, None]
     return numerator
 
@@ -164,14 +165,28 @@ class Tableau:
         b = self._t[items, self.m :]
         return np.where(self.swept[items], (b * b).sum(1) / -self._t[items, items], 0.0)
 
-    def swap_gains(self) -> Floats:
-        """The fall of the loss for every pair, leaving by row and entering by column, shape (s, m)."""
+    def best_swap(self, most: int) -> tuple[float, int, int]:
+        """The best gain, the item that leaves and the one that enters, among the ``most`` that add the most.
+
+        No exchange gains more than what enters would gain by being added, so that is the order to look in.
+        """
+        add = self.add_gains()
+        add[self.items] = -1.0
+        enter = np.flatnonzero(add > 0)
+        if len(enter) > most:
+            enter = enter[np.argpartition(-add[enter], most)[:most]]
+        if len(enter) == 0:
+            return 0.0, -1, -1
+        gains = self.swap_gains(enter)
+        out, item = divmod(int(gains.argmax()), len(enter))
+        return float(gains[out, item]), self.items[out], int(enter[item])
+
+    def swap_gains(self, enter: Ints) -> Floats:
+        """The fall of the loss for every pair, leaving by row and entering by column, shape (s, len(enter))."""
         items = np.array(self.items, dtype=np.int64)
+        t, m = self._t, self.m
+        a, b = -t[items, items], t[items, m:]
         swept = self.swept[items]
-        rows = self._t[items]
-        a = np.where(swept, -rows[np.arange(len(items)), items], np.inf)
-        b = np.where(swept[:, None], rows[:, self.m :], 0.0)
-        left = np.diagonal(self._t)[: self.m]
-        gains = swap_gains(rows[:, : self.m], left, self.whole, self._t[: self.m, self.m :], a, b)
-        gains[:, items] = -np.inf
-        return gains
+        if not swept.all():
+            a, b = np.where(swept, a, np.inf), np.where(swept[:, None], b, 0.0)
+        return swap_gains(t[items[:, None], enter], t[enter, enter], self.whole[enter], t[enter, m:], a, b)
