@@ -12,6 +12,7 @@ from l0hooks.errors import InvalidValueError, explain
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
+Bools = NDArray[np.bool_]
 
 CONSTANT = 1e-12  # a column whose deviation is below this part of its mean is constant
 SHIFTED = 1e3  # mean² over variance beyond which the variance is computed again, from the deviations
@@ -121,15 +122,25 @@ class Design:
         """The weighted mean of each column of ``v``."""
         return np.asarray(self.weighted(v).sum(0))
 
-    def cross(self, v: Floats) -> Floats:
-        """``x̃ᵀWv`` over the sum of weights, shape (p, c), for ``v`` of shape (n, c)."""
+    def cross(self, v: Floats, columns: Ints | None = None) -> Floats:
+        """``x̃ᵀWv`` over the sum of weights, shape (p or len(columns), c), for ``v`` of shape (n, c)."""
         small = self.weighted(v)
-        result = self._transposed_times(small)
+        where: Ints | slice = slice(None) if columns is None else columns
+        result = self._transposed_times(small) if columns is None else np.asarray(self._part(columns).T @ small)
         if self.center:
-            result = result - self.mean[:, None] * small.sum(0)
-        result = result / self.scale[:, None]
-        result[~self.usable] = 0
-        return result
+            result = result - self.mean[where, None] * small.sum(0)
+        result = result / self.scale[where, None]
+        result[~self.usable[where]] = 0
+        return np.asarray(result)
+
+    def standardized(self, columns: Ints) -> Floats:
+        """The columns x̃ themselves, dense, shape (n, len(columns))."""
+        result = (self._columns(columns) - self.mean[columns]) / self.scale[columns]
+        result[:, ~self.usable[columns]] = 0
+        return np.asarray(result)
+
+    def _part(self, columns: Ints) -> Any:
+        return self._csc[:, columns] if self.sparse else self.x[:, columns]
 
     def gram(self, columns: Ints, others: Ints | None = None) -> Floats:
         """Rows ``columns`` of ``x̃ᵀWx̃`` over the sum of weights, shape (len(columns), p or len(others)).
@@ -164,7 +175,7 @@ class Design:
         """``x̃[:, columns] @ b``, shape (n, c), for ``b`` of shape (len(columns), c)."""
         scaled = b / self.scale[columns][:, None]
         scaled[~self.usable[columns]] = 0
-        part = self._csc[:, columns] if self.sparse else self.x[:, columns]
+        part = self._part(columns)
         if self.center and not self.sparse:
             return np.asarray((part - self.mean[columns]) @ scaled)
         return np.asarray(part @ scaled) - self.mean[columns] @ scaled

@@ -10,17 +10,19 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from scipy.linalg import cho_solve
 
 from l0hooks.subset.design import Design, Floats, Ints
 from l0hooks.subset.grouped import GroupTableau, block_gains, group_swap_gains, pad
-from l0hooks.subset.tableau import Tableau, quotient, swap_gains
+from l0hooks.subset.tableau import DEPENDENT, Tableau, quotient, swap_gains
 
 GAIN = 1e-9  # an exchange counts if it gains this part of yᵀy
 WIDTH = 2  # columns of the first working set for each item of the largest support
 LEAST = 48  # and its least size
 REACH, LEAST_REACH = 0.25, 3  # how far beyond the sizes of interest the passes go
+TINY = 1e-300
 LOOK = 24  # columns that are tried in exchanges before all are
-PASSES = 6  # up and down through the sizes, while it helps
+PASSES = 3  # up and down through the sizes, while it helps
 ROUNDS = 12  # comparisons with all columns
 
 
@@ -115,25 +117,54 @@ class SquaresProblem:
         return block_gains(self._blocks, self.cross[self._index] * self._real[:, :, None], self._most)
 
     def exchange_gains(self, items: Sequence[int]) -> Floats:
-        """For each item of the whole problem, the best gain of its entering for one of ``items``."""
-        tableau = self.tableau(list(items))
-        tableau.load(list(range(len(items))))
-        keep = np.flatnonzero(tableau.swept)
-        fitted = self.columns(items)[keep]
-        a, b = tableau.inverse(keep)
-        rows = self.rows(fitted)
-        h = a @ rows
-        r = self.cross - rows.T @ b
+        """For each item of the whole problem, the best gain of its entering for one of ``items``, shape (n_items,)."""
+        return np.asarray(self.exchanges(items).max(0))
+
+    def exchanges(self, items: Sequence[int]) -> Floats:
+        """The gain of each exchange, leaving by row, entering by column; −inf for what is inside, not empty.
+
+        An item that is counted and not fitted has no row in its place; one row for all of them stands last.
+        """
+        fitted, a, b, rows, h, r = self._outside(items)
         if self.groups is None:
             left = self.whole - np.einsum("ij,ij->j", h, rows)
-            gains = swap_gains(h, left, np.maximum(self.whole, 1e-300), r, np.diag(a), b)
-            if len(fitted) < len(items):  # a column that is counted and not fitted leaves for nothing
-                gains = np.vstack([gains, quotient((r * r).sum(1), left, self.whole)])
+            gains = swap_gains(h, left, np.maximum(self.whole, TINY), r, np.diag(a), b)
+            if len(fitted) < len(items):
+                gains = np.vstack([gains, quotient((r * r).sum(1), left, np.maximum(self.whole, TINY))])
         else:
             gains = self._group_exchange(items, fitted, a, b, h, rows, r)
-        best = np.asarray(gains.max(0)) if len(gains) else self.first_gains()
-        best[list(items)] = -np.inf
-        return best
+        gains[:, list(items)] = -np.inf
+        return gains
+
+    def add_gains(self, items: Sequence[int]) -> Floats:
+        """What each item of the whole problem would gain by joining ``items``; −inf inside, shape (n_items,)."""
+        _, _, _, rows, h, r = self._outside(items)
+        if self.groups is None:
+            whole = np.maximum(self.whole, TINY)
+            gains = quotient((r * r).sum(1), self.whole - np.einsum("ij,ij->j", h, rows), whole)
+        else:
+            gains = block_gains(*self._opened(h, rows, r), self._most)
+        gains[list(items)] = -np.inf
+        return gains
+
+    def _outside(self, items: Sequence[int]) -> tuple[Ints, Floats, Floats, Floats, Floats, Floats]:
+        """The fitted columns of ``items``, A, b, their Gram rows, A times these, and what y keeps with every column."""
+        fitted = self.columns(items)
+        gram = self.gram(fitted)
+        a = _inverse(gram)
+        if a is None:  # dependent columns: find those that count
+            tableau = self.tableau(list(items))
+            tableau.load(list(range(len(items))))
+            keep = np.flatnonzero(tableau.swept)
+            fitted, a = fitted[keep], tableau.inverse(keep)
+        b = a @ self.cross[fitted]
+        rows = self.rows(fitted)
+        return fitted, a, b, rows, a @ rows, self.cross - rows.T @ b
+
+    def _opened(self, h: Floats, rows: Floats, r: Floats) -> tuple[Floats, Floats]:
+        """What the fit leaves of each group's Gram block, and of y with each group."""
+        hg, rg = h[:, self._index] * self._real, rows[:, self._index] * self._real
+        return self._blocks - np.moveaxis(hg, 0, 2) @ np.moveaxis(rg, 0, 1), r[self._index] * self._real[:, :, None]
 
     def _group_exchange(
         self, items: Sequence[int], fitted: Ints, a: Floats, b: Floats, h: Floats, rows: Floats, r: Floats
@@ -144,9 +175,19 @@ class SquaresProblem:
             size = len(known & set(self.columns([item]).tolist()))
             inside.append(np.arange(start, start + size))
             start += size
-        hg, rg = h[:, self._index] * self._real, rows[:, self._index] * self._real
-        blocks = self._blocks - np.moveaxis(hg, 0, 2) @ np.moveaxis(rg, 0, 1)
-        return group_swap_gains(hg, a, b, inside, blocks, r[self._index] * self._real[:, :, None], self._most)
+        hg = h[:, self._index] * self._real
+        return group_swap_gains(hg, a, b, inside, *self._opened(h, rows, r), self._most)
+
+
+def _inverse(gram: Floats) -> Floats | None:
+    """The inverse of a Gram matrix, or None where columns depend on each other."""
+    try:
+        factor = np.linalg.cholesky(gram)
+    except np.linalg.LinAlgError:
+        return None
+    if (np.diag(factor) ** 2 <= DEPENDENT * np.diag(gram)).any():
+        return None
+    return np.asarray(cho_solve((factor, True), np.eye(len(gram))))
 
 
 class SubsetSearch:
@@ -168,12 +209,13 @@ class SubsetSearch:
         self._low = max(0, first - LEAST_REACH - int(REACH * first))
         gains = problem.first_gains()
         order = np.argsort(-gains, kind="stable")
-        wide = min(problem.n_items, max(LEAST, WIDTH * self.top))
+        wide = min(problem.n_items, max(LEAST, WIDTH * self.top, problem.n_items // 25))
         self.working = [int(i) for i in order[:wide]]
         known = set(self.working)
         self.working += sorted({int(i) for items in (start or {}).values() for i in items} - known)
         self.tableau = problem.tableau(self.working)
         self.best: dict[int, tuple[float, tuple[int, ...]]] = {}  # size -> loss, items by working number
+        self._certified: dict[int, tuple[int, ...]] = {}  # supports that no single exchange improves
         self.exchanges = 0
         self._least = GAIN * problem.square
         number = {item: i for i, item in enumerate(self.working)}
@@ -193,7 +235,7 @@ class SubsetSearch:
             if self._widen():
                 continue
             before = sum(self.best[k][0] for k in self.sizes)
-            self._passes(range(self._low, self.top + 1))
+            self._passes()
             if sum(self.best[k][0] for k in self.sizes) >= before:
                 break
         return {k: Found(tuple(sorted(self.working[i] for i in self.best[k][1])), self.best[k][0]) for k in self.sizes}
@@ -231,15 +273,15 @@ class SubsetSearch:
             self.tableau.load(list(items))
         return better
 
-    def _passes(self, sizes: range) -> None:
+    def _passes(self) -> None:
         """Up through the sizes and down again while some size of interest improves."""
         wanted = set(self.sizes)
         for _ in range(PASSES):
             improved = False
-            while len(self.tableau.items) < sizes[-1]:
+            while len(self.tableau.items) < self.top:
                 self._grow()
                 improved |= self._visit() and len(self.tableau.items) in wanted
-            while len(self.tableau.items) > sizes[0]:
+            while len(self.tableau.items) > self._low:
                 self._shrink()
                 improved |= self._visit() and len(self.tableau.items) in wanted
             if not improved:
@@ -248,25 +290,35 @@ class SubsetSearch:
     def _widen(self) -> bool:
         """Compare the supports of interest with all columns; whether any column joined the working set."""
         gaining: dict[int, float] = {}
+        improvable = []
         for size in self.sizes:
-            if 0 < size < self.problem.n_items:
-                gains = self.problem.exchange_gains([self.working[i] for i in self.best[size][1]])
-                most = min(8 + size, len(gains))
-                top = np.argpartition(-gains, most - 1)[:most]
-                for item in top[gains[top] > self._least]:
-                    gaining[int(item)] = max(gaining.get(int(item), 0.0), float(gains[item]))
-        if not gaining:
-            return False
+            items = self.best[size][1]
+            if not 0 < size < self.problem.n_items or self._certified.get(size) == items:
+                continue
+            gains = self.problem.exchange_gains([self.working[i] for i in items])
+            most = min(8 + size, len(gains))
+            top = np.argpartition(-gains, most - 1)[:most]
+            top = top[gains[top] > self._least]
+            if not len(top):
+                self._certified[size] = items
+                continue
+            improvable.append(size)
+            for item in top:
+                gaining[int(item)] = max(gaining.get(int(item), 0.0), float(gains[item]))
+        self._work_on(improvable, gaining)
+        return bool(improvable)
+
+    def _work_on(self, sizes: list[int], gaining: dict[int, float]) -> None:
+        """Take the columns that gain most into the working set, and improve the supports of some sizes with them."""
         for item in set(gaining) & set(self.working):
             del gaining[item]
         if gaining:
             self.working += sorted(gaining, key=lambda item: -gaining[item])[: max(LEAST, 2 * self.top)]
             self.tableau = self.problem.tableau(self.working)
-        for size in self.sizes:
+        for size in sizes:
             self.tableau.load(list(self.best[size][1]))
             self._descend(len(self.working))
             self._visit()
-        return True
 
 
 def best_subsets(

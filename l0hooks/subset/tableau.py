@@ -11,7 +11,6 @@ from l0hooks.subset.design import Floats, Ints
 DEPENDENT = 1e-9  # a column with less than this part of its variance left is a combination of the others
 STALE = 400  # pivots after which the tableau is formed again, against the growth of rounding
 
-Bools = NDArray[np.bool_]
 
 
 def quotient(numerator: Floats, left: Floats, whole: Floats) -> Floats:
@@ -99,6 +98,17 @@ class Tableau:
 
     def load(self, items: list[int]) -> None:
         """Make ``items`` the support."""
+        gone, new = set(self.items) - set(items), set(items) - set(self.items)
+        if len(gone) + len(new) < len(items) and self._pivots <= STALE:
+            for item in gone:
+                self.leave(item)
+            for item in new:
+                self.enter(item)
+            self.items = list(items)
+        else:
+            self._form(items)
+
+    def _form(self, items: list[int]) -> None:
         self._t = self._start.copy()
         self.items, self._pivots = [], 0
         self.swept[:] = False
@@ -122,7 +132,7 @@ class Tableau:
 
     def _refresh(self) -> None:
         if self._pivots > STALE:
-            self.load(list(self.items))
+            self._form(list(self.items))
 
     def swap(self, out: int, item: int) -> None:
         self.leave(out)
@@ -148,9 +158,9 @@ class Tableau:
         items = np.array(self.items, dtype=np.int64)
         return np.where(self.swept[items, None], self._t[items, self.m :], 0.0)
 
-    def inverse(self, columns: Ints) -> tuple[Floats, Floats]:
-        """(X̃ᵀX̃)⁻¹ over the fitted columns, and their coefficients."""
-        return -self._t[np.ix_(columns, columns)], self._t[columns, self.m :]
+    def inverse(self, columns: Ints) -> Floats:
+        """(X̃ᵀX̃)⁻¹ over the fitted columns."""
+        return -self._t[np.ix_(columns, columns)]
 
     def add_gains(self) -> Floats:
         """The fall of the loss for each item that would enter; 0 inside the support, shape (m,)."""
