@@ -14,7 +14,7 @@ from l0hooks.subset.design import Floats
 FLOOR = 1e-9  # ridge on standardised coefficients: an optimum exists for separable data too, and moves no other
 NEWTON_STEPS = 100
 HALVINGS = 40
-DECREMENT = 1e-12  # a Newton step that promises less than this part of the loss ends the fit
+DECREMENT = 1e-10  # a Newton step that promises less than this part of the loss ends the fit
 LIGHTEST = 1e-10  # curvatures below this count as this
 
 
@@ -184,16 +184,17 @@ class NewtonFit:
             step, decrement = self._step(full, eta, theta, penalty)
             size, along = 1.0, full @ step
             trial = self._objective(eta - along, theta - step, penalty)
-            for _ in range(HALVINGS):
+            last = decrement <= DECREMENT * max(value, DECREMENT)  # so near that rounding would judge the step
+            for _ in range(0 if last else HALVINGS):
                 if trial <= value - 1e-4 * size * decrement:
                     break
                 size /= 2
                 trial = self._objective(eta - size * along, theta - size * step, penalty)
-            if not trial < value:
+            if not (last or trial < value):
                 break
             theta, value = theta - size * step, trial
             eta = full @ theta
-            if decrement <= DECREMENT * max(value, DECREMENT):
+            if last:
                 break
         offset = theta[0] if self.intercept else np.zeros(self.c)
         return Fit(theta[1:] if self.intercept else theta, offset, eta, value, steps)
