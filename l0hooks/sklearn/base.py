@@ -27,10 +27,11 @@ from l0hooks.subset.design import Floats, Ints
 from l0hooks.subset.path import Subset, SubsetPath
 
 try:
-    from sklearn.utils.validation import validate_data  # type: ignore[import-untyped]
+    from sklearn.utils.validation import validate_data as checked_data
 except ImportError:  # scikit-learn before 1.6
 
-    def validate_data(estimator: Any, *data: Any, **options: Any) -> Any:
+    def checked_data(estimator: Any, *data: Any, **options: Any) -> Any:
+        """X, or X and y, as arrays that fit the estimator."""
         return estimator._validate_data(*data, **options)
 
 
@@ -150,7 +151,9 @@ class L0LinearModel(BaseEstimator):  # type: ignore[misc]  # scikit-learn has no
             return check_cv(self.cv, strata, classifier=strata is not None)
         if n < 2:
             where = type(self).__name__
-            raise InvalidValueError(explain(where, "cross-validation needs samples.", expected=">= 2", got=n))
+            raise InvalidValueError(
+                explain(where, "cross-validation needs samples.", expected=">= 2", got=f"n_samples={n}")
+            )
         if strata is not None and np.bincount(strata).min() >= 2:
             least = int(np.bincount(strata).min())
             return StratifiedKFold(max(2, min(self.cv, least)), shuffle=True, random_state=self.random_state)
@@ -159,8 +162,8 @@ class L0LinearModel(BaseEstimator):  # type: ignore[misc]  # scikit-learn has no
     def _predictor(self, x: Any) -> Floats:
         """x·coef + intercept, shape (n,) or (n, outputs)."""
         check_is_fitted(self)
-        x = validate_data(self, x, accept_sparse=FORMATS, dtype=(np.float64, np.float32), reset=False)
-        return np.asarray(x @ self.coef_.T) + self.intercept_
+        x = checked_data(self, x, accept_sparse=FORMATS, dtype=(np.float64, np.float32), reset=False)
+        return np.asarray(x @ self.coef_.T + self.intercept_)
 
 
 def _whole(value: Any) -> bool:

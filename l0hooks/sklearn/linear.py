@@ -14,7 +14,7 @@ from sklearn.exceptions import ConvergenceWarning  # type: ignore[import-untyped
 from sklearn.utils.multiclass import check_classification_targets  # type: ignore[import-untyped]
 
 from l0hooks.errors import InvalidValueError, explain
-from l0hooks.sklearn.base import FORMATS, L0LinearModel, validate_data
+from l0hooks.sklearn.base import FORMATS, L0LinearModel, checked_data
 from l0hooks.subset.choice import Task
 from l0hooks.subset.design import Floats
 
@@ -139,7 +139,7 @@ class L0Regressor(RegressorMixin, L0LinearModel):  # type: ignore[misc]  # sciki
         if self.loss not in ("squared", "poisson"):
             must = "loss must be one of the two."
             raise InvalidValueError(explain("L0Regressor", must, expected='"squared" or "poisson"', got=self.loss))
-        X, y = validate_data(  # noqa: N806
+        X, y = checked_data(  # noqa: N806
             self, X, y, accept_sparse=FORMATS, dtype=(np.float64, np.float32), y_numeric=True
         )
         weight = self._weights(X, sample_weight)
@@ -243,7 +243,7 @@ class L0Classifier(ClassifierMixin, L0LinearModel):  # type: ignore[misc]
             If a parameter or the weights are outside their range, or there is only one class.
         """
         self._check_parameters()
-        X, y = validate_data(self, X, y, accept_sparse=FORMATS, dtype=(np.float64, np.float32))  # noqa: N806
+        X, y = checked_data(self, X, y, accept_sparse=FORMATS, dtype=(np.float64, np.float32))  # noqa: N806
         check_classification_targets(y)
         weight = self._weights(X, sample_weight)
         classes, code = np.unique(y, return_inverse=True)

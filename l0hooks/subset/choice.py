@@ -91,18 +91,18 @@ def fit_path(
 
 
 def ebic_gamma(n: float, n_items: int) -> float:
-    """max(0, 1 − log n/(2 log p)): the least γ with which EBIC is consistent, 0 (BIC) while p ≤ √n.
+    """max(0, 1 − ¾ log n/(2 log p)): a quarter of the way from the least γ with which EBIC is consistent to 1.
 
     Examples
     --------
     >>> round(ebic_gamma(500, 1000), 3), ebic_gamma(500, 10)
-    (0.55, 0.0)
+    (0.663, 0.0)
 
     References
     ----------
     Chen & Chen (2008), Biometrika 95(3), section 3.
     """
-    return float(max(0.0, 1 - np.log(max(n, 2.0)) / (2 * np.log(max(n_items, 2)))))
+    return float(max(0.0, 1 - 0.375 * np.log(max(n, 2.0)) / np.log(max(n_items, 2))))
 
 
 def with_ebic(path: SubsetPath, task: Task, total: float, gamma: float | None = None) -> SubsetPath:
@@ -144,10 +144,8 @@ def held_out(path: SubsetPath, x: Any, y: Floats, sample_weight: Floats | None, 
     for i, subset in enumerate(path):
         columns = np.flatnonzero(subset.support)
         eta = np.asarray(x[:, columns] @ subset.coef[:, columns].T) + subset.intercept
-        if task.loss == "squared":
-            value = (target - eta)[:, 0] ** 2 / 2
-        else:
-            value = LOSSES[task.loss].value(eta, target)
+        squared = task.loss == "squared"
+        value = (target - eta)[:, 0] ** 2 / 2 if squared else LOSSES[task.loss].value(eta, target)
         losses[i] = weight @ value / mass if mass else 0.0
     return losses, mass
 

@@ -103,14 +103,14 @@ class Design:
         if self.sparse:
             return np.asarray(self.x.power(2).T @ weight)
         if self.weight is None:
-            return np.einsum("ij,ij->j", self.x, self.x)
-        return np.einsum("ij,ij,i->j", self.x, self.x, weight)
+            return np.asarray(np.einsum("ij,ij->j", self.x, self.x))
+        return np.asarray(np.einsum("ij,ij,i->j", self.x, self.x, weight))
 
     def _transposed_times(self, v: Floats) -> Floats:
         return np.asarray(self.x.T @ v)
 
     def _columns(self, columns: Ints) -> Floats:
-        return self._csc[:, columns].toarray() if self.sparse else self.x[:, columns]
+        return np.asarray(self._csc[:, columns].toarray() if self.sparse else self.x[:, columns])
 
     def weighted(self, v: Floats) -> Floats:
         """``v`` with rows scaled so that sums over rows are means over samples."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from itertools import pairwise
 
 import numpy as np
 
@@ -68,9 +69,7 @@ class GlmSearch:
         curvature = np.maximum(self.loss.curvature(fit.eta), LIGHTEST)
         response = fit.eta + (self.y - self.loss.mean(fit.eta)) / curvature[:, None]
         mean = float(self.weight @ curvature)
-        return SquaresProblem(
-            self.design.reweighted(curvature), response, alpha=self.alpha / mean, groups=self.groups
-        )
+        return SquaresProblem(self.design.reweighted(curvature), response, alpha=self.alpha / mean, groups=self.groups)
 
     def improve(self, items: Items) -> Items:
         """Exchanges from ``items`` until neither the model nor a single exchange it likes is better."""
@@ -109,9 +108,9 @@ class GlmSearch:
         """The best items found for each size; each size also starts from its neighbours' supports."""
         wanted = sorted(set(sizes))
         found = {k: self.improve(f.items) for k, f in best_subsets(self.model(self.null), wanted).items()}
-        for low, high in zip(wanted[:-1], wanted[1:], strict=True):
+        for low, high in pairwise(wanted):
             self._keep(found, high, self._resized(found[low], high))
-        for low, high in zip(reversed(wanted[:-1]), reversed(wanted[1:]), strict=True):
+        for low, high in reversed(list(pairwise(wanted))):
             self._keep(found, low, self._resized(found[high], low))
         return found
 

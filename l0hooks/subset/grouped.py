@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 
 from l0hooks.subset.design import Floats, Ints
@@ -118,7 +120,7 @@ class GroupTableau(Tableau):
         fitted = [g[self.swept[g]] for g in (self.groups[i] for i in self.items)]
         ends = np.cumsum([0] + [len(f) for f in fitted])
         return np.concatenate([np.zeros(0, np.int64), *fitted]), [
-            np.arange(start, stop) for start, stop in zip(ends[:-1], ends[1:], strict=True)
+            np.arange(start, stop) for start, stop in pairwise(ends)
         ]
 
     def drop_costs(self) -> Floats:

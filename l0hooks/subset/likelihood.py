@@ -129,7 +129,7 @@ class Poisson:
 
 @dataclass(frozen=True)
 class Fit:
-    """A fit on some columns: coefficients (s, c), intercepts (c,), predictor (n, c), mean loss with the ridge, steps."""
+    """A fit on some columns: coefficients, intercepts, linear predictor, mean loss with the ridge, Newton steps."""
 
     b: Floats
     offset: Floats
@@ -180,7 +180,8 @@ class NewtonFit:
         eta = full @ theta
         value = self._objective(eta, theta, penalty)
         steps = 0
-        for steps in range(1, NEWTON_STEPS + 1):
+        for _ in range(NEWTON_STEPS):
+            steps += 1
             step, decrement = self._step(full, eta, theta, penalty)
             size, along = 1.0, full @ step
             trial = self._objective(eta - along, theta - step, penalty)
@@ -196,6 +197,9 @@ class NewtonFit:
             eta = full @ theta
             if last:
                 break
+        if self.loss.constraints:  # what all outputs share does not matter: none is left
+            theta = theta - theta.mean(1, keepdims=True)
+            eta = full @ theta
         offset = theta[0] if self.intercept else np.zeros(self.c)
         return Fit(theta[1:] if self.intercept else theta, offset, eta, value, steps)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 from scipy.linalg import cho_solve
@@ -48,9 +49,7 @@ class SquaresProblem:
         The columns of each item; without it every column is an item.
     """
 
-    def __init__(
-        self, design: Design, y: Floats, *, alpha: float = 0.0, groups: Sequence[Ints] | None = None
-    ) -> None:
+    def __init__(self, design: Design, y: Floats, *, alpha: float = 0.0, groups: Sequence[Ints] | None = None) -> None:
         self.design, self.alpha = design, alpha
         self.groups = None if groups is None else list(groups)
         self.n_items = design.p if self.groups is None else len(self.groups)
@@ -82,7 +81,7 @@ class SquaresProblem:
     def gram(self, columns: Ints) -> Floats:
         """The Gram matrix of a few columns, with the ridge."""
         if (self._row_of[columns] >= 0).all():
-            gram = self._rows[np.ix_(self._row_of[columns], columns)]
+            gram = np.asarray(self._rows[np.ix_(self._row_of[columns], columns)])
         else:
             gram = self.design.gram(columns, columns)
         gram[np.arange(len(columns)), np.arange(len(columns))] = self.whole[columns]
@@ -107,7 +106,7 @@ class SquaresProblem:
         if self.groups is None:
             return Tableau(gram, cross, self.square)
         ends = np.cumsum([0] + [len(self.groups[i]) for i in items])
-        local = [np.arange(start, stop) for start, stop in zip(ends[:-1], ends[1:], strict=True)]
+        local = [np.arange(start, stop) for start, stop in pairwise(ends)]
         return GroupTableau(gram, cross, self.square, local)
 
     def first_gains(self) -> Floats:

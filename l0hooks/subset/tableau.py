@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import numpy as np
-from numpy.typing import NDArray
 from scipy.linalg import blas
 
 from l0hooks.subset.design import Floats, Ints
 
 DEPENDENT = 1e-9  # a column with less than this part of its variance left is a combination of the others
 STALE = 400  # pivots after which the tableau is formed again, against the growth of rounding
-
 
 
 def quotient(numerator: Floats, left: Floats, whole: Floats) -> Floats:
