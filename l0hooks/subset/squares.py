@@ -19,7 +19,7 @@ from l0hooks.subset.tableau import DEPENDENT, Tableau, quotient, swap_gains
 
 GAIN = 1e-9  # an exchange counts if it gains this part of yᵀy
 WIDTH = 2  # columns of the first working set for each item of the largest support
-LEAST = 48  # and its least size
+LEAST, MOST = 48, 200  # its least size, and the most that the number of columns alone makes it
 REACH, LEAST_REACH = 0.25, 3  # how far beyond the sizes of interest the passes go
 TINY = 1e-300
 LOOK = 24  # columns that are tried in exchanges before all are
@@ -208,7 +208,7 @@ class SubsetSearch:
         self._low = max(0, first - LEAST_REACH - int(REACH * first))
         gains = problem.first_gains()
         order = np.argsort(-gains, kind="stable")
-        wide = min(problem.n_items, max(LEAST, WIDTH * self.top, problem.n_items // 25))
+        wide = min(problem.n_items, max(LEAST, WIDTH * self.top, min(problem.n_items // 25, MOST)))
         self.working = [int(i) for i in order[:wide]]
         known = set(self.working)
         self.working += sorted({int(i) for items in (start or {}).values() for i in items} - known)

@@ -170,8 +170,8 @@ class Tableau:
     def drop_costs(self) -> Floats:
         """The rise of the loss for each item of the support that would leave, shape (s,)."""
         items = np.array(self.items, dtype=np.int64)
-        b = self._t[items, self.m :]
-        return np.where(self.swept[items], (b * b).sum(1) / -self._t[items, items], 0.0)
+        b, swept = self._t[items, self.m :], self.swept[items]
+        return np.where(swept, (b * b).sum(1) / np.where(swept, -self._t[items, items], 1.0), 0.0)
 
     def best_swap(self, most: int) -> tuple[float, int, int]:
         """The best gain, the item that leaves and the one that enters, among the ``most`` that add the most.
