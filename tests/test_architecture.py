@@ -30,8 +30,8 @@ STRUCTURE = {
     **{"declare": 4, "surgery": 4, "rewrite": 5, "__init__": 5},
 }
 SUBSET = {
-    **{"__init__": 0, "design": 0, "likelihood": 1, "tableau": 1, "path": 1, "grouped": 2, "squares": 3},
-    **{"refit": 4, "glm": 5, "choice": 6},
+    **{"__init__": 0, "design": 0, "likelihood": 1, "tableau": 1, "path": 1, "grouped": 2, "problem": 3},
+    **{"squares": 4, "refit": 5, "glm": 6, "choice": 7},
 }
 PACKAGES = {
     "structure": STRUCTURE,

@@ -35,6 +35,8 @@ except ImportError:  # scikit-learn before 1.6
         return estimator._validate_data(*data, **options)
 
 
+__all__ = ["FORMATS", "L0LinearModel", "checked_data"]
+
 FORMATS = ("csr", "csc")
 SOLVERS = {
     "squared": "forward and backward passes with exact exchanges",

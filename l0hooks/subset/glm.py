@@ -10,8 +10,9 @@ import numpy as np
 from l0hooks.subset.design import Design, Floats, Ints
 from l0hooks.subset.likelihood import LIGHTEST, Fit, Loss, NewtonFit
 from l0hooks.subset.path import Subset, SubsetPath
+from l0hooks.subset.problem import SquaresProblem
 from l0hooks.subset.refit import on_columns
-from l0hooks.subset.squares import SquaresProblem, best_subsets
+from l0hooks.subset.squares import best_subsets
 
 MODELS = 25  # quadratic models for one size
 TRIES = 6  # single exchanges that are tried exactly when the model's own optimum is no better

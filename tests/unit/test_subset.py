@@ -13,7 +13,8 @@ from l0hooks.errors import InvalidValueError
 from l0hooks.subset.choice import Task, ebic_gamma, fit_path, largest_size, with_ebic, with_price
 from l0hooks.subset.design import Design
 from l0hooks.subset.path import smallest
-from l0hooks.subset.squares import SquaresProblem, SubsetSearch
+from l0hooks.subset.problem import SquaresProblem
+from l0hooks.subset.squares import SubsetSearch
 from l0hooks.subset.tableau import Tableau
 
 FORMATS = ["csr", "csc", "coo", "lil", "dok", "bsr", "dia"]
