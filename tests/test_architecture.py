@@ -11,7 +11,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 FLOORS = {
     0: ["errors"],
-    1: ["hard_concrete", "layers", "noise", "schedules", "extras", "rows", "quadratics"],
+    1: ["hard_concrete", "layers", "noise", "schedules", "extras", "rows", "quadratics", "subset"],
     2: ["distribution", "families", "fused", "stepping", "tracing"],
     3: ["structure", "gate", "comparison", "constants"],
     4: ["spec", "weights", "optim"],
@@ -20,7 +20,7 @@ FLOORS = {
     7: ["summary", "shrink", "sizes", "planning", "control"],
     8: ["folding", "serial", "shift", "measures", "plots"],
     9: ["export", "budget", "track"],
-    10: ["lagrangian", "integrations"],
+    10: ["lagrangian", "integrations", "sklearn"],
     11: ["budgeting"],
     12: ["attach", "items"],
     13: ["selection"],
@@ -31,7 +31,16 @@ STRUCTURE = {
     **{"labels": 0, "ties": 0, "roles": 0, "failure": 0, "rules": 1, "trace": 2, "groups": 3},
     **{"declare": 4, "surgery": 4, "rewrite": 5, "__init__": 5},
 }
-PACKAGES = {"structure": STRUCTURE, "integrations": {"steps": 0, "transformers": 1, "lightning": 1, "__init__": 0}}
+SUBSET = {
+    **{"__init__": 0, "design": 0, "likelihood": 1, "tableau": 1, "path": 1, "grouped": 2, "problem": 3},
+    **{"squares": 4, "refit": 5, "glm": 6, "choice": 7},
+}
+PACKAGES = {
+    "structure": STRUCTURE,
+    "integrations": {"steps": 0, "transformers": 1, "lightning": 1, "__init__": 0},
+    "subset": SUBSET,
+    "sklearn": {"base": 0, "linear": 1, "__init__": 2},
+}
 FLOOR_OF = {room: floor for floor, rooms in FLOORS.items() for room in rooms}
 
 

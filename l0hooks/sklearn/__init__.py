@@ -1,0 +1,9 @@
+"""Estimators with exactly k features, for scikit-learn's pipelines (extra ``sklearn``)."""
+
+from l0hooks.extras import import_extra
+
+import_extra("sklearn", extra="sklearn", where="l0hooks.sklearn")
+
+from l0hooks.sklearn.linear import L0Classifier, L0Regressor  # noqa: E402  only once scikit-learn is there
+
+__all__ = ["L0Classifier", "L0Regressor"]

@@ -1,0 +1,169 @@
+"""Least squares on a support, and what each change of it would gain, against all columns of a design."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from itertools import pairwise
+
+import numpy as np
+from scipy.linalg import cho_solve
+
+from l0hooks.subset.design import Design, Floats, Ints
+from l0hooks.subset.grouped import GroupTableau, block_gains, group_swap_gains, pad
+from l0hooks.subset.tableau import DEPENDENT, Tableau, quotient, swap_gains
+
+TINY = 1e-300
+
+
+class SquaresProblem:
+    """minimise mean (y − x̃b)² + alpha Σ (bⱼ/σⱼ)² over supports of a given size.
+
+    Parameters
+    ----------
+    design : Design
+    y : float64 array, shape (n, c)
+        Rows as in ``design.rows``; squares are summed over the c responses.
+    alpha : float, >= 0
+        Ridge on the coefficients of the unscaled columns.
+    groups : sequence of int64 array, optional
+        The columns of each item; without it every column is an item.
+    """
+
+    def __init__(self, design: Design, y: Floats, *, alpha: float = 0.0, groups: Sequence[Ints] | None = None) -> None:
+        self.design, self.alpha = design, alpha
+        self.groups = None if groups is None else list(groups)
+        self.n_items = design.p if self.groups is None else len(self.groups)
+        centred = y - design.average(y) if design.center else y
+        self.cross = design.cross(centred)
+        self.square = float(design.average(centred * centred).sum())
+        self.ridge = alpha / design.scale**2
+        self.whole = design.usable + self.ridge
+        self._row_of = np.full(design.p, -1)
+        self._rows = np.empty((0, design.p))
+        self._count = 0
+        if self.groups is not None:
+            self._prepare_groups(self.groups)
+
+    def _prepare_groups(self, groups: list[Ints]) -> None:
+        self._index, self._real = pad(groups)
+        width = self._index.shape[1]
+        self._blocks = np.zeros((len(groups), width, width))
+        for g, columns in enumerate(groups):
+            self._blocks[g, : len(columns), : len(columns)] = self.gram(columns)
+        self._most = (self.whole[self._index] * self._real).max(1)
+
+    def columns(self, items: Iterable[int]) -> Ints:
+        """The columns of some items, in their order."""
+        if self.groups is None:
+            return np.fromiter(items, dtype=np.int64)
+        return np.concatenate([np.zeros(0, np.int64), *(self.groups[i] for i in items)])
+
+    def gram(self, columns: Ints) -> Floats:
+        """The Gram matrix of a few columns, with the ridge."""
+        if (self._row_of[columns] >= 0).all():
+            gram = np.asarray(self._rows[np.ix_(self._row_of[columns], columns)])
+        else:
+            gram = self.design.gram(columns, columns)
+        gram[np.arange(len(columns)), np.arange(len(columns))] = self.whole[columns]
+        return gram
+
+    def rows(self, columns: Ints) -> Floats:
+        """Rows of the Gram matrix against all columns, each computed once."""
+        new = columns[self._row_of[columns] < 0]
+        if len(new):
+            need = self._count + len(new)
+            if need > len(self._rows):
+                self._rows = np.concatenate([self._rows[: self._count], np.empty((need, self.design.p))])
+            self._rows[self._count : need] = self.design.gram(new)
+            self._row_of[new] = np.arange(self._count, need)
+            self._count = need
+        return self._rows[self._row_of[columns]]
+
+    def tableau(self, items: list[int]) -> Tableau:
+        """The tableau over some items, which it numbers in their order."""
+        columns = self.columns(items)
+        gram, cross = self.gram(columns), self.cross[columns]
+        if self.groups is None:
+            return Tableau(gram, cross, self.square)
+        ends = np.cumsum([0] + [len(self.groups[i]) for i in items])
+        local = [np.arange(start, stop) for start, stop in pairwise(ends)]
+        return GroupTableau(gram, cross, self.square, local)
+
+    def first_gains(self) -> Floats:
+        """What each item would gain as the only one, shape (n_items,)."""
+        if self.groups is None:
+            return quotient((self.cross**2).sum(1), self.whole, np.maximum(self.whole, 1.0))
+        return block_gains(self._blocks, self.cross[self._index] * self._real[:, :, None], self._most)
+
+    def exchange_gains(self, items: Sequence[int]) -> Floats:
+        """For each item of the whole problem, the best gain of its entering for one of ``items``, shape (n_items,)."""
+        return np.asarray(self.exchanges(items).max(0))
+
+    def exchanges(self, items: Sequence[int]) -> Floats:
+        """The gain of each exchange, leaving by row, entering by column; −inf for what is inside, not empty.
+
+        An item that is counted and not fitted has no row in its place; one row for all of them stands last.
+        """
+        fitted, a, b, rows, h, r = self._outside(items)
+        if self.groups is None:
+            left = self.whole - np.einsum("ij,ij->j", h, rows)
+            gains = swap_gains(h, left, np.maximum(self.whole, TINY), r, np.diag(a), b)
+            if len(fitted) < len(items):
+                gains = np.vstack([gains, quotient((r * r).sum(1), left, np.maximum(self.whole, TINY))])
+        else:
+            gains = self._group_exchange(items, fitted, a, b, h, rows, r)
+        gains[:, list(items)] = -np.inf
+        return gains
+
+    def add_gains(self, items: Sequence[int]) -> Floats:
+        """What each item of the whole problem would gain by joining ``items``; −inf inside, shape (n_items,)."""
+        _, _, _, rows, h, r = self._outside(items)
+        if self.groups is None:
+            whole = np.maximum(self.whole, TINY)
+            gains = quotient((r * r).sum(1), self.whole - np.einsum("ij,ij->j", h, rows), whole)
+        else:
+            gains = block_gains(*self._opened(h, rows, r), self._most)
+        gains[list(items)] = -np.inf
+        return gains
+
+    def _outside(self, items: Sequence[int]) -> tuple[Ints, Floats, Floats, Floats, Floats, Floats]:
+        """The fitted columns of ``items``, A, b, their Gram rows, A times these, and what y keeps with every column."""
+        fitted = self.columns(items)
+        gram = self.gram(fitted)
+        a = _inverse(gram)
+        if a is None:  # dependent columns: find those that count
+            tableau = self.tableau(list(items))
+            tableau.load(list(range(len(items))))
+            keep = np.flatnonzero(tableau.swept)
+            fitted, a = fitted[keep], tableau.inverse(keep)
+        b = a @ self.cross[fitted]
+        rows = self.rows(fitted)
+        return fitted, a, b, rows, a @ rows, self.cross - rows.T @ b
+
+    def _opened(self, h: Floats, rows: Floats, r: Floats) -> tuple[Floats, Floats]:
+        """What the fit leaves of each group's Gram block, and of y with each group."""
+        hg, rg = h[:, self._index] * self._real, rows[:, self._index] * self._real
+        return self._blocks - np.moveaxis(hg, 0, 2) @ np.moveaxis(rg, 0, 1), r[self._index] * self._real[:, :, None]
+
+    def _group_exchange(
+        self, items: Sequence[int], fitted: Ints, a: Floats, b: Floats, h: Floats, rows: Floats, r: Floats
+    ) -> Floats:
+        inside, start = [], 0
+        known = set(fitted.tolist())
+        for item in items:
+            size = len(known & set(self.columns([item]).tolist()))
+            inside.append(np.arange(start, start + size))
+            start += size
+        hg = h[:, self._index] * self._real
+        return group_swap_gains(hg, a, b, inside, *self._opened(h, rows, r), self._most)
+
+
+def _inverse(gram: Floats) -> Floats | None:
+    """The inverse of a Gram matrix, or None where columns depend on each other."""
+    try:
+        factor = np.linalg.cholesky(gram)
+    except np.linalg.LinAlgError:
+        return None
+    if (np.diag(factor) ** 2 <= DEPENDENT * np.diag(gram)).any():
+        return None
+    return np.asarray(cho_solve((factor, True), np.eye(len(gram))))

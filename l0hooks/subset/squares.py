@@ -1,0 +1,187 @@
+"""Best subsets for (ridge) least squares: forward and backward passes with every exchange in closed form.
+
+The search runs on a working set of columns, where a step costs microseconds. Its result is then compared with every
+column of the design; those that would gain join the working set, until none does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from l0hooks.subset.problem import SquaresProblem
+
+GAIN = 1e-9  # an exchange counts if it gains this part of yᵀy
+WIDTH = 2  # columns of the first working set for each item of the largest support
+LEAST, MOST = 48, 200  # its least size, and the most that the number of columns alone makes it
+REACH, LEAST_REACH = 0.25, 3  # how far beyond the sizes of interest the passes go
+LOOK = 24  # columns that are tried in exchanges before all are
+PASSES = 3  # up and down through the sizes, while it helps
+ROUNDS = 12  # comparisons with all columns
+
+
+@dataclass(frozen=True)
+class Found:
+    """A support, and the residual square of its fit as the search saw it."""
+
+    items: tuple[int, ...]
+    loss: float
+
+
+class SubsetSearch:
+    """The best supports found so far for sizes of one problem, and the ways to improve them.
+
+    Parameters
+    ----------
+    problem : SquaresProblem
+    sizes : iterable of int, each from 0 to ``problem.n_items``
+    start : mapping size -> items, optional
+        Supports to begin from.
+    """
+
+    def __init__(self, problem: SquaresProblem, sizes: Iterable[int], start: dict[int, Sequence[int]] | None = None):
+        self.problem = problem
+        self.sizes = sorted(set(sizes))
+        first, last = self.sizes[0], self.sizes[-1]
+        self.top = min(problem.n_items, last + LEAST_REACH + int(REACH * last))
+        self._low = max(0, first - LEAST_REACH - int(REACH * first))
+        gains = problem.first_gains()
+        order = np.argsort(-gains, kind="stable")
+        wide = min(problem.n_items, max(LEAST, WIDTH * self.top, min(problem.n_items // 25, MOST)))
+        self.working = [int(i) for i in order[:wide]]
+        known = set(self.working)
+        self.working += sorted({int(i) for items in (start or {}).values() for i in items} - known)
+        self.tableau = problem.tableau(self.working)
+        self.best: dict[int, tuple[float, tuple[int, ...]]] = {}  # size -> loss, items by working number
+        self._certified: dict[int, tuple[int, ...]] = {}  # supports that no single exchange improves
+        self.exchanges = 0
+        self._least = GAIN * problem.square
+        number = {item: i for i, item in enumerate(self.working)}
+        for items in (start or {}).values():
+            self.tableau.load([number[int(i)] for i in items])
+            self._descend()
+            self._record()
+
+    def run(self) -> dict[int, Found]:
+        """Passes on the working set, then comparison with every column, until nothing gains."""
+        for size in range(self.sizes[-1] + 1):
+            if size in self.sizes:
+                self._visit()
+            if size < self.sizes[-1]:
+                self._grow()
+        for _ in range(ROUNDS):
+            if self._widen():
+                continue
+            before = sum(self.best[k][0] for k in self.sizes)
+            self._passes()
+            if sum(self.best[k][0] for k in self.sizes) >= before:
+                break
+        return {k: Found(tuple(sorted(self.working[i] for i in self.best[k][1])), self.best[k][0]) for k in self.sizes}
+
+    def _record(self) -> bool:
+        size, loss = len(self.tableau.items), self.tableau.loss
+        if size in self.best and loss >= self.best[size][0] - self._least:
+            return False
+        self.best[size] = (loss, tuple(self.tableau.items))
+        return True
+
+    def _descend(self, most: int = LOOK) -> None:
+        """Exchanges, the steepest first, until none gains."""
+        while 0 < len(self.tableau.items) < len(self.working):
+            gain, out, item = self.tableau.best_swap(most)
+            if gain <= self._least:
+                return
+            self.tableau.swap(out, item)
+            self.exchanges += 1
+
+    def _grow(self) -> None:
+        gains = self.tableau.add_gains()
+        gains[self.tableau.items] = -1
+        self.tableau.enter(int(gains.argmax()))
+
+    def _shrink(self) -> None:
+        self.tableau.leave(self.tableau.items[int(self.tableau.drop_costs().argmin())])
+
+    def _visit(self) -> bool:
+        """Improve what the tableau holds, and go on from the better of it and what was known at this size."""
+        self._descend()
+        better = self._record()
+        loss, items = self.best[len(self.tableau.items)]
+        if loss < self.tableau.loss - self._least:
+            self.tableau.load(list(items))
+        return better
+
+    def _passes(self) -> None:
+        """Up through the sizes and down again while some size of interest improves."""
+        wanted = set(self.sizes)
+        for _ in range(PASSES):
+            improved = False
+            while len(self.tableau.items) < self.top:
+                self._grow()
+                improved |= self._visit() and len(self.tableau.items) in wanted
+            while len(self.tableau.items) > self._low:
+                self._shrink()
+                improved |= self._visit() and len(self.tableau.items) in wanted
+            if not improved:
+                return
+
+    def _widen(self) -> bool:
+        """Compare the supports of interest with all columns; whether any column joined the working set."""
+        gaining: dict[int, float] = {}
+        improvable = []
+        for size in self.sizes:
+            items = self.best[size][1]
+            if not 0 < size < self.problem.n_items or self._certified.get(size) == items:
+                continue
+            gains = self.problem.exchange_gains([self.working[i] for i in items])
+            most = min(8 + size, len(gains))
+            top = np.argpartition(-gains, most - 1)[:most]
+            top = top[gains[top] > self._least]
+            if not len(top):
+                self._certified[size] = items
+                continue
+            improvable.append(size)
+            for item in top:
+                gaining[int(item)] = max(gaining.get(int(item), 0.0), float(gains[item]))
+        self._work_on(improvable, gaining)
+        return bool(improvable)
+
+    def _work_on(self, sizes: list[int], gaining: dict[int, float]) -> None:
+        """Take the columns that gain most into the working set, and improve the supports of some sizes with them."""
+        for item in set(gaining) & set(self.working):
+            del gaining[item]
+        if gaining:
+            self.working += sorted(gaining, key=lambda item: -gaining[item])[: max(LEAST, 2 * self.top)]
+            self.tableau = self.problem.tableau(self.working)
+        for size in sizes:
+            self.tableau.load(list(self.best[size][1]))
+            self._descend(len(self.working))
+            self._visit()
+
+
+def best_subsets(
+    problem: SquaresProblem, sizes: Iterable[int], start: dict[int, Sequence[int]] | None = None
+) -> dict[int, Found]:
+    """For each size the best support found: no single exchange with any column improves it.
+
+    Parameters
+    ----------
+    problem : SquaresProblem
+    sizes : iterable of int, each from 0 to ``problem.n_items``
+    start : mapping size -> items, optional
+
+    Returns
+    -------
+    dict, size -> Found
+
+    Examples
+    --------
+    >>> from l0hooks.subset.design import Design
+    >>> x = np.random.default_rng(0).normal(size=(50, 8))
+    >>> problem = SquaresProblem(Design(x), (x[:, [2]] - x[:, [5]]))
+    >>> best_subsets(problem, [2])[2].items
+    (2, 5)
+    """
+    return SubsetSearch(problem, sizes, start).run()
