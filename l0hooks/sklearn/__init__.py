@@ -1,7 +1,10 @@
-"""Estimators for scikit-learn; needs the extra ``sklearn``."""
+"""Estimators with exactly k features, for scikit-learn's pipelines (extra ``sklearn``)."""
 
-from __future__ import annotations
+from l0hooks.extras import import_extra
 
-from l0hooks.sklearn.selector import L0FeatureSelector
+import_extra("sklearn", extra="sklearn", where="l0hooks.sklearn")
 
-__all__ = ["L0FeatureSelector"]
+from l0hooks.sklearn.linear import L0Classifier, L0Regressor  # noqa: E402  only once scikit-learn is there
+from l0hooks.sklearn.selector import L0FeatureSelector  # noqa: E402
+
+__all__ = ["L0Classifier", "L0FeatureSelector", "L0Regressor"]

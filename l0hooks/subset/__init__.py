@@ -1,0 +1,1 @@
+"""Best subsets of columns for linear models, on NumPy and SciPy alone."""

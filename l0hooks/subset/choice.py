@@ -1,0 +1,185 @@
+"""Supports of several sizes for one of the four losses, and the size that data choose."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import numpy as np
+
+from l0hooks.subset.design import Design, Floats, Ints
+from l0hooks.subset.glm import glm_path
+from l0hooks.subset.likelihood import Logistic, Loss, Multinomial, Poisson
+from l0hooks.subset.path import SubsetPath, ebic, smallest
+from l0hooks.subset.refit import squares_path
+
+LossName = Literal["squared", "logistic", "multinomial", "poisson"]
+LOSSES: dict[str, Loss] = {"logistic": Logistic(), "multinomial": Multinomial(), "poisson": Poisson()}
+MOST = 100  # sizes that are looked at unless more are asked for
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is fitted, apart from the data.
+
+    Parameters
+    ----------
+    loss : {"squared", "logistic", "multinomial", "poisson"}
+    alpha : float, >= 0
+        Ridge: ``alpha/2`` times the sum of squared coefficients is added to the mean loss.
+    groups : tuple of int64 array, optional
+        The columns of each item.
+    intercept : bool
+    """
+
+    loss: LossName
+    alpha: float = 0.0
+    groups: tuple[Ints, ...] | None = None
+    intercept: bool = True
+
+
+def largest_size(n: float, n_columns: int, groups: Sequence[Ints] | None = None) -> int:
+    """The largest size that is looked at when data choose: about n/(1.5·log p) columns, n/3 or 100 at most.
+
+    Examples
+    --------
+    >>> largest_size(500, 1000), largest_size(500, 8), largest_size(12, 8)
+    (48, 8, 3)
+    """
+    items = n_columns if groups is None else len(groups)
+    rows = n * items / n_columns
+    return max(1, min(items, MOST, int(rows / 3), int(rows / (1.5 * np.log(max(items, 3))))))
+
+
+def fit_path(
+    x: Any, y: Floats, sample_weight: Floats | None, task: Task, sizes: Iterable[int]
+) -> tuple[SubsetPath, int, float]:
+    """The best subset found for each size.
+
+    Parameters
+    ----------
+    x : array or scipy.sparse, shape (n, p)
+    y : float64 array, shape (n,) or, for "multinomial", (n, classes)
+        Counts for "poisson", 0 and 1 for "logistic", unit vectors for "multinomial".
+    sample_weight : float64 array, shape (n,), optional
+    task : Task
+    sizes : iterable of int
+
+    Returns
+    -------
+    path : SubsetPath
+    steps : int
+        Newton steps; 0 for squared loss, which has a closed form.
+    total : float
+        The sum of the weights.
+
+    Examples
+    --------
+    >>> x = np.random.default_rng(0).normal(size=(40, 5))
+    >>> path, steps, total = fit_path(x, 2 * x[:, 3], None, Task("squared"), [1])
+    >>> np.flatnonzero(path[0].support).tolist(), steps, total
+    ([3], 0, 40.0)
+    """
+    design = Design(x, sample_weight, center=task.intercept)
+    target = y[design.rows]
+    if task.loss == "squared":
+        return squares_path(design, target, sizes, alpha=task.alpha, groups=task.groups), 0, design.total
+    matrix = target if target.ndim == 2 else target[:, None]
+    path, steps = glm_path(design, matrix, sizes, LOSSES[task.loss], alpha=task.alpha, groups=task.groups)
+    return path, steps, design.total
+
+
+def ebic_gamma(n: float, n_items: int) -> float:
+    """max(0, 1 − log n/(2 log p)): the least γ with which EBIC is consistent, 0 (BIC) while p ≤ √n.
+
+    Examples
+    --------
+    >>> round(ebic_gamma(500, 1000), 3), ebic_gamma(500, 10)
+    (0.55, 0.0)
+
+    References
+    ----------
+    Chen & Chen (2008), Biometrika 95(3), section 3.
+    """
+    return float(max(0.0, 1 - np.log(max(n, 2.0)) / (2 * np.log(max(n_items, 2)))))
+
+
+def with_ebic(path: SubsetPath, task: Task, total: float, gamma: float | None = None) -> SubsetPath:
+    """The path with EBIC as its criterion.
+
+    Parameters
+    ----------
+    path : SubsetPath
+    task : Task
+    total : float
+        The number of samples.
+    gamma : float, in [0, 1], optional
+        Without it, that of :func:`ebic_gamma`.
+    """
+    items = path[0].support.size if task.groups is None else len(task.groups)
+    parameters = path.support.sum(1)
+    if task.loss == "multinomial":
+        parameters = parameters * (path[0].coef.shape[0] - 1)
+    deviance = np.array([s.deviance for s in path])
+    weight = ebic_gamma(total, items) if gamma is None else gamma
+    values = ebic(deviance, path.k, parameters, total, items, weight)
+    return SubsetPath([replace(s, criterion=float(v)) for s, v in zip(path, values, strict=True)])
+
+
+def held_out(path: SubsetPath, x: Any, y: Floats, sample_weight: Floats | None, task: Task) -> tuple[Floats, float]:
+    """The mean loss of each fit of a path on other data, shape (len,), and the weight of these.
+
+    Parameters
+    ----------
+    path : SubsetPath
+    x, y, sample_weight
+        As for :func:`fit_path`.
+    task : Task
+    """
+    weight = np.ones(len(y)) if sample_weight is None else sample_weight
+    mass = float(weight.sum())
+    losses = np.empty(len(path))
+    target = y if y.ndim == 2 else y[:, None]
+    for i, subset in enumerate(path):
+        columns = np.flatnonzero(subset.support)
+        eta = np.asarray(x[:, columns] @ subset.coef[:, columns].T) + subset.intercept
+        if task.loss == "squared":
+            value = (target - eta)[:, 0] ** 2 / 2
+        else:
+            value = LOSSES[task.loss].value(eta, target)
+        losses[i] = weight @ value / mass if mass else 0.0
+    return losses, mass
+
+
+def with_held_out(path: SubsetPath, folds: Sequence[tuple[Floats, float]]) -> SubsetPath:
+    """The path with the mean held-out loss of the folds as its criterion, and its standard error.
+
+    Parameters
+    ----------
+    path : SubsetPath
+    folds : sequence of (losses, weight)
+        What :func:`held_out` returned for each fold.
+    """
+    losses = np.array([fold for fold, _ in folds])
+    mass = np.array([m for _, m in folds])
+    mean = mass @ losses / mass.sum()
+    error = np.sqrt(mass @ (losses - mean) ** 2 / mass.sum() / max(len(folds) - 1, 1))
+    rows = zip(path, mean, error, strict=True)
+    return SubsetPath([replace(s, criterion=float(m), spread=float(e)) for s, m, e in rows])
+
+
+def chosen(path: SubsetPath, *, one_standard_error: bool = False) -> int:
+    """The place of the least criterion, or of the smallest size within one standard error of it."""
+    return smallest(path.criterion, path.spread if one_standard_error else None)
+
+
+def with_price(path: SubsetPath, l0: float) -> SubsetPath:
+    """The path with loss + ``l0``·k as its criterion.
+
+    Parameters
+    ----------
+    path : SubsetPath
+    l0 : float, >= 0
+    """
+    return SubsetPath([replace(s, criterion=s.loss + l0 * s.k) for s in path])

@@ -1,0 +1,135 @@
+"""Items that are groups of columns: they enter and leave together."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from l0hooks.subset.design import Floats, Ints
+from l0hooks.subset.tableau import DEPENDENT, Tableau
+
+
+def pad(groups: list[Ints]) -> tuple[Ints, Floats]:
+    """Column indices as one rectangle, and 1 where it holds a column, 0 where it is filled up."""
+    width = max(len(g) for g in groups)
+    index = np.zeros((len(groups), width), dtype=np.int64)
+    real = np.zeros((len(groups), width))
+    for i, g in enumerate(groups):
+        index[i, : len(g)] = g
+        real[i, : len(g)] = 1
+    return index, real
+
+
+def block_gains(blocks: Floats, r: Floats, whole: Floats) -> Floats:
+    """trace(rᵀ D⁺ r) for each block D, where directions with nothing left count as 0.
+
+    Parameters
+    ----------
+    blocks : float64 array, shape (g, q, q)
+    r : float64 array, shape (g, q, c)
+    whole : float64 array, shape (g,)
+        The largest diagonal entry before any fit: the measure of nothing.
+    """
+    if blocks.shape[1] == 1:
+        values, along = blocks[:, :, 0], r
+    else:
+        values, vectors = np.linalg.eigh(blocks)
+        along = np.swapaxes(vectors, 1, 2) @ r
+    free = values > DEPENDENT * whole[:, None]
+    return np.asarray(((along**2).sum(2) * free / np.where(free, values, 1.0)).sum(1))
+
+
+def group_swap_gains(
+    h: Floats, a: Floats, b: Floats, inside: list[Ints], blocks: Floats, r: Floats, whole: Floats
+) -> Floats:
+    """The fall of the loss for every group that leaves (rows) and every group that enters (columns).
+
+    Parameters
+    ----------
+    h : float64 array, shape (s, g, q)
+        A G_S: of the s fitted columns, by group.
+    a : float64 array, shape (s, s)
+        A = G_SS⁻¹.
+    b : float64 array, shape (s, c)
+    inside : list of int64 array
+        For each group of the support, its rows of ``h``, ``a`` and ``b``.
+    blocks, r, whole
+        As in :func:`block_gains`, after the fit.
+    """
+    gains = np.empty((len(inside), blocks.shape[0]))
+    for row, of in enumerate(inside):
+        if len(of) == 0:
+            gains[row] = block_gains(blocks, r, whole)
+            continue
+        hj = np.moveaxis(h[of], 0, 2)  # (g, q, columns that leave)
+        inner, bj = a[np.ix_(of, of)], b[of]
+        back = np.linalg.solve(inner, np.moveaxis(hj, 2, 0).reshape(len(of), -1)).reshape(len(of), *hj.shape[:2])
+        opened = blocks + hj @ np.moveaxis(back, 0, 1)
+        freed = np.linalg.solve(inner, bj)
+        gains[row] = block_gains(opened, r + hj @ freed, whole) - float((bj * freed).sum())
+    return gains
+
+
+class GroupTableau(Tableau):
+    """A :class:`Tableau` whose items are groups of its columns.
+
+    Parameters
+    ----------
+    gram, cross, square
+        As for :class:`Tableau`, over columns.
+    groups : list of int64 array
+        The columns of each item.
+    """
+
+    def __init__(self, gram: Floats, cross: Floats, square: float, groups: list[Ints]) -> None:
+        super().__init__(gram, cross, square)
+        self.groups = groups
+        self.index, self.real = pad(groups)
+        self._most = (self.whole[self.index] * self.real).max(1)
+
+    def enter(self, item: int) -> None:
+        self.items.append(item)
+        for column in self.groups[item]:
+            self._add_column(int(column))
+
+    def leave(self, item: int) -> None:
+        self.items.remove(item)
+        for column in self.groups[item]:
+            if self.swept[column]:
+                self._pivot(int(column))
+        for other in self.items:
+            for column in self.groups[other]:
+                if not self.swept[column]:
+                    self._add_column(int(column))
+        self._refresh()
+
+    def _blocks(self, items: Ints | slice) -> tuple[Floats, Floats]:
+        i, real = self.index[items], self.real[items]
+        blocks = self._t[i[:, :, None], i[:, None, :]] * (real[:, :, None] * real[:, None, :])
+        r = self._t[i, self.m :] * real[:, :, None]
+        return blocks, r
+
+    def add_gains(self) -> Floats:
+        gains = block_gains(*self._blocks(slice(None)), self._most)
+        gains[self.items] = 0
+        return gains
+
+    def _fitted(self) -> tuple[Ints, list[Ints]]:
+        """The fitted columns of the support, and which of them belong to each group."""
+        fitted = [g[self.swept[g]] for g in (self.groups[i] for i in self.items)]
+        ends = np.cumsum([0] + [len(f) for f in fitted])
+        return np.concatenate([np.zeros(0, np.int64), *fitted]), [
+            np.arange(start, stop) for start, stop in zip(ends[:-1], ends[1:], strict=True)
+        ]
+
+    def drop_costs(self) -> Floats:
+        columns, inside = self._fitted()
+        a, b = -self._t[np.ix_(columns, columns)], self._t[columns, self.m :]
+        costs = [float((b[of] * np.linalg.solve(a[np.ix_(of, of)], b[of])).sum()) if len(of) else 0.0 for of in inside]
+        return np.array(costs)
+
+    def swap_gains(self, enter: Ints) -> Floats:
+        columns, inside = self._fitted()
+        a, b = -self._t[np.ix_(columns, columns)], self._t[columns, self.m :]
+        h = self._t[columns][:, self.index[enter]] * self.real[enter]
+        blocks, r = self._blocks(enter)
+        return group_swap_gains(h, a, b, inside, blocks, r, self._most[enter])

@@ -1,0 +1,83 @@
+"""The exact fit on a support, and a path of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+from l0hooks.subset.design import Design, Floats, Ints
+from l0hooks.subset.path import EXACT, Subset, SubsetPath
+from l0hooks.subset.squares import SquaresProblem, best_subsets
+
+SINGULAR = 1e-13  # eigenvalues below this part of the largest, times their number, are 0
+REFINEMENTS = 2
+
+
+def on_columns(design: Design, columns: Ints, b: Floats, offset: Floats) -> tuple[Floats, Floats]:
+    """Coefficients (c, p) and intercepts (c,) of the unscaled columns, from those of the standardised ones."""
+    coef = np.zeros((b.shape[1], design.p))
+    coef[:, columns] = (b / design.scale[columns, None]).T
+    return coef, offset - coef @ design.mean
+
+
+def refit_squares(problem: SquaresProblem, y: Floats, items: Sequence[int]) -> Subset:
+    """Ridge least squares on the columns of ``items``, of least norm where they are dependent.
+
+    Solved through the eigenvectors of the small Gram matrix, then refined with residuals of the data themselves.
+
+    Parameters
+    ----------
+    problem : SquaresProblem
+    y : float64 array, shape (n, 1)
+    items : sequence of int
+    """
+    design, columns = problem.design, problem.columns(items)
+    offset = design.average(y) if design.center else np.zeros(y.shape[1])
+    residual = centred = y - offset
+    b = np.zeros((len(columns), y.shape[1]))
+    if len(columns):
+        values, vectors = np.linalg.eigh(problem.gram(columns))
+        free = values > SINGULAR * len(values) * max(float(values[-1]), 0.0)
+        inverse = (vectors[:, free] / values[free]) @ vectors[:, free].T
+        for _ in range(1 + REFINEMENTS):
+            b = b + inverse @ (design.cross(residual, columns) - problem.ridge[columns, None] * b)
+            residual = centred - design.times(columns, b)
+    rss = float(design.average(residual * residual).sum())
+    coef, intercept = on_columns(design, columns, b, offset)
+    support = np.zeros(design.p, dtype=bool)
+    support[columns] = True
+    floor = max(rss, EXACT * problem.square, np.finfo(np.float64).tiny)
+    deviance = design.total * float(np.log(floor))
+    loss = rss / 2 + problem.alpha / 2 * float((coef**2).sum())
+    return Subset(len(items), support, coef, intercept, loss, deviance)
+
+
+def squares_path(
+    design: Design, y: Floats, sizes: Iterable[int], *, alpha: float = 0.0, groups: Sequence[Ints] | None = None
+) -> SubsetPath:
+    """Best subsets for half the mean squared error, one for each size.
+
+    Parameters
+    ----------
+    design : Design
+    y : float64 array, shape (n,)
+        Rows as in ``design.rows``.
+    sizes : iterable of int
+    alpha : float, >= 0
+    groups : sequence of int64 array, optional
+
+    Returns
+    -------
+    SubsetPath
+
+    Examples
+    --------
+    >>> x = np.random.default_rng(0).normal(size=(50, 8))
+    >>> squares_path(Design(x), x[:, 2] - x[:, 5], [1, 2])[1].coef.round(6).tolist()
+    [[0.0, 0.0, 1.0, 0.0, 0.0, -1.0, 0.0, 0.0]]
+    """
+    column = y[:, None]
+    problem = SquaresProblem(design, column, alpha=alpha, groups=groups)
+    found = best_subsets(problem, sizes)
+    return SubsetPath([refit_squares(problem, column, found[k].items) for k in sorted(found)])
