@@ -102,7 +102,13 @@ def with_lassonet(p, seed):
     from lassonet import LassoNetClassifier
 
     model = LassoNetClassifier(
-        hidden_dims=(60, 20), M=10, path_multiplier=1.1, n_iters=(300, 30), random_state=seed, torch_seed=seed, verbose=0
+        hidden_dims=(60, 20),
+        M=10,
+        path_multiplier=1.1,
+        n_iters=(300, 30),
+        random_state=seed,
+        torch_seed=seed,
+        verbose=0,
     )
     model.path(p.x, p.y, return_state_dicts=False)
     return np.argsort(-np.asarray(model.feature_importances_))[: p.k]

@@ -58,7 +58,9 @@ class Networks(nn.Module):
     torch.Size([2, 4, 3])
     """
 
-    def __init__(self, n_features: int, n_outputs: int, n_networks: int = 4, hidden: tuple[int, int] = (32, 16)) -> None:
+    def __init__(
+        self, n_features: int, n_outputs: int, n_networks: int = 4, hidden: tuple[int, int] = (32, 16)
+    ) -> None:
         super().__init__()
         self.n_networks = n_networks
         self.first = nn.Linear(n_features, n_networks * hidden[0])
@@ -70,7 +72,7 @@ class Networks(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Outputs of shape (batch, networks, outputs)."""
-        hidden = F.relu(self.first(x)).unflatten(1, (self.n_networks, -1)).transpose(0, 1)
+        hidden = F.relu(self.first(x)).view(len(x), self.n_networks, -1).transpose(0, 1)
         hidden = F.relu(torch.baddbmm(self.biases[0], hidden, self.weights[0]))
         return torch.baddbmm(self.biases[1], hidden, self.weights[1]).transpose(0, 1)
 
@@ -135,7 +137,7 @@ def train_gates(
     for _ in range(training.steps):
         x, target = draw(torch.rand(training.batch_size, dtype=torch.float64))
         optimizer.zero_grad()
-        loss(network(x * gate.sample(examples=len(x))), target).backward()
+        loss(network(x * gate.sample(examples=len(x))), target).backward()  # type: ignore[no-untyped-call]
         optimizer.step()
     return gate
 

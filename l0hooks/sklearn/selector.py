@@ -11,14 +11,15 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 import torch
-from sklearn.base import BaseEstimator
-from sklearn.feature_selection import SelectorMixin
-from sklearn.utils import check_random_state
-from sklearn.utils.multiclass import check_classification_targets
-from sklearn.utils.validation import _check_sample_weight, check_is_fitted, column_or_1d, validate_data
+from sklearn.base import BaseEstimator  # type: ignore[import-untyped]
+from sklearn.feature_selection import SelectorMixin  # type: ignore[import-untyped]
+from sklearn.utils import check_random_state  # type: ignore[import-untyped]
+from sklearn.utils.multiclass import check_classification_targets  # type: ignore[import-untyped]
+from sklearn.utils.validation import _check_sample_weight, check_is_fitted, column_or_1d  # type: ignore[import-untyped]
 from torch import Tensor, nn
 
 from l0hooks.errors import InvalidValueError, UnsupportedModuleError, explain
+from l0hooks.sklearn.base import validate_data
 from l0hooks.sklearn.gated import (
     Loss,
     Networks,
@@ -28,6 +29,7 @@ from l0hooks.sklearn.gated import (
     regression_loss,
     train_gates,
 )
+from l0hooks.sklearn.linear import L0Classifier, L0Regressor
 from l0hooks.sklearn.rows import Floats, Rows
 from l0hooks.sklearn.screening import contrasts, evidence
 
@@ -227,12 +229,12 @@ class L0FeatureSelector(SelectorMixin, BaseEstimator):  # type: ignore[misc]
             )
 
     def _fit_linear(self, x: Any, y: Any, weights: Floats, k: int) -> None:
-        from l0hooks.sklearn.linear import L0Classifier, L0Regressor
-
         kind = L0Classifier if self.task_ == "classification" else L0Regressor
         self.estimator_ = kind(k=k).fit(x, y, sample_weight=weights)
-        size = np.abs(np.atleast_2d(self.estimator_.coef_)).max(axis=0)
-        raise NotImplementedError(size)
+        rows = Rows(x, np.zeros(x.shape[0]), weights)
+        size = np.abs(np.atleast_2d(self.estimator_.coef_)).max(axis=0) * rows.scale
+        self.ranking_ = np.where(self.estimator_.support_, 1, 2)
+        self.feature_importances_ = size / (size.sum() or 1.0)
 
     def _keep(self, order: npt.NDArray[np.int64], k: int, importances: Floats) -> None:
         self.ranking_ = np.empty(len(order), np.int64)
