@@ -1,6 +1,6 @@
 """Which k features? Nonlinear problems, and what a classifier makes of the features chosen.
 
-pip install "l0hooks[sklearn]" lassonet==0.0.21 && pip install --no-deps stg==0.1.2
+pip install "l0hooks[sklearn]" lassonet==0.0.21 stg==0.1.2 six h5py
 python -m benchmarks.features --json features.json                                     # one thread, most of an hour
 python -m benchmarks.features --problems xor20 cancer --methods l0hooks forest --seeds 2   # a look
 

@@ -11,7 +11,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 FLOORS = {
     0: ["errors"],
-    1: ["hard_concrete", "layers", "noise", "schedules", "extras"],
+    1: ["hard_concrete", "layers", "noise", "schedules", "extras", "subset"],
     2: ["distribution", "families", "fused", "stepping", "tracing"],
     3: ["structure", "gate", "comparison", "constants"],
     4: ["spec", "weights", "optim"],
@@ -23,13 +23,23 @@ FLOORS = {
     10: ["lagrangian", "integrations"],
     11: ["budgeting"],
     12: ["attach"],
-    13: ["__init__"],
+    13: ["sklearn"],
+    14: ["__init__"],
 }
 STRUCTURE = {
     **{"labels": 0, "ties": 0, "roles": 0, "failure": 0, "rules": 1, "trace": 2, "groups": 3},
     **{"declare": 4, "surgery": 4, "rewrite": 5, "__init__": 5},
 }
-PACKAGES = {"structure": STRUCTURE, "integrations": {"steps": 0, "transformers": 1, "lightning": 1, "__init__": 0}}
+SUBSET = {
+    **{"__init__": 0, "design": 0, "likelihood": 1, "tableau": 1, "path": 1, "grouped": 2, "squares": 3},
+    **{"refit": 4, "glm": 5, "choice": 6},
+}
+PACKAGES = {
+    "structure": STRUCTURE,
+    "integrations": {"steps": 0, "transformers": 1, "lightning": 1, "__init__": 0},
+    "subset": SUBSET,
+    "sklearn": {"base": 0, "rows": 0, "linear": 1, "screening": 1, "gated": 1, "selector": 2, "__init__": 3},
+}
 FLOOR_OF = {room: floor for floor, rooms in FLOORS.items() for room in rooms}
 
 

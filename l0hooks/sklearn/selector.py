@@ -156,6 +156,8 @@ class L0FeatureSelector(SelectorMixin, BaseEstimator):  # type: ignore[misc]
         self._check_options()
         x, y = validate_data(self, X, y, accept_sparse="csr", dtype=np.float64, ensure_min_samples=2)
         weights = _check_sample_weight(sample_weight, x, dtype=np.float64, ensure_non_negative=True)
+        if not weights.any():
+            raise _invalid("weights must not all be zero.", "one above 0", "only zeros")
         k = self._number_to_keep(x.shape[1])
         self.task_ = task_of(y) if self.task == "auto" else self.task
         target = self._encode(y)
@@ -192,8 +194,9 @@ class L0FeatureSelector(SelectorMixin, BaseEstimator):  # type: ignore[misc]
         with torch.random.fork_rng(devices=[]), torch.enable_grad():
             torch.manual_seed(seed)
             network = self._network(len(columns), n_classes)
-            loss = self.loss or (regression_loss if n_classes is None else classification_loss)
-            self._check_network(network, loss, *draw(torch.rand(2, dtype=torch.float64)), n_classes)
+            loss: Loss = self.loss or (regression_loss if n_classes is None else classification_loss)
+            if isinstance(self.estimator, nn.Module) and self.loss is None:
+                self._check_output(network, torch.zeros(2, rows.n_features), n_classes)
             training = Training(steps=self.steps, batch_size=self.batch_size, lr=self.lr, gate_lr=self.gate_lr)
             gate = train_gates(network, draw, loss, k, found[columns], training, _PRIOR)
         importances = np.zeros(rows.n_features)
@@ -207,14 +210,10 @@ class L0FeatureSelector(SelectorMixin, BaseEstimator):  # type: ignore[misc]
             return copy.deepcopy(self.estimator)
         return Networks(n_features, n_classes or 1)
 
-    def _check_network(self, network: nn.Module, loss: Loss, x: Tensor, y: Tensor, n_classes: int | None) -> None:
+    def _check_output(self, network: nn.Module, x: Tensor, n_classes: int | None) -> None:
         """Refuse a module whose output is not what the task wants, before anything is trained."""
-        if network is self.estimator or not isinstance(self.estimator, nn.Module):
-            return
         with torch.no_grad():
             output = network.eval()(x)
-        if self.loss is not None:
-            return
         wanted = [(2, n_classes)] if n_classes else [(2,), (2, 1)]
         got = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
         if got not in wanted:
