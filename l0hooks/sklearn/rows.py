@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -41,12 +41,13 @@ class Rows:
         self.x = x if len(kept) == x.shape[0] else x[kept]
         self.weights: Floats = weights[kept]
         self.total = float(self.weights.sum())
-        self.center, self.scale = np.zeros(x.shape[1]), np.ones(x.shape[1])
-        self.center = sum(w @ z for w, z in self._parts()) / self.total
-        variance = sum(w @ z**2 for w, z in self._parts()) / self.total
+        self.center: Floats = np.zeros(x.shape[1])
+        self.scale: Floats = np.ones(x.shape[1])
+        self.center = self._mean(lambda z: z)
+        variance = self._mean(np.square)
         constant = variance <= (1e-12 * self.center) ** 2
         self.scale = np.where(constant, 1.0, np.sqrt(variance))
-        self._clipped_mean = sum(w @ z.clip(-_FARTHEST, _FARTHEST) for w, z in self._parts()) / self.total
+        self._clipped_mean = self._mean(lambda z: z.clip(-_FARTHEST, _FARTHEST))
         # where a row stands must not change how often it is drawn: equal rows get neighbouring places
         direction = np.random.default_rng(0).standard_normal(x.shape[1])
         key = np.concatenate([z @ direction for _, z in self._parts()])
@@ -64,12 +65,14 @@ class Rows:
         if columns is not None:
             part, center, scale = part[:, columns], center[columns], scale[columns]
         dense: Floats = np.asarray(part if isinstance(part, np.ndarray) else part.toarray(), dtype=np.float64)
-        return (dense - center) / scale
+        dense = (dense - center) / scale
+        return dense
 
     def clipped(self, index: Indices | slice, columns: Indices | None = None) -> Floats:
         """The same without outliers: limited to three standard deviations, then centred again."""
         mean = self._clipped_mean if columns is None else self._clipped_mean[columns]
-        return self.standardised(index, columns).clip(-_FARTHEST, _FARTHEST) - mean
+        limited: Floats = self.standardised(index, columns).clip(-_FARTHEST, _FARTHEST) - mean
+        return limited
 
     def slices(self) -> Iterator[slice]:
         """All rows in parts that are small when dense."""
@@ -80,6 +83,12 @@ class Rows:
     def _parts(self) -> Iterator[tuple[Floats, Floats]]:
         for part in self.slices():
             yield self.weights[part], self.standardised(part)
+
+    def _mean(self, of: Callable[[Floats], Floats]) -> Floats:
+        total: Floats = np.zeros(self.n_features)
+        for w, z in self._parts():
+            total += w @ of(z)
+        return total / self.total
 
     def draw(self, uniform: Floats) -> Indices:
         """One row for each number in [0, 1), spread over the target: stratified, in proportion to the weights."""
