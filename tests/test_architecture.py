@@ -20,10 +20,10 @@ FLOORS = {
     7: ["summary", "shrink", "sizes", "planning", "control"],
     8: ["folding", "serial", "shift", "measures", "plots"],
     9: ["export", "budget", "track"],
-    10: ["lagrangian", "integrations", "sklearn"],
+    10: ["lagrangian", "integrations"],
     11: ["budgeting"],
     12: ["attach", "items"],
-    13: ["selection"],
+    13: ["selection", "sklearn"],
     14: ["hybrid", "matching"],
     15: ["__init__"],
 }
@@ -39,7 +39,7 @@ PACKAGES = {
     "structure": STRUCTURE,
     "integrations": {"steps": 0, "transformers": 1, "lightning": 1, "__init__": 0},
     "subset": SUBSET,
-    "sklearn": {"base": 0, "linear": 1, "__init__": 2},
+    "sklearn": {"base": 0, "rows": 0, "linear": 1, "screening": 1, "gated": 1, "selector": 2, "__init__": 3},
 }
 FLOOR_OF = {room: floor for floor, rooms in FLOORS.items() for room in rooms}
 
