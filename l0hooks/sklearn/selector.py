@@ -19,7 +19,7 @@ from sklearn.utils.validation import _check_sample_weight, check_is_fitted, colu
 from torch import Tensor, nn
 
 from l0hooks.errors import InvalidValueError, UnsupportedModuleError, explain
-from l0hooks.sklearn.base import validate_data
+from l0hooks.sklearn.base import checked_data
 from l0hooks.sklearn.gated import (
     Loss,
     Networks,
@@ -154,7 +154,7 @@ class L0FeatureSelector(SelectorMixin, BaseEstimator):  # type: ignore[misc]
             If the module's output does not fit the task.
         """
         self._check_options()
-        x, y = validate_data(self, X, y, accept_sparse="csr", dtype=np.float64, ensure_min_samples=2)
+        x, y = checked_data(self, X, y, accept_sparse="csr", dtype=np.float64, ensure_min_samples=2)
         weights = _check_sample_weight(sample_weight, x, dtype=np.float64, ensure_non_negative=True)
         if not weights.any():
             raise _invalid("weights must not all be zero.", "one above 0", "only zeros")
