@@ -46,7 +46,7 @@ def load_data():
 def fit(x, seen, keep, options, progress):
     """Factors with ``keep`` gates open at the end, trained on the entries that are ``seen``."""
     torch.manual_seed(options.seed)
-    steps = 15 if options.quick else 600
+    steps = 100 if options.quick else 600
     model = Factors(*x.shape, options.factors, keep, steps=int(0.6 * steps))
     optimizer = torch.optim.Adam(l0hooks.param_groups(model, lr=3e-2, gate_lr=1e-1))
     rates = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.02, steps)
