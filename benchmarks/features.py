@@ -189,6 +189,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--slow-seeds", type=int, default=2, help="for LassoNet")
+    parser.add_argument("--first-seed", type=int, default=100, help="the settings were chosen with seeds 0 to 2")
     parser.add_argument("--json", type=Path, help="results are kept here, and measured once")
     options = parser.parse_args()
     warnings.filterwarnings("ignore")
@@ -196,7 +197,8 @@ def main() -> None:
     found = json.loads(options.json.read_text()) if options.json and options.json.exists() else {}
     for name in options.problems:
         for method in options.methods:
-            for seed in range(options.slow_seeds if method == "lassonet" else options.seeds):
+            count = options.slow_seeds if method == "lassonet" else options.seeds
+            for seed in range(options.first_seed, options.first_seed + count):
                 key = f"{name}/{method}/{seed}"
                 if key not in found:
                     found[key] = measure(name, method, seed)
