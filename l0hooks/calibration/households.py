@@ -6,14 +6,13 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
-from l0hooks.calibration.names import Axis, Flags, Floats, Integers, is_frame
+from l0hooks.calibration.names import Axis, is_frame
+from l0hooks.calibration.problem import BoundsOn, Flags, Floats, Integers
 from l0hooks.errors import InvalidValueError, explain
-
-BoundsOn = Literal["ratio", "weight"]
 
 
 @dataclass(frozen=True, eq=False)

@@ -7,13 +7,14 @@ import math
 import warnings
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
-from l0hooks.calibration.households import BoundsOn, Households, check_count, read_households
-from l0hooks.calibration.matrix import Sparse, read_matrix
-from l0hooks.calibration.names import Axis, Flags, Floats, few, is_frame, is_series
+from l0hooks.calibration.households import Households, check_count, read_households
+from l0hooks.calibration.matrix import read_matrix
+from l0hooks.calibration.names import Axis, few, is_frame, is_series
+from l0hooks.calibration.problem import BoundsOn, Flags, Floats, Precision, Sparse
 from l0hooks.calibration.reach import reachable_range, weight_limits, within
 from l0hooks.calibration.targets import (
     CalibrationWarning,
@@ -27,7 +28,6 @@ from l0hooks.calibration.targets import (
 )
 from l0hooks.errors import InvalidValueError, explain
 
-Precision = Literal["float32", "float64"]
 _LARGEST = float(np.finfo(np.float32).max)
 
 

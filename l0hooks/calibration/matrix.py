@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 from scipy import sparse
 
 from l0hooks.calibration.names import Axis, check_distinct, few, is_frame
+from l0hooks.calibration.problem import Sparse
 from l0hooks.errors import InvalidValueError, explain
 
-Sparse = Any  # scipy's stubs disagree from version to version about what an array times an array is
 _WHERE = "M"
 
 

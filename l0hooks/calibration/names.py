@@ -13,11 +13,9 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from l0hooks.calibration.problem import Floats, Integers
 from l0hooks.errors import InvalidValueError, explain, near_names
 
-Floats = NDArray[np.float64]
-Integers = NDArray[np.int64]
-Flags = NDArray[np.bool_]
 Kind = Literal["target", "household"]
 _SHOWN = 5
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from l0hooks.calibration.households import Households
-from l0hooks.calibration.matrix import Sparse
-from l0hooks.calibration.names import Floats
+from l0hooks.calibration.problem import Flags, Floats, Sparse
 
 _SLACK = 1e-9  # relative; far below any error a user would mind
 
@@ -71,9 +70,9 @@ def _largest_sum(parts: Floats, zeros: int, chosen: int | None) -> float:
     return float(positive.sum() + (negative[:must].sum() if must > 0 else 0.0))
 
 
-def within(least: Floats, largest: Floats, lower: Floats, upper: Floats) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:
+def within(least: Floats, largest: Floats, lower: Floats, upper: Floats) -> Flags:
     """Whether an interval of targets meets the range that can be reached: bool, shape (T,)."""
     ends = [np.where(np.isfinite(one), np.abs(one), 0.0) for one in (lower, upper, least, largest)]
     slack = _SLACK * np.maximum.reduce(ends)
-    reached: np.ndarray[tuple[int], np.dtype[np.bool_]] = (largest + slack >= lower) & (least - slack <= upper)
+    reached: Flags = (largest + slack >= lower) & (least - slack <= upper)
     return reached
