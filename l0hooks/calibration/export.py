@@ -60,8 +60,8 @@ def write_csv(path: str | os.PathLike[str], columns: Mapping[str, Any]) -> None:
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     write_csv(Path(folder) / "w.csv", {"household": ["a", "b"], "weight": np.array([0.1, 2.0])})
-    ...     print((Path(folder) / "w.csv").read_text().replace("\\n", "; "))
-    household,weight; a,0.1; b,2.0;
+    ...     (Path(folder) / "w.csv").read_text().splitlines()
+    ['household,weight', 'a,0.1', 'b,2.0']
     """
     lists = [values.tolist() if isinstance(values, np.ndarray) else values for values in columns.values()]
     with replacing(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:

@@ -110,7 +110,7 @@ def read_inputs(
 
     Parameters
     ----------
-    matrix : scipy.sparse array or matrix, array_like, or DataFrame; shape (T, N)
+    matrix : scipy.sparse array or matrix, array_like, DataFrame or NamedMatrix; shape (T, N)
         What one household adds to each target.
     y, lower, upper : array_like, Series, mapping or DataFrame
         Points, or ends of intervals; aligned by name where they have names.
@@ -218,7 +218,7 @@ def _refuse_transposed(y: Any, design_weights: Any, targets: Axis, households: A
                 "M",
                 "it must have one row for each target and one column for each household: it looks transposed.",
                 got=f"shape {shape}; " + "; ".join(signs),
-                hint="M.T",
+                hint="M.T, on the command line --transpose",
             )
         )
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -17,17 +18,39 @@ from l0hooks.errors import InvalidValueError, explain
 _WHERE = "M"
 
 
+@dataclass(frozen=True, eq=False)
+class NamedMatrix:
+    """A sparse matrix or an array with names, as a DataFrame has them.
+
+    Parameters
+    ----------
+    matrix : scipy.sparse array or matrix, or array_like; shape (T, N)
+    targets : sequence of hashable, length T, optional
+    households : sequence of hashable, length N, optional
+
+    Examples
+    --------
+    >>> named = NamedMatrix([[1, 1], [0, 2]], targets=["people", "cars"])
+    >>> read_matrix(named)[1].names
+    ('people', 'cars')
+    """
+
+    matrix: object
+    targets: Sequence[Hashable] | None = None
+    households: Sequence[Hashable] | None = None
+
+
 def read_matrix(given: object) -> tuple[Sparse, Axis, Axis]:
     """``given`` as a CSR array, its targets and its households.
 
     Parameters
     ----------
-    given : scipy.sparse array or matrix of any format, array_like, or DataFrame; shape (n_targets, n_households)
+    given : scipy.sparse array or matrix of any format, array_like, DataFrame or NamedMatrix; shape (T, N)
         What one household adds to each target. The index of a frame names the targets, its columns the households.
 
     Returns
     -------
-    matrix : sparse.csr_array, shape (n_targets, n_households)
+    matrix : sparse.csr_array, shape (T, N)
         Of a real dtype, without duplicates; shares memory with ``given`` where it can, which is not changed.
     targets, households : Axis
 
@@ -45,6 +68,8 @@ def read_matrix(given: object) -> tuple[Sparse, Axis, Axis]:
     """
     rows: tuple[Hashable, ...] | None = None
     columns: tuple[Hashable, ...] | None = None
+    if isinstance(given, NamedMatrix):
+        rows, columns, given = _names(given.targets, "targets"), _names(given.households, "households"), given.matrix
     if is_frame(given):
         rows, columns, given = _from_frame(given)
     matrix: Any = given if sparse.issparse(given) else _dense(given)
@@ -60,10 +85,19 @@ def read_matrix(given: object) -> tuple[Sparse, Axis, Axis]:
     if not csr.has_canonical_format:
         csr = csr.copy()
         csr.sum_duplicates()
+    for names, size, what in ((rows, csr.shape[0], "targets"), (columns, csr.shape[1], "households")):
+        if names is not None and len(names) != size:
+            raise InvalidValueError(
+                explain(_WHERE, f"it must have as many {what} as names.", expected=len(names), got=size)
+            )
     targets = Axis("target", csr.shape[0], rows)
     households = Axis("household", csr.shape[1], columns)
     _check_finite(csr, targets, households)
     return csr, targets, households
+
+
+def _names(given: Sequence[Hashable] | None, what: str) -> tuple[Hashable, ...] | None:
+    return None if given is None else check_distinct(list(given), f"{what} of M")
 
 
 def _dense(given: object) -> NDArray[Any]:

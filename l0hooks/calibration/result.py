@@ -182,7 +182,8 @@ class CalibrationResult:
     def target_report(self) -> pd.DataFrame:
         """All targets by name: value (or lower and upper), estimate, relative_error, group, support, chosen, reachable.
 
-        ``support`` counts the households with a non-zero entry, ``chosen`` those of them that were chosen. Needs pandas.
+        ``support`` counts the households with a non-zero entry, ``chosen`` those of them that were chosen. Needs
+        pandas.
         """
         return export.to_frame(self._target_columns(), self.inputs.targets)
 
