@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -79,13 +79,17 @@ def history_plot(rows: Sequence[Mapping[str, Any]]) -> Figure:
     figure = _figure(10.5, 3.4)
     left, right = figure.subplots(1, 2)
     stages = list(dict.fromkeys(row["stage"] for row in rows))
-    for number, stage in enumerate(stages):
-        own = [row for row in rows if row["stage"] == stage]
-        seconds = [row["seconds"] for row in own]
-        marker = "o" if len(own) <= 40 else ""
-        style = {"marker": marker, "markersize": 3, "linewidth": 1.4, "color": f"C{number % 10}"}
-        left.plot(seconds, [max(row["error"], _FLOOR) for row in own], label=stage, **style)
-        right.plot(seconds, [row["active"] for row in own], **style)
+    waiting = set(stages)  # for a line of the legend
+    for run in _runs(rows):
+        stage, seconds = run[0]["stage"], [row["seconds"] for row in run]
+        label = stage if stage in waiting else None
+        waiting.discard(stage)
+        style = {"marker": "o" if len(run) <= 40 else "", "markersize": 3, "linewidth": 1.4}
+        if len(run) == 1:
+            style = {"marker": "*", "markersize": 9, "linewidth": 0}
+        style["color"] = f"C{stages.index(stage) % 10}"
+        left.plot(seconds, [max(row["error"], _FLOOR) for row in run], label=label, **style)
+        right.plot(seconds, [row["active"] for row in run], **style)
     left.set_yscale("log")
     left.yaxis.set_major_formatter(_matplotlib("ticker").FuncFormatter(_short_percent))
     left.set(xlabel="seconds", ylabel="mean |relative error|")
@@ -97,6 +101,17 @@ def history_plot(rows: Sequence[Mapping[str, Any]]) -> Figure:
     if stages:
         left.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=min(5, len(stages)), frameon=False, fontsize=9)
     return figure
+
+
+def _runs(rows: Sequence[Mapping[str, Any]]) -> list[list[Mapping[str, Any]]]:
+    """Rows that follow one another in one stage; a stage may run more than once."""
+    runs: list[list[Mapping[str, Any]]] = []
+    for row in rows:
+        if runs and runs[-1][-1]["stage"] == row["stage"] and row["step"] > runs[-1][-1]["step"]:
+            runs[-1].append(row)
+        else:
+            runs.append([row])
+    return runs
 
 
 def _by_group(errors: Floats, groups: Sequence[Hashable] | None) -> list[tuple[str, Floats]]:
@@ -117,14 +132,16 @@ def _draw_errors(axes: Any, parts: Sequence[tuple[str, Floats]], total: int) -> 
     medians, largest = [float(np.median(part)) for part in shown], [float(part.max()) for part in shown]
     means = [max(float(errors.mean()), _FLOOR) for _, errors in parts]
     axes.hlines(places, medians, largest, color="0.75", linewidth=3)
-    axes.plot(medians, places, "|", color="C0", markersize=11, markeredgewidth=2.5, label="median")
-    axes.plot(means, places, "D", color="C1", markersize=5, label="mean")
+    several = [place for place, part in zip(places, shown, strict=True) if len(part) > 1]
+    style = {"color": "C0", "markersize": 11, "markeredgewidth": 2.5, "label": "median"}
+    axes.plot([medians[place] for place in several], several, "|", **style)
+    axes.plot([means[place] for place in several], several, "D", color="C1", markersize=5, label="mean")
     axes.plot(largest, places, "o", color="C3", markersize=4, label="largest")
     axes.set_xscale("log")
     low, high = min(medians), max(largest)
-    axes.set_xlim(low / 2, max(high * 2, low * 20))
-    axes.xaxis.set_major_formatter(_matplotlib("ticker").FuncFormatter(_short_percent))
-    axes.xaxis.set_minor_formatter(_matplotlib("ticker").NullFormatter())
+    low, high = low / 2, max(high * 2, low * 20)
+    axes.set_xlim(low, high)
+    _name_ticks(axes.xaxis, high / low, _short_percent)
     axes.set_yticks(places, [name for name, _ in parts], fontsize=8)
     axes.set_ylim(len(parts) - 0.4, -0.6)
     more = f"; the worst {len(parts)} of {total} groups" if total > len(parts) else ""
@@ -147,12 +164,18 @@ def _draw_ratios(axes: Any, ratios: Floats) -> None:
         axes.axvline(middle, color="C3", linewidth=1.2, linestyle="--")
         axes.set_title(f"median {middle:.3g} (dashed)", loc="left", fontsize=9)
         axes.set_xscale("log")
-        axes.xaxis.set_major_formatter(_matplotlib("ticker").FuncFormatter(lambda x, _: f"{x:g}"))
-        axes.xaxis.set_minor_formatter(_matplotlib("ticker").NullFormatter())
-        if high / low < 30:  # few powers of ten to name
-            axes.xaxis.set_major_locator(_matplotlib("ticker").LogLocator(subs=(1.0, 2.0, 5.0)))
+        _name_ticks(axes.xaxis, high / low, lambda x, _: f"{x:g}")
     axes.yaxis.set_major_formatter("{x:,.0f}")
     _plain(axes)
+
+
+def _name_ticks(axis: Any, span: float, text: Callable[[float, object], str]) -> None:
+    """Names at powers of ten, and at 2 and 5 where there are few powers of ten."""
+    ticker = _matplotlib("ticker")
+    if span < 300:
+        axis.set_major_locator(ticker.LogLocator(subs=(1.0, 2.0, 5.0) if span < 100 else (1.0, 3.0)))
+    axis.set_major_formatter(ticker.FuncFormatter(text))
+    axis.set_minor_formatter(ticker.NullFormatter())
 
 
 def _short_percent(share: float, _: object = None) -> str:

@@ -30,8 +30,8 @@ class Update:
         Households with a positive weight (clusters, where there are any).
     seconds : float
         Since the fit began.
-    left : float
-        Seconds that this stage will take at most, as the last steps went.
+    left : float, optional
+        Seconds that this stage will take at most, as its steps went; not known at its first.
 
     Examples
     --------
@@ -45,11 +45,11 @@ class Update:
     error: float
     active: int
     seconds: float
-    left: float
+    left: float | None
 
     def __str__(self) -> str:
         """One line."""
-        left = f", at most {_duration(self.left)} left" if self.step < self.steps else ""
+        left = f", at most {_duration(self.left)} left" if self.left else ""
         return (
             f"{self.stage} {self.step}/{self.steps}  error {percent(self.error)}  active {self.active:,}"
             f"  {_duration(self.seconds)}{left}"
@@ -82,8 +82,7 @@ class Watch:
         self._clock = clock
         self._start = clock() - before
         self._stage = ""
-        self._last = clock()  # when the last update was made
-        self._began, self._first = self._last, 0
+        self._began, self._first, self._step = self._start, 0, 0
 
     def seconds(self) -> float:
         """Since the fit began."""
@@ -92,13 +91,11 @@ class Watch:
     def update(self, told: Progress) -> Update:
         """``told`` with times."""
         now = self._clock()
-        if told.stage != self._stage:  # its first step in this run; it may have been resumed
-            self._stage, self._first = told.stage, told.step - 1
-            self._began = self._last
-        self._last = now
+        if told.stage != self._stage or told.step <= self._step:
+            self._stage, self._first, self._began = told.stage, told.step, now  # the first step also prepares
+        self._step = told.step
         done = told.step - self._first
-        each = (now - self._began) / done if done > 0 else 0.0
-        left = each * max(0, told.steps - told.step)
+        left = (now - self._began) / done * max(0, told.steps - told.step) if done else None
         return Update(told.stage, told.step, told.steps, told.error, told.active, now - self._start, left)
 
 

@@ -26,7 +26,7 @@ h1 { font-size: 1.5rem; } h2 { font-size: 1.1rem; margin-top: 2.2rem; }
 img { max-width: 100%; } .wide { overflow-x: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .88rem; }
 th, td { padding: .2rem .7rem; text-align: right; border-bottom: 1px solid #e4e4e4; }
-th:first-child, td:first-child { text-align: left; overflow-wrap: anywhere; }
+th:first-child, td:first-child { text-align: left; overflow-wrap: anywhere; min-width: 9rem; }
 .warn { background: #fff4e0; border-left: 4px solid #e69f00; padding: .5rem 1rem; white-space: pre-line; }
 """
 
@@ -117,7 +117,8 @@ def _figures(result: CalibrationResult) -> list[tuple[str, str]]:
         ("design effect (Kish)", f"{result.deff:.3g}"),
         ("effective sample size", f"{result.effective_sample_size:,.0f}"),
         ("weight / design weight", spread),
-        ("stage", result.stage),
+        ("stage that won", result.stage),
+        ("errors of all that were tried", ", ".join(f"{name} {percent(e)}" for name, e in result.candidates.items())),
         ("converged", f"{'yes' if result.converged else 'no'}: {result.reason}"),
     ]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -44,6 +44,8 @@ class CalibrationResult:
         Why it ended there, in words.
     rows : sequence of mappings
         The history: stage, step, steps, error, active, seconds.
+    candidates : mapping from name to float
+        The error of everything that was tried; ``stage`` is the one that won.
 
     Examples
     --------
@@ -60,6 +62,7 @@ class CalibrationResult:
     converged: bool
     reason: str
     rows: Sequence[Mapping[str, Any]]
+    candidates: Mapping[str, float] = field(default_factory=dict)
 
     @cached_property
     def chosen(self) -> Integers:
@@ -268,7 +271,8 @@ class CalibrationResult:
         ]
         if self.unreachable:
             lines.append(f"  out of reach    {len(self.unreachable):,}: {few(self.unreachable)}")
-        lines.append(f"  stage           {self.stage}")
+        others = [f"{name} {percent(error)}" for name, error in self.candidates.items() if name != self.stage]
+        lines.append(f"  stage           {self.stage}" + (f" (others: {', '.join(others)})" if others else ""))
         lines.append(f"  converged       {'yes' if self.converged else 'no'}: {self.reason}")
         return "\n".join(lines)
 

@@ -38,12 +38,18 @@ def test_time_left_is_that_of_the_stage_as_its_steps_went():
     watch = Watch(clock, before=5.0)
     clock.now += 2
     first = watch.update(Progress("gates", 1, 4, 0.1, 9))
-    assert (first.seconds, first.left) == (7.0, 6.0)
+    assert (first.seconds, first.left) == (7.0, None)
     clock.now += 4
-    assert watch.update(Progress("gates", 2, 4, 0.1, 9)).left == pytest.approx(6.0)
+    assert watch.update(Progress("gates", 2, 4, 0.1, 9)).left == 8.0
     clock.now += 1
-    other = watch.update(Progress("swaps", 11, 20, 0.1, 9))  # resumed
-    assert (other.seconds, other.left) == (12.0, 9.0)
+    assert watch.update(Progress("gates", 3, 4, 0.1, 9)).left == 2.5
+    clock.now += 1
+    resumed = watch.update(Progress("swaps", 10, 20, 0.1, 9))
+    assert (resumed.seconds, resumed.left) == (13.0, None)
+    clock.now += 1
+    assert watch.update(Progress("swaps", 11, 20, 0.1, 9)).left == 9.0
+    clock.now += 1
+    assert watch.update(Progress("swaps", 1, 20, 0.1, 9)).left is None  # the same stage for another candidate
 
 
 def test_a_terminal_has_one_line_that_changes_and_goes():
