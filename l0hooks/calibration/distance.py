@@ -21,7 +21,7 @@ from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import linalg
+from scipy import linalg, sparse
 
 from l0hooks.calibration.problem import Floats, Sparse
 
@@ -135,7 +135,7 @@ class _Dual:
         self.rows, self.q, self.factor = len(lower), strength, factor
         self.low, self.high = low / factor, high / factor
         self.raking = distance == "raking"
-        self.squares = block.multiply(block).tocsr()
+        self.squares = sparse.csr_array((block.data**2, block.indices, block.indptr), shape=block.shape)
         self.interval: NDArray[np.bool_] = lower < upper
         self.target = np.where(self.interval, 0.0, lower)
         self.centre = np.where(self.interval, np.clip(0.0, lower, upper), 0.0)  # of the numbers within intervals
