@@ -248,11 +248,15 @@ class GateStage:
     def selection(self) -> Selection:
         """The ``keep`` units with the largest log-odds; with a price, those whose gates are open."""
         if self.keep is not None:
-            units = largest(self.log_odds(), self.keep)
-        else:
-            chosen = self.problem.kept.copy()
-            chosen[self._free] = self.gate.support().numpy()
-            units = np.flatnonzero(chosen)
+            return self.leading(self.keep)
+        chosen = self.problem.kept.copy()
+        chosen[self._free] = self.gate.support().numpy()
+        units = np.flatnonzero(chosen)
+        return Selection(units, self.values()[units])
+
+    def leading(self, count: int) -> Selection:
+        """The ``count`` units with the largest log-odds."""
+        units = largest(self.log_odds(), count)
         return Selection(units, self.values()[units])
 
     def state(self) -> State:
