@@ -152,6 +152,11 @@ class Solver:
             self._end_leg()
         return told
 
+    def end_stage(self) -> None:
+        """End gates or swaps with what they have; a stage that has not its K units yet goes on."""
+        if isinstance(self._stage, (GateStage, SwapStage)):
+            self._end_leg()
+
     def _begin(self, leg: str) -> None:
         """Make the stage of a leg; a leg that needs no steps is over at once."""
         problem, options = self.problem, self.options
