@@ -14,7 +14,7 @@ from scipy import sparse
 
 from l0hooks.calibration.matrix import NamedMatrix
 from l0hooks.calibration.names import few
-from l0hooks.errors import InvalidValueError, explain
+from l0hooks.errors import InvalidValueError, explain, near_names
 from l0hooks.extras import import_extra
 
 _MATRICES = (".npz", ".mtx", ".mtx.gz", ".parquet", ".csv")
@@ -203,5 +203,6 @@ def _parquet(path: Path) -> dict[str, list[Any]]:
 
 def _check_file(path: Path) -> None:
     if not path.is_file():
-        near = [other.name for other in path.absolute().parent.glob(f"*{path.suffix}")][:5] if path.suffix else []
-        raise InvalidValueError(explain(str(path), "the file must exist.", hint=few(near) if near else None))
+        present = [other.name for other in path.absolute().parent.glob(f"*{path.suffix}")] if path.suffix else []
+        hint = near_names(path.name, sorted(present)) if present else None
+        raise InvalidValueError(explain(str(path), "the file must exist.", hint=hint))

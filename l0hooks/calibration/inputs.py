@@ -253,7 +253,7 @@ def _warn_unreachable(
             got=f"{len(empty):,} with an empty row: {targets.shown(empty)}",
             hint="leave such targets out, or give them importance 0",
         )
-        warnings.warn(message, CalibrationWarning, stacklevel=3)
+        warnings.warn(message, CalibrationWarning, stacklevel=5)
     beyond = np.flatnonzero(~reachable & (support > 0))
     if len(beyond):
         first = int(beyond[0])
@@ -265,7 +265,7 @@ def _warn_unreachable(
             got=f"{asked}; out of reach: {targets.shown(beyond)}",
             hint="wider bounds, a larger k, or other targets",
         )
-        warnings.warn(message, CalibrationWarning, stacklevel=3)
+        warnings.warn(message, CalibrationWarning, stacklevel=5)
 
 
 def _stored_zeros(matrix: Sparse) -> Any:

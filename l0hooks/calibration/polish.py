@@ -93,9 +93,7 @@ def polish(
     block = problem.columns[selection.units].astype(np.float64)
     if objective == "distance" or (objective == "auto" and len(selection.units) > problem.rows):
         return _nearest(problem, selection, block, distance, tolerance)
-    fitted = refit(
-        problem, selection.units, selection.g, iterations=_ITERATIONS, tolerance=_VIOLATION / 2, block=block
-    )
+    fitted = refit(problem, selection.units, selection.g, iterations=_ITERATIONS, tolerance=_VIOLATION / 2, block=block)
     if not fitted.fit.converged:  # badly conditioned: a weak pull to the design weights has a dense preconditioner
         pulled = _nearest(problem, selection, block, distance, tolerance)
         if pulled.converged and pulled.loss <= fitted.loss:
@@ -112,9 +110,7 @@ def _feasible(misses: Floats, tolerance: float) -> bool:
     return float(np.max(np.abs(misses), initial=0.0)) <= tolerance
 
 
-def _nearest(
-    problem: Problem, selection: Selection, block: Sparse, distance: Distance, tolerance: float
-) -> Polished:
+def _nearest(problem: Problem, selection: Selection, block: Sparse, distance: Distance, tolerance: float) -> Polished:
     units = selection.units
     found = nearest_weights(
         block,
@@ -173,4 +169,3 @@ def _polished(
         certificate=certificate,
         reason=reason,
     )
-

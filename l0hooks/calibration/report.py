@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from l0hooks.calibration import plots
 from l0hooks.calibration.export import replacing
+from l0hooks.calibration.plots import history_plot
 from l0hooks.calibration.progress import percent
 from l0hooks.calibration.result import CalibrationResult, group_means
 
@@ -71,7 +71,7 @@ def report_html(
     """The page as text; arguments as for :func:`write_report`."""
     pictures = [_picture(result.plot(), "errors by group, and weights")]
     if result.rows:
-        pictures.append(_picture(plots.history_plot(result.rows), "error and households over time"))
+        pictures.append(_picture(history_plot(result.rows), "error and households over time"))
     told = [*notes]
     if not result.converged:
         told.insert(0, f"The fit did not converge: {result.reason}")

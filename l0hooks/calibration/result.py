@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 
-from l0hooks.calibration import export, plots
+from l0hooks.calibration.export import to_frame, write_csv, write_parquet
 from l0hooks.calibration.inputs import Inputs
 from l0hooks.calibration.names import few
+from l0hooks.calibration.plots import calibration_plot
 from l0hooks.calibration.problem import Floats, Integers
 from l0hooks.calibration.progress import percent
 from l0hooks.errors import InvalidValueError, explain
@@ -179,7 +180,7 @@ class CalibrationResult:
     @property
     def weights_frame(self) -> pd.DataFrame:
         """All households by name: weight, design_weight, ratio. Needs pandas."""
-        return export.to_frame(self._weight_columns(), self.inputs.households)
+        return to_frame(self._weight_columns(), self.inputs.households)
 
     @property
     def target_report(self) -> pd.DataFrame:
@@ -188,12 +189,12 @@ class CalibrationResult:
         ``support`` counts the households with a non-zero entry, ``chosen`` those of them that were chosen. Needs
         pandas.
         """
-        return export.to_frame(self._target_columns(), self.inputs.targets)
+        return to_frame(self._target_columns(), self.inputs.targets)
 
     @property
     def history(self) -> pd.DataFrame:
         """One row for each step: stage, step, steps, error, active, seconds. Needs pandas."""
-        return export.to_frame(self.columns("history"), None)
+        return to_frame(self.columns("history"), None)
 
     def to_csv(self, path: str | os.PathLike[str], table: Table = "weights", *, chosen_only: bool = False) -> None:
         """Write a table as CSV, whole or not at all.
@@ -205,7 +206,7 @@ class CalibrationResult:
         chosen_only : bool
             Leave out households without weight.
         """
-        export.write_csv(path, self._table(table, chosen_only))
+        write_csv(path, self._table(table, chosen_only))
 
     def to_parquet(self, path: str | os.PathLike[str], table: Table = "weights", *, chosen_only: bool = False) -> None:
         """Write a table as Parquet, whole or not at all.
@@ -222,7 +223,7 @@ class CalibrationResult:
         MissingExtraError
             If pyarrow is not installed.
         """
-        export.write_parquet(path, self._table(table, chosen_only))
+        write_parquet(path, self._table(table, chosen_only))
 
     def _table(self, table: Table, chosen_only: bool) -> dict[str, Any]:
         columns = self.columns(table)
@@ -250,7 +251,7 @@ class CalibrationResult:
         MissingExtraError
             If matplotlib is not installed.
         """
-        figure = plots.calibration_plot(self.relative_errors, self.inputs.groups, self.ratios)
+        figure = calibration_plot(self.relative_errors, self.inputs.groups, self.ratios)
         if path is not None:
             figure.savefig(path, dpi=150)
         return figure

@@ -19,7 +19,12 @@ from l0hooks.calibration.swaps import PruneStage, SwapStage
 Method = Literal["auto", "gates", "greedy", "dense"]
 _FLOOR = 1e-3  # of the usual g, n/K: a chosen unit's weight is no smaller
 _EQUAL = 0.01  # errors that differ by less count as equal: the smaller design effect decides
-_RANDOM, _RANDOM_SWAPS, _GREEDY, _GATES = ("random",), ("random", "swaps"), ("greedy", "swaps"), ("gates", "prune", "swaps")
+_RANDOM, _RANDOM_SWAPS, _GREEDY, _GATES = (
+    ("random",),
+    ("random", "swaps"),
+    ("greedy", "swaps"),
+    ("gates", "prune", "swaps"),
+)
 _PATH, _PRICED, _DENSE = ("path", "prune", "swaps"), ("gates",), ("all",)
 
 

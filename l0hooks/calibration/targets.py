@@ -281,7 +281,7 @@ def _compare_sums(conditions: Sequence[tuple[int, tuple[int, ...]]], axis: Axis,
             "a parent's target should be the sum of its children's: no weights can meet both.",
             got="; ".join(apart[:3]) + more,
         )
-        warnings.warn(message, CalibrationWarning, stacklevel=2)
+        warnings.warn(message, CalibrationWarning, stacklevel=6)
 
 
 def _refuse(bad: Flags, values: Floats, axis: Axis, where: str, must: str) -> None:
