@@ -22,14 +22,19 @@ FLOORS = {
     9: ["export", "budget", "track"],
     10: ["lagrangian", "integrations"],
     11: ["budgeting"],
-    12: ["attach"],
+    12: ["attach", "calibration"],
     13: ["__init__"],
 }
 STRUCTURE = {
     **{"labels": 0, "ties": 0, "roles": 0, "failure": 0, "rules": 1, "trace": 2, "groups": 3},
     **{"declare": 4, "surgery": 4, "rewrite": 5, "__init__": 5},
 }
-PACKAGES = {"structure": STRUCTURE, "integrations": {"steps": 0, "transformers": 1, "lightning": 1, "__init__": 0}}
+CALIBRATION = {
+    **{"problem": 0, "least_squares": 1, "distance": 1, "stage": 2, "gates": 3, "greedy": 3, "swaps": 3, "polish": 3},
+    **{"solver": 4, "calibrator": 5, "__init__": 6},
+}
+INTEGRATIONS = {"steps": 0, "transformers": 1, "lightning": 1, "__init__": 0}
+PACKAGES = {"structure": STRUCTURE, "integrations": INTEGRATIONS, "calibration": CALIBRATION}
 FLOOR_OF = {room: floor for floor, rooms in FLOORS.items() for room in rooms}
 
 

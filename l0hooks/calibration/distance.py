@@ -174,7 +174,9 @@ class _Dual:
         number = np.where(self.interval, np.clip(raw, self.lower, self.upper), 0.0)
         moves = self.interval & (raw > self.lower) & (raw < self.upper)
         moved = u - self.dual
-        value = float(self.q @ (t * r - self.distances(r))) - float(self.target @ u) + float(moved @ moved) / 2 / self.tau
+        value = (
+            float(self.q @ (t * r - self.distances(r))) - float(self.target @ u) + float(moved @ moved) / 2 / self.tau
+        )
         value += float(np.sum(-u * number - (number - self.centre) ** 2 / 2 / self.tau))
         gradient = self.factor * (self.block.T @ r) - number - self.target + moved / self.tau
         return value, gradient, r, slope / self.q, np.where(moves, self.tau, 0.0)
@@ -284,9 +286,7 @@ class _Dual:
         return Nearest(r * self.factor, self.u, misses, gap, feasible, self.tau, self.steps, self.products)
 
 
-def _factorised(
-    block: Sparse, curvature: Floats, ridge: Floats, diagonal: Floats
-) -> Callable[[Floats], Floats]:
+def _factorised(block: Sparse, curvature: Floats, ridge: Floats, diagonal: Floats) -> Callable[[Floats], Floats]:
     """v → H⁻¹ v by a Cholesky factor in float32, of H scaled to a unit diagonal and raised a little."""
     root = 1 / np.sqrt(diagonal)
     used = np.flatnonzero(curvature)

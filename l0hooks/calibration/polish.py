@@ -98,9 +98,7 @@ def polish(
     if objective == "distance" or (objective == "auto" and many > _PLENTY):
         return _nearest(problem, selection, block, distance, tolerance)
     iterations = _ITERATIONS if many <= 1 else _ITERATIONS // 2
-    fitted = refit(
-        problem, selection.units, selection.g, iterations=iterations, tolerance=_VIOLATION / 2, block=block
-    )
+    fitted = refit(problem, selection.units, selection.g, iterations=iterations, tolerance=_VIOLATION / 2, block=block)
     if objective == "auto" and many > 1 and _feasible(fitted.misses, max(_PROMISING, tolerance)):
         nearest = _nearest(problem, selection, block, distance, tolerance)
         if nearest.feasible:
@@ -117,9 +115,7 @@ def _feasible(misses: Floats, tolerance: float) -> bool:
     return float(np.max(np.abs(misses), initial=0.0)) <= tolerance
 
 
-def _nearest(
-    problem: Problem, selection: Selection, block: Sparse, distance: Distance, tolerance: float
-) -> Polished:
+def _nearest(problem: Problem, selection: Selection, block: Sparse, distance: Distance, tolerance: float) -> Polished:
     units = selection.units
     found = nearest_weights(
         block,
@@ -178,4 +174,3 @@ def _polished(
         certificate=certificate,
         reason=reason,
     )
-

@@ -22,7 +22,12 @@ _FLOOR = 1e-3  # of the usual g, n/K: a chosen unit's weight is no smaller
 _EQUAL = 0.01  # errors that differ by less count as equal: the smaller design effect decides
 _CLOSE = 1.1  # losses of unpolished selections whose square roots differ by no more are all polished
 _SAME = 1.06  # two starts that end as close as this have met the floor: a third is not tried
-_RANDOM, _RANDOM_SWAPS, _GREEDY, _GATES = ("random",), ("random", "swaps"), ("greedy", "swaps"), ("gates", "prune", "swaps")
+_RANDOM, _RANDOM_SWAPS, _GREEDY, _GATES = (
+    ("random",),
+    ("random", "swaps"),
+    ("greedy", "swaps"),
+    ("gates", "prune", "swaps"),
+)
 _PATH, _PRICED, _DENSE = ("path", "prune", "swaps"), ("gates",), ("all",)
 
 
@@ -143,7 +148,9 @@ class Solver:
         if self._candidate >= len(self._plan):
             return True
         norms = sorted(one.norm for one in self._pending if one.name.endswith("swaps"))
-        return self._leg == 0 and len(norms) > 1 and norms[1] <= _SAME * norms[0] and self._plan[self._candidate] == _GATES
+        return (
+            self._leg == 0 and len(norms) > 1 and norms[1] <= _SAME * norms[0] and self._plan[self._candidate] == _GATES
+        )
 
     @property
     def resumable(self) -> bool:
@@ -186,7 +193,6 @@ class Solver:
 
     def _begin(self, leg: str) -> None:
         """Make the stage of a leg; a leg that needs no steps is over at once."""
-        problem, options = self.problem, self.options
         if leg in ("random", "all", "path"):
             self._selection, self._leg = self._given(leg), self._leg + 1
             return

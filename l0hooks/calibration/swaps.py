@@ -98,7 +98,7 @@ class SwapStage:
     --------
     >>> from scipy import sparse
     >>> from l0hooks.calibration.problem import prepare
-    >>> problem = prepare(sparse.csr_array([[1.0, 0.0, 1.0], [0.0, 1.0, 1.0]]), [4.0, 4.0])
+    >>> problem = prepare(sparse.csr_array([[1.0, 1.0, 1.0], [0.0, 0.5, 1.0]]), [4.0, 4.0])
     >>> stage = SwapStage(problem, Selection(np.array([0]), np.ones(1)))
     >>> while not stage.done:
     ...     told = stage.advance()
