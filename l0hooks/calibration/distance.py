@@ -29,7 +29,7 @@ Distance = Literal["chi_square", "raking"]
 _FIRST, _FACTOR, _LAST = 1e-2, 10.0, 1e3  # τ per unit of strength: first, from one to the next, last
 _OUTER, _NEWTON = 30, 60  # steps at the most
 _FALLING, _STALLED = 0.3, 0.97  # share of the misses that a tenfold τ leaves: they can be met; they cannot
-_CHEAP, _INNER = 60, 500  # conjugate gradients before a dense preconditioner is built, and at the most
+_CHEAP, _STALE, _INNER = 60, 15, 500  # conjugate gradients: before a preconditioner is built, is renewed; at the most
 _DENSE = 6000  # targets up to which one is built
 _RAISED = 1e-5  # what is added to a unit diagonal, so that float32 can factorise it
 _SPARSE_SPEED, _DENSE_SPEED, _CHUNK = 3e8, 4e10, 2000  # products a second of either kind; units made dense at a time
@@ -231,7 +231,8 @@ class _Dual:
         goal = accuracy * float(np.linalg.norm(gradient))
         x, residual = np.zeros(self.rows), -gradient
         cheap = self.preconditioner or (lambda v: v / diagonal)
-        x, residual = self.conjugate(x, residual, curvature, ridge, cheap, goal, _CHEAP)
+        limit = _CHEAP if self.preconditioner is None else _STALE
+        x, residual = self.conjugate(x, residual, curvature, ridge, cheap, goal, limit)
         if float(np.linalg.norm(residual)) > goal:
             if self.rows <= _DENSE:
                 self.preconditioner = _factorised(self.block, curvature, ridge, diagonal)

@@ -195,7 +195,8 @@ class GateStage:
         gradient, misses, factor, active = self._gradient(x)
         self.theta.grad = torch.from_numpy(gradient * x)
         by_gate = torch.from_numpy(gradient).mul_(strength)
-        gates.backward(by_gate if self._all_free else by_gate[torch.from_numpy(self._free)])
+        own = by_gate if self._all_free else by_gate[torch.from_numpy(self._free)]
+        gates.backward(own)  # type: ignore[no-untyped-call]
         if self.l0 is not None:
             (self.l0 / 2 * penalty(self.gate, l0=1.0)).backward()  # type: ignore[no-untyped-call]
         self._step(factor)

@@ -13,6 +13,8 @@ from l0hooks.calibration.stage import Selection, refit
 
 Objective = Literal["auto", "least_squares", "distance"]
 _ITERATIONS = 3000
+_PLENTY = 4  # units a target, from which on the distance decides
+_PROMISING = 1e-3  # largest scaled miss of a least-squares fit after which the targets may be met
 _GAP = 1e-3  # of the duality gap, relative: the weights are then right to some three digits of their distance
 _VIOLATION = 1e-6  # of the projected gradient, relative
 
@@ -65,8 +67,9 @@ def polish(
 ) -> Polished:
     """The best weights of the chosen units.
 
-    Up to as many units as there are targets: bounded least squares. Above: the weights nearest to the design weights
-    that meet the targets, or, where they cannot all be met, the soft compromise of :mod:`l0hooks.calibration.distance`.
+    Up to as many units as there are targets: bounded least squares. Above, and where the targets can be met: the weights
+    nearest to the design weights that meet them. Where they cannot: least squares, and with more than four times as many
+    units as targets the soft compromise of :mod:`l0hooks.calibration.distance`.
 
     Parameters
     ----------
@@ -91,13 +94,15 @@ def polish(
     ('distance', True, array([3.5, 3.5, 2. ]))
     """
     block = problem.columns[selection.units].astype(np.float64)
-    if objective == "distance" or (objective == "auto" and len(selection.units) > problem.rows):
+    many = len(selection.units) / problem.rows
+    if objective == "distance" or (objective == "auto" and many > _PLENTY):
         return _nearest(problem, selection, block, distance, tolerance)
-    fitted = refit(problem, selection.units, selection.g, iterations=_ITERATIONS, tolerance=_VIOLATION / 2, block=block)
-    if not fitted.fit.converged:  # badly conditioned: a weak pull to the design weights has a dense preconditioner
-        pulled = _nearest(problem, selection, block, distance, tolerance)
-        if pulled.converged and pulled.loss <= fitted.loss:
-            return pulled
+    iterations = _ITERATIONS if many <= 1 else _ITERATIONS // 2
+    fitted = refit(problem, selection.units, selection.g, iterations=iterations, tolerance=_VIOLATION / 2, block=block)
+    if objective == "auto" and many > 1 and _feasible(fitted.misses, max(_PROMISING, tolerance)):
+        nearest = _nearest(problem, selection, block, distance, tolerance)
+        if nearest.feasible:
+            return nearest
     certificate, feasible = fitted.fit.violation, _feasible(fitted.misses, tolerance)
     converged = certificate <= _VIOLATION or feasible
     reason = "all targets met" if feasible else "least squares, optimality conditions met"

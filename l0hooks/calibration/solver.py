@@ -13,12 +13,15 @@ from l0hooks.calibration.gates import GateStage
 from l0hooks.calibration.greedy import GreedyStage
 from l0hooks.calibration.polish import Objective, Polished, polish
 from l0hooks.calibration.problem import Floats, Problem
-from l0hooks.calibration.stage import Progress, Selection, Stage, State
+from l0hooks.calibration.stage import Progress, Selection, Stage, State, refit
 from l0hooks.calibration.swaps import PruneStage, SwapStage
 
 Method = Literal["auto", "gates", "greedy", "dense"]
+_ITERATIONS = 60  # of the refit that selections are compared by
 _FLOOR = 1e-3  # of the usual g, n/K: a chosen unit's weight is no smaller
 _EQUAL = 0.01  # errors that differ by less count as equal: the smaller design effect decides
+_CLOSE = 1.1  # losses of unpolished selections whose square roots differ by no more are all polished
+_SAME = 1.06  # two starts that end as close as this have met the floor: a third is not tried
 _RANDOM, _RANDOM_SWAPS, _GREEDY, _GATES = (
     ("random",),
     ("random", "swaps"),
@@ -58,6 +61,23 @@ class Options:
 
 
 @dataclass(frozen=True)
+class Pending:
+    """A candidate's selection before the polish.
+
+    Attributes
+    ----------
+    name : str
+    selection : Selection
+    norm : float
+        √Σ dist² after a short refit.
+    """
+
+    name: str
+    selection: Selection
+    norm: float
+
+
+@dataclass(frozen=True)
 class Candidate:
     """One candidate's result.
 
@@ -75,9 +95,10 @@ class Candidate:
 class Solver:
     """Runs the candidates step by step and keeps the best.
 
-    In ``"auto"`` these are a random selection, with and without swaps, greedy with swaps, and gates with pruning and
-    swaps, the likeliest to win first; once one meets every target the others are left out. The smallest mean relative
-    error wins; of errors within 1 % of it, or of targets all met, the smallest design effect.
+    In ``"auto"`` these are greedy with swaps, a random selection with swaps, and gates with pruning and swaps, which are
+    left out where the first two end equally well; with many units a random selection is tried as it is. Those that come
+    close to the best are polished. The smallest mean relative error wins; of errors within 1 % of it, or of targets all
+    met, the smallest design effect.
 
     Parameters
     ----------
@@ -109,6 +130,7 @@ class Solver:
         self.options, self._before = options, before
         self.problem = problem if options.keep is None else _with_floor(problem, options.keep)
         self.candidates: list[Candidate] = []
+        self._pending: list[Pending] = []
         self._plan = _plan(self.problem, options, before is not None)
         self._candidate = self._leg = 0
         self._stage: Stage | None = None
@@ -116,9 +138,19 @@ class Solver:
 
     @property
     def done(self) -> bool:
-        """Whether all candidates are finished, or one meets every target."""
+        """Whether a candidate meets every target, or all that could win are polished."""
         met = bool(self.candidates) and self.candidates[-1].polished.feasible
-        return self._candidate >= len(self._plan) or met
+        return met or (self._selected and not self._pending)
+
+    @property
+    def _selected(self) -> bool:
+        """Whether no further selection is to be made."""
+        if self._candidate >= len(self._plan):
+            return True
+        norms = sorted(one.norm for one in self._pending if one.name.endswith("swaps"))
+        return (
+            self._leg == 0 and len(norms) > 1 and norms[1] <= _SAME * norms[0] and self._plan[self._candidate] == _GATES
+        )
 
     @property
     def resumable(self) -> bool:
@@ -146,12 +178,14 @@ class Solver:
         return self.candidates[int(np.argmin(deff))]
 
     def advance(self) -> Progress:
-        """One step of the stage that runs, or the polish that ends a candidate."""
+        """One step of the stage that runs, or one polish."""
+        if self._selected:
+            return self._polish()
         legs = self._plan[self._candidate]
         while self._stage is None and self._leg < len(legs):
             self._begin(legs[self._leg])
         if self._stage is None:
-            return self._finish("+".join(legs))
+            return self._put_by("+".join(legs))
         told = self._stage.advance()
         if self._stage.done:
             self._end_leg()
@@ -164,7 +198,6 @@ class Solver:
 
     def _begin(self, leg: str) -> None:
         """Make the stage of a leg; a leg that needs no steps is over at once."""
-        problem, options = self.problem, self.options
         if leg in ("random", "all", "path"):
             self._selection, self._leg = self._given(leg), self._leg + 1
             return
@@ -200,19 +233,33 @@ class Solver:
             self._selection = stage.selection()
         self._stage, self._leg = None, self._leg + 1
 
-    def _finish(self, name: str) -> Progress:
-        options = self.options
+    def _put_by(self, name: str) -> Progress:
+        """A selection is made: whether it is polished depends on the others."""
         selection = self._given("all") if self._selection is None else self._selection
+        norm, error = 0.0, np.inf
+        if len(self._plan) > 1:
+            fitted = refit(self.problem, selection.units, selection.g, iterations=_ITERATIONS)
+            norm, error = float(np.linalg.norm(fitted.misses)), self.problem.error(fitted.misses)
+        self._pending.append(Pending(name, selection, norm))
+        self._selection, self._leg, self._candidate = None, 0, self._candidate + 1
+        return Progress("choice", self._candidate, len(self._plan), error, len(selection.units))
+
+    def _polish(self) -> Progress:
+        """Polish the most promising selection, and forget those that are too far behind it."""
+        self._pending.sort(key=lambda one: one.norm)
+        first, options = self._pending[0], self.options
         polished = polish(
             self.problem,
-            selection,
+            first.selection,
             objective=options.objective,
             distance=options.distance,
             tolerance=options.tolerance,
         )
-        self.candidates.append(Candidate(name, polished))
-        self._selection, self._leg, self._candidate = None, 0, self._candidate + 1
-        return Progress("polish", 1, 1, polished.error, len(selection.units))
+        self.candidates.append(Candidate(first.name, polished))
+        reached = min(c.polished.loss for c in self.candidates)
+        edge = _CLOSE * max(first.norm, float(np.sqrt(2 * reached)))
+        self._pending = [one for one in self._pending[1:] if one.norm <= edge or one.name == "random"]
+        return Progress("polish", 1, 1 + len(self._pending), polished.error, len(first.selection.units))
 
     # --- checkpoints -----------------------------------------------------------------------------------------------
 
@@ -223,6 +270,7 @@ class Solver:
             "leg": self._leg,
             "stage": None if self._stage is None else self._stage.state(),
             "selection": None if self._selection is None else asdict(self._selection),
+            "pending": [asdict(one) for one in self._pending],
             "candidates": [{"name": c.name, "polished": asdict(c.polished)} for c in self.candidates],
         }
 
@@ -233,6 +281,9 @@ class Solver:
         self.candidates = [
             Candidate(c["name"], Polished(**{**c["polished"], "selection": Selection(**c["polished"]["selection"])}))
             for c in state["candidates"]
+        ]
+        self._pending = [
+            Pending(one["name"], Selection(**one["selection"]), float(one["norm"])) for one in state["pending"]
         ]
         self._stage = None
         if state["stage"] is not None:
@@ -287,8 +338,5 @@ def _plan(problem: Problem, options: Options, prunable: bool) -> list[tuple[str,
     if options.method != "auto":
         return single[options.method]
     first = [_PATH] if prunable else []
-    if options.keep > 2 * problem.rows:
-        return [*first, _RANDOM, _GATES, _RANDOM_SWAPS, _GREEDY]
-    if options.keep > problem.rows / 2:
-        return [*first, _GREEDY, _RANDOM_SWAPS, _GATES]
-    return [*first, _GREEDY, _GATES, _RANDOM_SWAPS]
+    few = [*first, _GREEDY, _RANDOM_SWAPS, _GATES]
+    return [_RANDOM, *few] if options.keep > 2 * problem.rows else few

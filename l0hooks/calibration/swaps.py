@@ -9,7 +9,7 @@ from l0hooks.calibration.stage import Progress, Selection, State, contributions,
 
 _PRUNES, _PRUNE_ITERATIONS = 5, 40
 _ROUNDS, _SHARE, _ITERATIONS = 30, 0.1, 25
-_GAIN = 1e-4  # of the norm of the misses, below which a swap is none
+_GAIN = 2e-3  # of the norm of the misses, below which a swap is none
 
 
 class PruneStage:
@@ -98,7 +98,7 @@ class SwapStage:
     --------
     >>> from scipy import sparse
     >>> from l0hooks.calibration.problem import prepare
-    >>> problem = prepare(sparse.csr_array([[1.0, 0.0, 1.0], [0.0, 1.0, 1.0]]), [4.0, 4.0])
+    >>> problem = prepare(sparse.csr_array([[1.0, 1.0, 1.0], [0.0, 0.5, 1.0]]), [4.0, 4.0])
     >>> stage = SwapStage(problem, Selection(np.array([0]), np.ones(1)))
     >>> while not stage.done:
     ...     told = stage.advance()
