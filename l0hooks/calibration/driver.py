@@ -116,6 +116,10 @@ class Driver:
                 if saved is not None:
                     solver.resume(saved["solver"])
                     saved = None
+                else:
+                    self._stopped = ""
+                if self._stopped:
+                    solver.try_no_more()
                 self.outcomes.append(self._solve(solver))
                 self._rows = []
         finally:
@@ -129,7 +133,6 @@ class Driver:
         return Solver(self.problem, replace(self.options, keep=self.sizes[len(self.outcomes)]), before)
 
     def _solve(self, solver: Solver) -> Outcome:
-        self._stopped = ""
         while not solver.done and not (self._stopped and solver.candidates):
             update = self._watch.update(solver.advance())
             self._rows.append({name: vars(update)[name] for name in COLUMNS})
@@ -141,9 +144,10 @@ class Driver:
 
     def _ask(self, update: Update, solver: Solver) -> None:
         for callback in self.callbacks:
-            if callback(update) and update.stage != "polish":
+            if callback(update) and update.stage not in ("choice", "polish"):
                 self._stopped = f"stopped by {_called(callback)} after {update.stage} {update.step}/{update.steps}"
                 solver.end_stage()
+                solver.try_no_more()
 
     def _outcome(self, solver: Solver) -> Outcome:
         best = solver.best()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -78,9 +79,9 @@ def history_plot(rows: Sequence[Mapping[str, Any]]) -> Figure:
     """
     figure = _figure(10.5, 3.4)
     left, right = figure.subplots(1, 2)
-    stages = list(dict.fromkeys(row["stage"] for row in rows))
+    stages = list(dict.fromkeys(row["stage"] for row in rows if math.isfinite(row["error"])))
     waiting = set(stages)  # for a line of the legend
-    for run in _runs(rows):
+    for run in _runs([row for row in rows if math.isfinite(row["error"])]):
         stage, seconds = run[0]["stage"], [row["seconds"] for row in run]
         label = stage if stage in waiting else None
         waiting.discard(stage)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import sys
 import time
 from collections.abc import Callable
@@ -25,7 +26,7 @@ class Update:
     step, steps : int
         Of this stage: steps taken, and how many there will be at the most.
     error : float
-        Mean \\|relative error\\| over the targets as of this step.
+        Mean \\|relative error\\| over the targets as of this step; infinite where it is not known.
     active : int
         Households with a positive weight (clusters, where there are any).
     seconds : float
@@ -50,10 +51,8 @@ class Update:
     def __str__(self) -> str:
         """One line."""
         left = f", at most {_duration(self.left)} left" if self.left else ""
-        return (
-            f"{self.stage} {self.step}/{self.steps}  error {percent(self.error)}  active {self.active:,}"
-            f"  {_duration(self.seconds)}{left}"
-        )
+        error = f"error {percent(self.error)}  " if math.isfinite(self.error) else ""
+        return f"{self.stage} {self.step}/{self.steps}  {error}active {self.active:,}  {_duration(self.seconds)}{left}"
 
 
 class Callback(Protocol):

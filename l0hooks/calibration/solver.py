@@ -196,6 +196,11 @@ class Solver:
         if isinstance(self._stage, (GateStage, SwapStage)):
             self._end_leg()
 
+    def try_no_more(self) -> None:
+        """Finish the selection that is being made, and begin no other."""
+        begun = self._stage is not None or self._leg > 0 or not self._pending
+        self._plan = self._plan[: self._candidate + begun]
+
     def _begin(self, leg: str) -> None:
         """Make the stage of a leg; a leg that needs no steps is over at once."""
         if leg in ("random", "all", "path"):
