@@ -151,7 +151,7 @@ class Calibrator:
         stopped = False
         while not solver.done and not stopped:
             told = solver.advance()
-            stopped = any([bool(call(solver, told)) for call in self.callbacks])
+            stopped = True in [call(solver, told) for call in self.callbacks]  # all are called
         self._take(solver)
         return self
 
