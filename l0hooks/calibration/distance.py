@@ -8,9 +8,9 @@ With r = g/c, c the common factor of the chosen units, A = c·B and strengths q,
 eᵗ, and u minimises a smooth convex function of as many numbers as there are targets. The proximal method of multipliers
 solves a sequence of such problems with the term ‖u − u_k‖²/2τ added, by semismooth Newton steps with preconditioned
 conjugate gradients. At u_k = 0 such a problem is the soft one, Σ qᵢ φ(rᵢ) + τ/2 ‖A r − b‖². τ rises tenfold from one to
-the next; while the misses fall with it the targets can be met, and u_k follows u. Where the targets cannot all be met the
-misses stop falling, and the soft problem's weights are the answer. An interval is a point at zero for the estimate less
-a number within the interval.
+the next; while the misses fall with it they can be met, and u_k follows u. Where the targets cannot all be met the
+misses stop falling, and the soft problem's weights are the answer. An interval is a point at zero for the estimate
+less a number within the interval.
 """
 
 from __future__ import annotations
@@ -267,6 +267,9 @@ class _Dual:
 
     def result(self, r: Floats, misses: Floats, feasible: bool) -> Nearest:
         """The duality gap, computed from the weights and u alone."""
+        # no multiplier pulls towards an end that is not there
+        self.u = np.where(self.interval & np.isinf(self.lower), np.minimum(self.u, 0), self.u)
+        self.u = np.where(self.interval & np.isinf(self.upper), np.maximum(self.u, 0), self.u)
         t = self.factor * (self.block @ self.u) / self.q
         best, _ = self.ratios(t)
         cost = float(self.q @ self.distances(r))

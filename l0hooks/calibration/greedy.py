@@ -7,7 +7,7 @@ import numpy as np
 from l0hooks.calibration.problem import Problem
 from l0hooks.calibration.stage import Progress, Selection, State, largest, refit
 
-_ROUNDS, _ITERATIONS = 40, 30
+_ROUNDS, _ITERATIONS = (100, 40), (100, 30)  # with few units, at most one for two targets; with more
 
 
 class GreedyStage:
@@ -18,9 +18,9 @@ class GreedyStage:
     problem : Problem
     keep : int
         The number of units to choose, those that must stay included.
-    rounds : int, > 0
-    iterations : int, > 0
-        Of each refit.
+    rounds : int, > 0, optional
+    iterations : int, > 0, optional
+        Of each refit. Both are larger by default where there are fewer than half as many units as targets.
 
     Examples
     --------
@@ -38,9 +38,13 @@ class GreedyStage:
     of equations, section III, for the pursuit with non-negative coefficients.
     """
 
-    def __init__(self, problem: Problem, keep: int, *, rounds: int = _ROUNDS, iterations: int = _ITERATIONS) -> None:
-        self.problem, self.keep, self.iterations = problem, keep, iterations
-        self._block = max(1, keep // rounds)
+    def __init__(
+        self, problem: Problem, keep: int, *, rounds: int | None = None, iterations: int | None = None
+    ) -> None:
+        many = int(2 * keep > problem.rows)
+        self.problem, self.keep = problem, keep
+        self.iterations = _ITERATIONS[many] if iterations is None else iterations
+        self._block = max(1, keep // (_ROUNDS[many] if rounds is None else rounds))
         self._units = np.flatnonzero(problem.kept)
         self._g = np.maximum(problem.low[self._units], np.minimum(1.0, problem.high[self._units]))
         self._misses = problem.misses(problem.estimates(self._g, self._units))

@@ -67,9 +67,9 @@ def polish(
 ) -> Polished:
     """The best weights of the chosen units.
 
-    Up to as many units as there are targets: bounded least squares. Above, and where the targets can be met: the weights
-    nearest to the design weights that meet them. Where they cannot: least squares, and with more than four times as many
-    units as targets the soft compromise of :mod:`l0hooks.calibration.distance`.
+    Up to as many units as there are targets: bounded least squares. Above, and where the targets can be met: the
+    weights nearest to the design weights that meet them. Where they cannot: least squares, and with more than four
+    times as many units as targets the soft compromise of :mod:`l0hooks.calibration.distance`.
 
     Parameters
     ----------

@@ -8,7 +8,8 @@ from l0hooks.calibration.problem import Problem
 from l0hooks.calibration.stage import Progress, Selection, State, contributions, largest, refit
 
 _PRUNES, _PRUNE_ITERATIONS = 5, 40
-_ROUNDS, _SHARE, _ITERATIONS = 30, 0.1, 25
+_ROUNDS, _SHARE = 30, 0.1
+_ITERATIONS = (80, 25)  # with at most as many units as targets; with more
 _GAIN = 2e-3  # of the norm of the misses, below which a swap is none
 
 
@@ -92,7 +93,9 @@ class SwapStage:
     problem : Problem
     selection : Selection
         The K units to begin with.
-    rounds, iterations : int, > 0
+    rounds : int, > 0
+    iterations : int, > 0, optional
+        Of each refit; more by default where there are at most as many units as targets.
 
     Examples
     --------
@@ -111,12 +114,13 @@ class SwapStage:
     """
 
     def __init__(
-        self, problem: Problem, selection: Selection, *, rounds: int = _ROUNDS, iterations: int = _ITERATIONS
+        self, problem: Problem, selection: Selection, *, rounds: int = _ROUNDS, iterations: int | None = None
     ) -> None:
-        self.problem, self.rounds, self.iterations = problem, rounds, iterations
+        self.problem, self.rounds = problem, rounds
+        self.iterations = _ITERATIONS[len(selection.units) > problem.rows] if iterations is None else iterations
         self._round = 0
         self._count = max(1, min(int(_SHARE * len(selection.units)), problem.size - len(selection.units)))
-        fitted = refit(problem, selection.units, selection.g, iterations=2 * iterations)
+        fitted = refit(problem, selection.units, selection.g, iterations=2 * self.iterations)
         self._now, self._misses = Selection(selection.units, fitted.g), fitted.misses
         self._norms = np.where(problem.norms > 0, problem.norms, np.inf)
         if len(selection.units) >= problem.size:
