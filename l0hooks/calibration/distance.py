@@ -26,6 +26,7 @@ from scipy import linalg, sparse
 from l0hooks.calibration.problem import Floats, Sparse
 
 Distance = Literal["chi_square", "raking"]
+_GAP = 1e-5  # relative, where targets are intervals
 _FIRST, _FACTOR, _LAST = 1e-2, 10.0, 1e3  # τ per unit of strength: first, from one to the next, last
 _OUTER, _NEWTON = 30, 60  # steps at the most
 _FALLING, _STALLED = 0.3, 0.97  # share of the misses that a tenfold τ leaves: they can be met; they cannot
@@ -190,14 +191,20 @@ class _Dual:
             misses = self.misses(r)
             feasible = float(np.max(np.abs(misses), initial=0.0)) <= self.tolerance
             norm = float(np.linalg.norm(misses))
-            if feasible or (norm > _STALLED * before and self.tau >= whole):
+            if feasible and self.optimal(r, misses):
                 break
-            if norm < _FALLING * before and np.isfinite(before):
+            if not feasible and norm > _STALLED * before and self.tau >= whole:
+                break
+            if feasible or (norm < _FALLING * before and np.isfinite(before)):
                 raw = self.centre - self.tau * self.u
                 self.centre = np.where(self.interval, np.clip(raw, self.lower, self.upper), 0.0)
                 self.dual = self.u
             before, self.tau = norm, min(self.tau * _FACTOR, _LAST * whole)
         return self.result(r, misses, feasible)
+
+    def optimal(self, r: Floats, misses: Floats) -> bool:
+        """Whether feasible weights are the nearest ones: always for points; within intervals others may be nearer."""
+        return not self.interval.any() or abs(self.result(r, misses, True).gap) <= _GAP
 
     def misses(self, r: Floats) -> Floats:
         estimates = self.factor * (self.block.T @ r)
@@ -268,15 +275,17 @@ class _Dual:
     def result(self, r: Floats, misses: Floats, feasible: bool) -> Nearest:
         """The duality gap, computed from the weights and u alone."""
         # no multiplier pulls towards an end that is not there
-        self.u = np.where(self.interval & np.isinf(self.lower), np.minimum(self.u, 0), self.u)
-        self.u = np.where(self.interval & np.isinf(self.upper), np.maximum(self.u, 0), self.u)
-        t = self.factor * (self.block @ self.u) / self.q
+        u = self.u
+        if feasible:
+            u = np.where(self.interval & np.isinf(self.lower), np.minimum(u, 0), u)
+            u = np.where(self.interval & np.isinf(self.upper), np.maximum(u, 0), u)
+        t = self.factor * (self.block @ u) / self.q
         best, _ = self.ratios(t)
         cost = float(self.q @ self.distances(r))
         conjugate = float(self.q @ (t * best - self.distances(best)))
         if feasible:
-            ends = np.where(self.u > 0, self.lower, self.upper)
-            at_ends = np.where(self.u != 0, self.u * np.where(self.interval, ends, self.lower), 0.0)
+            ends = np.where(u > 0, self.lower, self.upper)
+            at_ends = np.where(u != 0, u * np.where(self.interval, ends, self.lower), 0.0)
             primal, dual = cost, float(at_ends.sum()) - conjugate
         else:
             estimates = self.factor * (self.block.T @ r)

@@ -60,7 +60,7 @@ def history_plot(rows: Sequence[Mapping[str, Any]]) -> Figure:
     Parameters
     ----------
     rows : sequence of mappings
-        With stage, error, active and seconds.
+        With stage, step, error, active and seconds.
 
     Returns
     -------
@@ -73,7 +73,7 @@ def history_plot(rows: Sequence[Mapping[str, Any]]) -> Figure:
 
     Examples
     --------
-    >>> rows = [{"stage": "gates", "error": 0.1, "active": 9, "seconds": t} for t in (1.0, 2.0)]
+    >>> rows = [{"stage": "gates", "step": t, "error": 0.1, "active": 9, "seconds": t} for t in (1, 2)]
     >>> [axes.get_ylabel() for axes in history_plot(rows).axes]
     ['mean |relative error|', 'households with weight']
     """

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from scipy import sparse
-from scipy.optimize import lsq_linear
+from scipy.optimize import lsq_linear, minimize
 
 from l0hooks.calibration import CalibrationWarning, Calibrator, NamedMatrix
 from l0hooks.calibration.plots import history_plot
@@ -75,6 +75,35 @@ def test_plain_calibration_is_the_nearest_by_an_independent_solver():
     scales = np.linspace(0.8, 1.2, 401)
     own, other = (min(np.sum((w - c * design) ** 2 / design) for c in scales) for w in (result.weights, linear))
     assert own <= 1.01 * other  # both are near; the factor of the design weights is free here
+
+
+@pytest.mark.parametrize("ends", ["both", "lower", "upper"])
+def test_within_intervals_the_weights_are_the_nearest_by_an_independent_solver(ends):
+    rng = np.random.default_rng(0)
+    matrix, design = rng.random((4, 15)), rng.uniform(1, 2, 15)
+    middle = matrix @ design * np.array([1.2, 0.9, 1.0, 1.0])
+    lower = middle * 0.95 if ends != "upper" else np.full(4, -np.inf)
+    upper = middle * 1.05 if ends != "lower" else np.full(4, np.inf)
+    result = quick(dtype="float64", tolerance=1e-8).fit(matrix, lower=lower, upper=upper, design_weights=design)
+    assert result.converged
+    factor = np.exp(np.linspace(-0.3, 0.3, 61))  # of the design weights: the fit chooses it by itself
+    rows = [
+        {"type": "ineq", "fun": lambda w, row=row, end=end, sign=sign: sign * (row @ w - end)}
+        for ends, sign in ((lower, 1.0), (upper, -1.0))
+        for row, end in zip(matrix, ends, strict=True)
+        if np.isfinite(end)
+    ]
+
+    def distance(w, c):
+        return np.sum((w - c * design) ** 2 / design)
+
+    own = min(factor, key=lambda c: distance(result.weights, c))
+    best = minimize(
+        distance, design, (own,), "SLSQP", bounds=[(0, None)] * 15, constraints=rows, options={"ftol": 1e-12}
+    )
+    assert distance(result.weights, own) <= best.fun * 1.05 + 1e-3
+    assert (matrix @ result.weights >= lower - 1e-6).all()
+    assert (matrix @ result.weights <= upper + 1e-6).all()
 
 
 def test_least_squares_is_that_of_scipy():
