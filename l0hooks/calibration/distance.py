@@ -139,7 +139,9 @@ class _Dual:
         self.squares = sparse.csr_array((block.data**2, block.indices, block.indptr), shape=block.shape)
         self.interval: NDArray[np.bool_] = lower < upper
         self.target = np.where(self.interval, 0.0, lower)
-        self.centre = np.where(self.interval, np.clip(0.0, lower, upper), 0.0)  # of the numbers within intervals
+        # of the numbers within intervals: at first what the design weights give
+        estimates = factor * np.asarray(block.T @ np.clip(1.0, self.low, self.high), np.float64)
+        self.centre = np.where(self.interval, np.clip(estimates, lower, upper), 0.0)
         self.dual, self.u = np.zeros(self.rows), np.zeros(self.rows)
         self.tau = _FIRST * float(strength.sum())
         self.steps = self.products = 0
@@ -285,8 +287,8 @@ class _Dual:
         conjugate = float(self.q @ (t * best - self.distances(best)))
         if feasible:
             ends = np.where(u > 0, self.lower, self.upper)
-            at_ends = np.where(u != 0, u * np.where(self.interval, ends, self.lower), 0.0)
-            primal, dual = cost, float(at_ends.sum()) - conjugate
+            pulling = u != 0
+            primal, dual = cost, float(u[pulling] @ ends[pulling]) - conjugate
         else:
             estimates = self.factor * (self.block.T @ r)
             number = np.where(self.interval, np.clip(self.centre - self.tau * self.u, self.lower, self.upper), 0.0)
