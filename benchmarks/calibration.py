@@ -1,4 +1,4 @@
-"""Calibration: ``python -m benchmarks.calibration [--problems stress survey areas] [--quick] [--scaling] [--json FILE]``.
+"""Calibration: ``python -m benchmarks.calibration [--problems stress survey areas] [--quick] [--plain] [--scaling]``.
 
 For each problem: l0-python's SparseCalibrationWeights with settings tuned in its favour, then, at the K at which it
 ended, ours and three baselines: a random selection polished, random with swaps, greedy with swaps. Every fit runs in a
