@@ -93,3 +93,19 @@ def test_the_users_matrix_stays_as_it_is() -> None:
     before = matrix.toarray()
     prepare(matrix, TARGETS, design_weights=DESIGN, dtype="float64")
     np.testing.assert_array_equal(matrix.toarray(), before)
+
+
+def test_matrices_are_turned_around_piece_by_piece(monkeypatch) -> None:
+    monkeypatch.setattr("l0hooks.calibration.problem._PIECE", 5)
+    rng = np.random.default_rng(0)
+    dense = rng.random((40, 30)) * (rng.random((40, 30)) < 0.3)
+    dense[[0, 7, 39]] = dense[:, [0, 3, 29]] = 0
+    doubled = sparse.coo_array((np.ones(2), ([1, 1], [2, 2])), shape=(40, 30))
+    dense[1, 2] = 2
+    only = dense.copy()
+    only[1, 2] = 0
+    problem = prepare(sparse.vstack([sparse.csr_array(only)]) + doubled, dense @ np.ones(30), dtype="float64")
+    wanted = np.diag(problem.scale) @ dense @ np.diag(problem.design)
+    np.testing.assert_allclose(problem.columns.toarray(), wanted.T)
+    np.testing.assert_allclose(problem.norms, np.linalg.norm(wanted, axis=0))
+    assert problem.columns.has_canonical_format
