@@ -210,7 +210,7 @@ class GateStage:
     def _gradient(self, x: Any) -> tuple[Any, Floats, float, int]:
         """d loss / dx where x > 0 and zero elsewhere (float32), the misses, the common factor, and how many are > 0."""
         problem, columns = self.problem, self.problem.columns
-        active = np.flatnonzero(x)
+        active = np.flatnonzero(x > 0)
         few = len(active) < _SPARSE * problem.size
         block, part = (columns[active], x[active]) if few else (columns, x)
         p = np.asarray(block.T @ part.astype(block.dtype), np.float64)

@@ -9,7 +9,7 @@ have norm 1.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -91,7 +91,8 @@ def bounded_fit(
     (array([0. , 1.5]), True)
     """
     unit = column_norms(block) if norms is None else np.where(norms > 0, norms, 1.0)
-    return _Face(block, target, low * unit, high * unit, unit, tolerance).run(start * unit, iterations)
+    fit = _Face(block, target, low * unit, high * unit, unit, tolerance).run(start * unit, iterations)
+    return replace(fit, g=np.clip(fit.g, low, high))  # g·‖Bᵢ‖ was within, g may have been rounded out
 
 
 class _Face:
@@ -121,7 +122,7 @@ class _Face:
         """Split the gradient into its free part and that of the coordinates which want to leave their bounds."""
         at_low, at_high = self.x <= self.low, self.x >= self.high
         self.free = np.where(at_low | at_high, 0.0, self.gradient)
-        self.bound = np.where(at_low, np.minimum(self.gradient, 0), 0.0)
+        self.bound = np.where(at_low & ~at_high, np.minimum(self.gradient, 0), 0.0)  # of fixed ones nothing
         self.bound = np.where(at_high & ~at_low, np.maximum(self.gradient, 0), self.bound)
 
     def violation(self) -> float:

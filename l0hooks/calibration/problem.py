@@ -11,7 +11,7 @@ rows of a few units are one slice.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -28,6 +28,7 @@ Sparse = Any  # scipy's stubs disagree from version to version about what an arr
 Loss = Literal["relative", "squared"]
 BoundsOn = Literal["ratio", "weight"]
 Precision = Literal["float32", "float64"]
+_PIECE = 100_000  # entries that are worked on at a time, at least
 
 
 @dataclass(frozen=True)
@@ -193,7 +194,8 @@ def prepare(
     columns = _columns(rows, scale, members, len(base), np.dtype(dtype))
     factor = _common_factor(columns, base, scale * low_target, scale * high_target)
     design = base * factor
-    columns.data *= np.repeat(design, np.diff(columns.indptr)).astype(columns.dtype)
+    for part, some in _pieces(columns):
+        columns.data[part] *= np.repeat(design[some], np.diff(columns.indptr[some.start : some.stop + 1]))
     per_g = np.full(len(base), factor) if bounds_on == "ratio" else design
     kept = np.zeros(len(base) + 1, np.bool_)
     kept[members[np.asarray(keep, np.int64)]] = True
@@ -271,21 +273,28 @@ def _design_of_units(weights: Floats, members: Integers) -> Floats:
 
 
 def _columns(rows: Sparse, scale: Floats, members: Integers, units: int, dtype: np.dtype[Any]) -> Sparse:
-    """diag(scale)·M, stored unit by unit: of a large matrix never more than two copies at a time."""
-    counts = np.diff(rows.indptr)
-    data = rows.data.astype(dtype)
-    factors = scale.astype(dtype)
-    step = max(1, 1_000_000 // max(1, int(counts.mean()) if len(counts) else 1))
-    for start in range(0, len(scale), step):
-        part = slice(rows.indptr[start], rows.indptr[min(start + step, len(scale))])
-        data[part] *= np.repeat(factors[start : start + step], counts[start : start + step])
-    scaled = sparse.csr_array((data, rows.indices, rows.indptr), shape=rows.shape)
-    by_household = sparse.csc_array(scaled)
-    columns = sparse.csr_array(
-        (by_household.data, by_household.indices, by_household.indptr), shape=by_household.shape[::-1]
-    )
+    """diag(scale)·M, stored unit by unit, a few rows of M after the other: nothing of its size is needed beside it."""
+    if not rows.has_canonical_format:
+        rows = rows.copy()
+        rows.sum_duplicates()
+    (targets, households), entries = rows.shape, rows.nnz
+    index = np.int32 if max(entries, targets) < 2**31 else np.int64
+    ends = np.zeros(households + 1, index)
+    np.cumsum(np.bincount(rows.indices, minlength=households), out=ends[1:])
+    free, data, indices = ends[:-1].copy(), np.empty(entries, dtype), np.empty(entries, index)
+    first, piece = 0, max(_PIECE, entries // 32)
+    while first < targets:
+        last = int(np.searchsorted(rows.indptr, rows.indptr[first] + piece, side="right")) - 1
+        last = min(max(first + 1, last), targets)
+        part = sparse.csc_array(rows[first:last])
+        counts = np.diff(part.indptr)
+        places = np.arange(part.nnz, dtype=index) + np.repeat(free - part.indptr[:-1].astype(index), counts)
+        data[places] = part.data * scale[first + part.indices]
+        indices[places] = first + part.indices
+        free += counts.astype(index)
+        first = last
+    columns = sparse.csr_array((data, indices, ends), shape=(households, targets))
     if units == rows.shape[1]:
-        columns.sum_duplicates()
         return columns
     inside = np.flatnonzero(members >= 0)
     ones = np.ones(len(inside), dtype)
@@ -306,10 +315,23 @@ def _common_factor(columns: Sparse, design: Floats, lower: Floats, upper: Floats
 
 def _norms(columns: Sparse) -> Floats:
     """The Euclidean norm of every row, in float64 sums."""
-    filled = np.diff(columns.indptr) > 0
     sums = np.zeros(columns.shape[0])
-    if filled.any():
-        squares = np.square(columns.data, dtype=np.float64)
-        sums[filled] = np.add.reduceat(squares, columns.indptr[:-1][filled])
+    for part, some in _pieces(columns):
+        starts = columns.indptr[some.start : some.stop + 1]
+        filled = np.diff(starts) > 0
+        if filled.any():
+            squares = np.square(columns.data[part], dtype=np.float64)
+            sums[some][filled] = np.add.reduceat(squares, (starts[:-1] - starts[0])[filled])
     norms: Floats = np.sqrt(sums)
     return norms
+
+
+def _pieces(columns: Sparse) -> Iterator[tuple[slice, slice]]:
+    """The entries and the rows of a matrix, some at a time."""
+    count, rows = max(_PIECE, columns.nnz // 32), columns.shape[0]
+    first = 0
+    while first < rows:
+        last = int(np.searchsorted(columns.indptr, columns.indptr[first] + count, side="right")) - 1
+        last = min(max(first + 1, last), rows)
+        yield slice(columns.indptr[first], columns.indptr[last]), slice(first, last)
+        first = last

@@ -96,9 +96,9 @@ class Solver:
     """Runs the candidates step by step and keeps the best.
 
     In ``"auto"`` these are greedy with swaps, a random selection with swaps, and gates with pruning and swaps, which
-    are left out where the first two end equally well; with many units a random selection is tried as it is. Those that come
-    close to the best are polished. The smallest mean relative error wins; of errors within 1 % of it, or of targets all
-    met, the smallest design effect.
+    are left out where the first two end equally well; with many units a random selection is tried as it is. Those that
+    come close to the best are polished. The smallest mean relative error wins; of errors within 1 % of it, or of
+    targets all met, the smallest design effect.
 
     Parameters
     ----------
