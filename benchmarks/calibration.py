@@ -63,19 +63,18 @@ def our_fit(given, keep, method="auto"):
 
     epochs, last = [], [time.process_time()]
 
-    def clock(solver, told):
+    def clock(told):
         now = time.process_time()
         if told.stage == "gates" and told.step > 1:
             epochs.append(now - last[0])
         last[0] = now
 
     begin = time.process_time()
-    fitted = Calibrator(keep, method=method, callbacks=[clock]).fit(
-        given.matrix, given.targets, design_weights=given.design
-    )
+    calibrator = Calibrator(keep, method=method, callbacks=[clock], progress=False)
+    fitted = calibrator.fit(given.matrix, given.targets, design_weights=given.design)
     seconds = time.process_time() - begin
-    told = {"seconds": seconds, "winner": fitted.winner_, "converged": fitted.converged_, "reason": fitted.reason_}
-    return fitted.weights_, told | ({"epoch ms": 1e3 * statistics.median(epochs)} if epochs else {})
+    told = {"seconds": seconds, "winner": fitted.stage, "converged": fitted.converged, "reason": fitted.reason}
+    return fitted.weights, told | ({"epoch ms": 1e3 * statistics.median(epochs)} if epochs else {})
 
 
 def baseline(given, keep, kind):

@@ -144,7 +144,7 @@ class Driver:
 
     def _ask(self, update: Update, solver: Solver) -> None:
         for callback in self.callbacks:
-            if callback(update) and update.stage not in ("choice", "polish"):
+            if callback(update):
                 self._stopped = f"stopped by {_called(callback)} after {update.stage} {update.step}/{update.steps}"
                 solver.end_stage()
                 solver.try_no_more()

@@ -93,7 +93,7 @@ def test_beside_the_earlier_library():
     theirs = l0.SparseCalibrationWeights(
         matrix.shape[1], init_keep_prob=0.5, init_weights=float(y.sum() / matrix.sum()), seed=0
     )
-    theirs.fit(matrix, y, lambda_l0=1e-5, lr=0.05, epochs=400, loss_type="relative")
+    theirs.fit(matrix, y, lambda_l0=1e-3, lr=0.1, epochs=400, loss_type="relative")
     weights = theirs.get_weights(deterministic=True).detach().double().numpy()
     k = int((weights > 0).sum())
     assert 0 < k < matrix.shape[1]
