@@ -33,7 +33,7 @@ CALIBRATION = {
     **{"problem": 0, "least_squares": 1, "distance": 1, "stage": 2, "gates": 3, "greedy": 3, "swaps": 3, "polish": 3},
     **{"solver": 4, "names": 1, "matrix": 2, "households": 2, "targets": 2, "reach": 3, "inputs": 4, "files": 3},
     **{"progress": 3, "checkpoint": 3, "plots": 1, "export": 2, "result": 5, "report": 6, "driver": 5},
-    **{"calibrator": 6, "cli": 7, "__init__": 7},
+    **{"settings": 5, "calibrator": 6, "cli": 7, "__init__": 7},
 }
 PACKAGES = {
     "structure": STRUCTURE,

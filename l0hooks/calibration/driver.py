@@ -17,6 +17,7 @@ from l0hooks.calibration.reach import weight_limits
 from l0hooks.calibration.solver import Options, Solver
 from l0hooks.calibration.stage import Selection, State
 
+_LEAST = 1e-12  # importance of a target that only stands in the hierarchy, against the largest
 COLUMNS = ("stage", "step", "steps", "error", "active", "seconds")
 
 
@@ -50,16 +51,22 @@ class Outcome:
 
 
 def prepared(inputs: Inputs, *, loss: Loss, consistency: float) -> Problem:
-    """The problem that the stages work on."""
+    """The problem that the stages work on, of the targets that count or have parents or children."""
     people = inputs.people
+    counts = inputs.importance > 0
+    related = [number for parent, children in inputs.hierarchy for number in (parent, *children)]
+    counts[related] = True
+    rows = np.flatnonzero(counts)
+    place = np.cumsum(counts) - 1
+    whole = len(rows) == len(counts)
     problem = prepare(
-        inputs.matrix,
-        inputs.lower,
-        inputs.upper,
+        inputs.matrix if whole else inputs.matrix[rows],
+        inputs.lower[rows],
+        inputs.upper[rows],
         design_weights=people.design,
-        importance=inputs.importance,
+        importance=np.maximum(inputs.importance[rows], _LEAST * inputs.importance.max()),
         loss=loss,
-        hierarchy=inputs.hierarchy,
+        hierarchy=[(int(place[parent]), place[list(children)].tolist()) for parent, children in inputs.hierarchy],
         consistency=consistency,
         keep=people.keep,
         leave_out=people.leave_out,

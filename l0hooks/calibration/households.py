@@ -153,7 +153,9 @@ def _bounds(given: object, bounds_on: object, axis: Axis) -> tuple[Floats, Float
         raise InvalidValueError(
             explain("bounds_on", "it must be known.", expected="'ratio' or 'weight'", got=repr(bounds_on))
         )
-    if not isinstance(given, Sequence) or len(given) != 2:
+    if isinstance(given, np.ndarray) and given.shape == (2,):
+        given = given.tolist()
+    if not isinstance(given, Sequence) or isinstance(given, str) or len(given) != 2:
         raise InvalidValueError(explain("bounds", "they must be a pair.", expected="(lo, hi)", got=repr(given)))
     low, high = (_one_bound(one, name, axis) for one, name in zip(given, ("lo", "hi"), strict=True))
     _refuse(~(low >= 0) | np.isinf(low), low, axis, "the lower bound must be finite and not negative.")

@@ -101,6 +101,8 @@ def _names(given: Sequence[Hashable] | None, what: str) -> tuple[Hashable, ...] 
 
 
 def _dense(given: object) -> NDArray[Any]:
+    if isinstance(given, np.ma.MaskedArray):
+        given = np.ma.filled(given.astype(np.float64), np.nan)  # what is masked is missing
     try:
         return np.asarray(given)
     except ValueError as error:

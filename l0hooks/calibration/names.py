@@ -217,6 +217,8 @@ def _content(given: Any, what: str) -> NDArray[Any]:
         return content
     if is_frame(given) and given.shape[1] != 1:
         raise InvalidValueError(explain(what, "a frame must have one column.", got=few(list(given.columns))))
+    if isinstance(given, np.ma.MaskedArray):
+        given = np.ma.filled(given.astype(np.float64), np.nan)  # what is masked is missing
     try:
         array = np.asarray(given.to_numpy() if is_series(given) or is_frame(given) else given)
     except (ValueError, TypeError) as error:

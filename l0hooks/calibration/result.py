@@ -27,7 +27,7 @@ _QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
 _GROUPS_SHOWN = 8
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class CalibrationResult:
     """Weights for every household, and what they achieve.
 
@@ -255,6 +255,10 @@ class CalibrationResult:
         if path is not None:
             figure.savefig(path, dpi=150)
         return figure
+
+    def __repr__(self) -> str:
+        """One line."""
+        return f"<CalibrationResult: {self.active:,} households, error {percent(self.error)}, {self.stage}>"
 
     def __str__(self) -> str:
         """The summary that ``print`` shows."""

@@ -189,6 +189,25 @@ def test_a_hierarchy_pulls_sums_together():
     assert apart[1e4] < 1e-2 * apart[0.0]
 
 
+def test_targets_that_count_nothing_are_reported_and_not_met():
+    matrix, y, design = survey()
+    y[:3] *= [9, -9, 0]
+    options = {"design_weights": design}
+    with pytest.warns(CalibrationWarning, match="lie within"):
+        result = quick(30, importance=[0, 0, 0] + [1] * (T - 3)).fit(matrix, y, **options)
+    alone = quick(30).fit(matrix[3:], y[3:], **options)
+    np.testing.assert_array_equal(result.weights, alone.weights)
+    assert len(result.target_report) == T
+    with pytest.warns(CalibrationWarning):
+        related = quick(30, importance=[0, 0, 0] + [1] * (T - 3), hierarchy={3: [0, 4]}).fit(matrix, y, **options)
+    assert np.isfinite(related.history["error"]).any()
+    assert related.active == 30
+
+
+def test_a_result_is_one_line_in_a_list(fitted):
+    assert repr(fitted).startswith("<CalibrationResult: 30 households, error ")
+
+
 def test_a_path_gives_each_number_exactly():
     matrix, y, design = survey()
     results = quick().fit_path(matrix, y, ks=[20, 60, 5], design_weights=design)
@@ -234,6 +253,7 @@ def test_equal_random_states_give_equal_weights_and_torch_is_left_alone():
         ({"device": "cuda"}, "the fit runs on the CPU"),
         ({"callbacks": [3]}, "callbacks: they must be callable"),
         ({"dtype": "float16"}, "dtype: it must be known"),
+        ({"tolerance": "small"}, "tolerance: it must be positive"),
     ],
 )
 def test_options_are_checked_at_once(options, message):
