@@ -152,7 +152,7 @@ class Driver:
     def _ask(self, update: Update, solver: Solver) -> None:
         for callback in self.callbacks:
             if callback(update):
-                self._stopped = f"stopped by {_called(callback)} after {update.stage} {update.step}/{update.steps}"
+                self._stopped = f"stopped by a callback after {update.stage} {update.step}/{update.steps}"
                 solver.end_stage()
                 solver.try_no_more()
 
@@ -185,8 +185,3 @@ class Driver:
         self.outcomes = [Outcome(**{**one, "selection": Selection(**one["selection"])}) for one in saved["outcomes"]]
         self._rows, self._stopped = saved["rows"], saved["stopped"]
         self._watch = Watch(before=saved["seconds"])
-
-
-def _called(callback: Callback) -> str:
-    name = vars(callback).get("__name__") if not isinstance(callback, type(_called)) else callback.__name__
-    return str(name or type(callback).__name__)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _MOST = 30  # groups shown, those with the largest errors
-_FLOOR = 1e-6  # relative errors below count as this one
+_FLOOR, _DECADES = 1e-9, 1e-4  # errors below this, or this share of the largest, are drawn there
 _LONGEST = 28  # characters of a group's name
 
 
@@ -129,9 +129,10 @@ def _by_group(errors: Floats, groups: Sequence[Hashable] | None) -> list[tuple[s
 def _draw_errors(axes: Any, parts: Sequence[tuple[str, Floats]], total: int) -> None:
     """A line from the median to the largest error of each group, with marks at the median, the mean and the largest."""
     places = list(range(len(parts)))
-    shown = [np.maximum(errors, _FLOOR) for _, errors in parts]
+    floor = max(_FLOOR, _DECADES * max(float(errors.max()) for _, errors in parts))
+    shown = [np.maximum(errors, floor) for _, errors in parts]
     medians, largest = [float(np.median(part)) for part in shown], [float(part.max()) for part in shown]
-    means = [max(float(errors.mean()), _FLOOR) for _, errors in parts]
+    means = [max(float(errors.mean()), floor) for _, errors in parts]
     axes.hlines(places, medians, largest, color="0.75", linewidth=3)
     several = [place for place, part in zip(places, shown, strict=True) if len(part) > 1]
     style = {"color": "C0", "markersize": 11, "markeredgewidth": 2.5, "label": "median"}
@@ -166,6 +167,7 @@ def _draw_ratios(axes: Any, ratios: Floats) -> None:
         axes.set_title(f"median {middle:.3g} (dashed)", loc="left", fontsize=9)
         axes.set_xscale("log")
         _name_ticks(axes.xaxis, high / low, lambda x, _: f"{x:g}")
+    axes.yaxis.set_major_locator(_matplotlib("ticker").MaxNLocator(integer=True))
     axes.yaxis.set_major_formatter("{x:,.0f}")
     _plain(axes)
 
@@ -190,7 +192,8 @@ def _plain(axes: Any) -> None:
 
 
 def _short(name: str) -> str:
-    return name if len(name) <= _LONGEST else f"{name[: _LONGEST // 3]}…{name[_LONGEST // 3 + 1 - _LONGEST :]}"
+    cut = name if len(name) <= _LONGEST else f"{name[: _LONGEST // 3]}…{name[_LONGEST // 3 + 1 - _LONGEST :]}"
+    return cut.replace("$", r"\$")  # or it would be read as mathematics
 
 
 def _figure(width: float, height: float) -> Figure:

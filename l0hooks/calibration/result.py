@@ -9,6 +9,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
+from scipy import sparse
 
 from l0hooks.calibration.export import to_frame, write_csv, write_parquet
 from l0hooks.calibration.inputs import Inputs
@@ -165,7 +166,9 @@ class CalibrationResult:
         inputs = self.inputs
         points = bool((inputs.lower == inputs.upper).all())
         asked = {"value": inputs.lower} if points else {"lower": inputs.lower, "upper": inputs.upper}
-        pattern = inputs.matrix.astype(np.bool_).astype(np.int64)
+        matrix = inputs.matrix
+        filled = (matrix.data != 0).astype(np.int32)
+        pattern = sparse.csr_array((filled, matrix.indices, matrix.indptr), shape=matrix.shape)
         group = {} if inputs.groups is None else {"group": list(inputs.groups)}
         return {
             **asked,
@@ -173,7 +176,7 @@ class CalibrationResult:
             "relative_error": self.relative_errors,
             **group,
             "support": np.asarray(pattern.sum(axis=1)).ravel(),
-            "chosen": np.asarray(pattern @ (self.weights > 0).astype(np.int64)).ravel(),
+            "chosen": np.asarray(pattern @ (self.weights > 0).astype(np.int32)).ravel(),
             "reachable": inputs.reachable,
         }
 

@@ -227,7 +227,7 @@ def test_the_page_is_whole_self_contained_and_escaped():
     evil = "<script>alert('x')</script>&\"'"
     rng = np.random.default_rng(0)
     matrix = rng.random((3, 20))
-    calibrator = Calibrator(8, groups=[evil, "b $x_1$", "b $x_1$"], max_epochs=10, progress=False)
+    calibrator = Calibrator(8, groups=[evil, r"b $\bad{$", r"b $\bad{$"], max_epochs=10, progress=False)
     result = calibrator.fit(matrix, {evil: 4.0, "ü\n$": 5.0, "": 5.0})
     text = report_html(result, title=evil, notes=[evil], settings={evil: evil})
     page = Page()

@@ -396,7 +396,7 @@ def test_callbacks_see_every_step_and_can_stop():
     result = quick(20, method="gates", callbacks=[stop_soon]).fit(matrix, y)
     assert [update.step for update in seen if update.stage == "gates"] == [1, 2, 3]
     assert result.active == 20
-    assert "stopped by stop_soon after gates 3/20" in result.reason
+    assert "stopped by a callback after gates 3/20" in result.reason
     assert len(result.rows) == len(seen)
 
 
