@@ -22,10 +22,10 @@ FLOORS = {
     9: ["export", "budget", "track"],
     10: ["lagrangian", "integrations"],
     11: ["budgeting"],
-    12: ["attach", "items"],
+    12: ["attach", "items", "calibration"],
     13: ["selection", "sklearn"],
     14: ["hybrid", "matching"],
-    15: ["__init__"],
+    15: ["__init__", "__main__"],
 }
 STRUCTURE = {
     **{"labels": 0, "ties": 0, "roles": 0, "failure": 0, "rules": 1, "trace": 2, "groups": 3},
@@ -35,11 +35,18 @@ SUBSET = {
     **{"__init__": 0, "design": 0, "likelihood": 1, "tableau": 1, "path": 1, "grouped": 2, "problem": 3},
     **{"squares": 4, "refit": 5, "glm": 6, "choice": 7},
 }
+CALIBRATION = {
+    **{"problem": 0, "least_squares": 1, "distance": 1, "stage": 2, "gates": 3, "greedy": 3, "swaps": 3, "polish": 3},
+    **{"solver": 4, "names": 1, "matrix": 2, "households": 2, "targets": 2, "reach": 3, "inputs": 4, "files": 3},
+    **{"progress": 3, "checkpoint": 3, "plots": 1, "export": 2, "result": 5, "report": 6, "driver": 5},
+    **{"settings": 5, "calibrator": 6, "cli": 7, "__init__": 7},
+}
 PACKAGES = {
     "structure": STRUCTURE,
     "integrations": {"steps": 0, "transformers": 1, "lightning": 1, "__init__": 0},
     "subset": SUBSET,
     "sklearn": {"base": 0, "rows": 0, "linear": 1, "screening": 1, "gated": 1, "selector": 2, "__init__": 3},
+    "calibration": CALIBRATION,
 }
 FLOOR_OF = {room: floor for floor, rooms in FLOORS.items() for room in rooms}
 

@@ -1,0 +1,291 @@
+"""``Calibrator``: what a user calls."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from l0hooks.calibration.checkpoint import Checkpoint
+from l0hooks.calibration.driver import Driver, Outcome, prepared
+from l0hooks.calibration.households import check_count
+from l0hooks.calibration.inputs import Inputs, read_inputs
+from l0hooks.calibration.matrix import read_matrix
+from l0hooks.calibration.problem import Floats
+from l0hooks.calibration.progress import Display
+from l0hooks.calibration.result import CalibrationResult
+from l0hooks.calibration.settings import Settings
+from l0hooks.calibration.solver import Options
+from l0hooks.calibration.targets import CalibrationWarning
+from l0hooks.errors import InvalidValueError, StateError, explain
+
+
+class Calibrator(Settings):
+    r"""Chooses households and finds weights \(w \ge 0\) with \(Mw \approx y\).
+
+    Parameters
+    ----------
+    k : int, optional
+        How many households have a positive weight, exactly. Without ``k`` and ``l0`` all of them: plain calibration.
+    l0 : float, > 0, optional
+        Instead of ``k``: what one household costs in the loss, as in the earlier library.
+    bounds : (lo, hi)
+        Of a chosen household's weight: numbers, or one for each household by name. ``hi`` may be infinite.
+    bounds_on : "ratio" or "weight"
+        Whether bounds hold for weight / design weight, or for the weight.
+    distance : "chi_square" or "raking"
+        From the design weights, where the targets leave a choice.
+    loss : "relative" or "squared"
+        Errors are divided by \|y\| + 1 of each target, or by one number for all.
+    method : "auto", "gates", "greedy" or "dense"
+        How households are chosen: "auto" tries what may win and keeps the best.
+    objective : "auto", "least_squares" or "distance"
+        Of the last fit: the smallest error, or the smallest distance that meets the targets; by the number of
+        households if "auto".
+    groups : array_like, Series or mapping, optional
+        A label for each target. Errors are averaged within a group, so each group counts the same.
+    group_multipliers : mapping from label to float >= 0, optional
+        What a group counts beside that.
+    normalize_groups : bool
+        False: targets count by themselves, whatever the size of their group.
+    hierarchy : mapping, optional
+        Parent → [children] or child → parent, by target: the estimates of children shall add up to their parent's.
+    consistency : float, >= 0
+        What a squared error of such a sum counts, against 1 for a target.
+    importance : array_like, Series or mapping, >= 0, optional
+        What the squared error of each target counts; 1 for those that a mapping does not name.
+    tolerance : float, > 0
+        A target is met if its relative error is not larger.
+    max_epochs : int, > 0
+        Of the gates.
+    device : "cpu"
+        Where the fit runs.
+    dtype : "float32" or "float64"
+        In which the fit holds the matrix; sums are taken in float64.
+    random_state : int, >= 0
+        Equal numbers give equal results.
+    checkpoint : path-like, optional
+        A file for the state of a long fit. If it is there, the fit goes on from it, and ends as if it had never
+        stopped; at the end it is deleted.
+    checkpoint_interval : float, >= 0
+        Seconds between two writings.
+    callbacks : iterable of callables
+        Called with an :class:`~l0hooks.calibration.progress.Update` after each step; one that returns True ends the
+        search.
+    progress : bool, optional
+        True, False, or by itself: a line in a terminal, else ``logging`` (``l0hooks.calibration``, INFO).
+
+    Attributes
+    ----------
+    result_ : CalibrationResult
+        Of the last fit.
+
+    Raises
+    ------
+    InvalidValueError
+        If an option is outside its range.
+
+    Examples
+    --------
+    >>> rng = np.random.default_rng(0)
+    >>> M = rng.random((4, 60))
+    >>> calibrator = Calibrator(10, max_epochs=40)
+    >>> result = calibrator.fit(M, M.sum(axis=1))
+    >>> result.active, bool(result.error < 1e-6)
+    (10, True)
+    >>> calibrator.predict(M[:1]).round(3) == M[:1].sum(axis=1).round(3)
+    array([ True])
+
+    References
+    ----------
+    Deville & Särndal (1992), Calibration estimators in survey sampling. Louizos, Welling & Kingma (2018), Learning
+    sparse neural networks through L0 regularization, equations 10 to 12, for the gates.
+    """
+
+    def fit(
+        self,
+        M: object,  # noqa: N803
+        y: object = None,
+        *,
+        lower: object = None,
+        upper: object = None,
+        design_weights: object = None,
+        keep: object = None,
+        leave_out: object = None,
+        clusters: object = None,
+    ) -> CalibrationResult:
+        """Choose households and fit their weights.
+
+        Parameters
+        ----------
+        M : scipy.sparse array or matrix of any format, array_like, DataFrame or NamedMatrix; shape (T, N)
+            What one household adds to each target.
+        y : array_like, Series, mapping or DataFrame; shape (T,)
+            Targets, by name where they have names. A frame has a column ``value``, or ``lower`` and ``upper``, and
+            perhaps ``target``, ``group`` and ``importance``.
+        lower, upper : as ``y``, optional
+            Intervals instead of points; an end that is not given is infinite.
+        design_weights : array_like, Series, mapping or DataFrame, > 0, shape (N,), optional
+            One each if not given.
+        keep, leave_out : names, numbers or flags of households, optional
+            Who must, and who must not, have a weight.
+        clusters : array_like, Series or mapping, optional
+            Labels: households of one label share one weight, and count as one in ``k``.
+
+        Returns
+        -------
+        CalibrationResult
+
+        Raises
+        ------
+        InvalidValueError
+            If the data are not right; before any work.
+        StateError
+            If the checkpoint is of other data or settings.
+
+        Warns
+        -----
+        CalibrationWarning
+            Of targets out of reach, of parents that are not the sum of their children, and if the fit did not converge.
+        """
+        data = {"design_weights": design_weights, "keep": keep, "leave_out": leave_out, "clusters": clusters}
+        inputs = self._read(M, y, lower, upper, self.k, data)
+        (outcome,) = self._run(inputs, [None if self.k is None else int(self.k)])
+        self.result_ = self._result(inputs, outcome)
+        return self.result_
+
+    def fit_path(
+        self,
+        M: object,  # noqa: N803
+        y: object = None,
+        *,
+        ks: Iterable[int],
+        lower: object = None,
+        upper: object = None,
+        design_weights: object = None,
+        keep: object = None,
+        leave_out: object = None,
+        clusters: object = None,
+    ) -> dict[int, CalibrationResult]:
+        """Fit for several numbers of households in one run, largest first, each from the last one's choice as well.
+
+        Parameters
+        ----------
+        ks : iterable of int
+            Instead of ``k``.
+        M, y, lower, upper, design_weights, keep, leave_out, clusters
+            As for :meth:`fit`.
+
+        Returns
+        -------
+        dict from int to CalibrationResult
+            In ascending order. ``result_`` is that of the largest.
+        """
+        asked = list(ks)
+        if not asked or self.l0 is not None:
+            raise InvalidValueError(
+                explain("fit_path", "it needs numbers of households.", got=f"{asked}, l0={self.l0}")
+            )
+        data = {"design_weights": design_weights, "keep": keep, "leave_out": leave_out, "clusters": clusters}
+        inputs = self._read(M, y, lower, upper, asked[0], data)
+        sizes = sorted({check_count(k, inputs.people) for k in asked}, reverse=True)
+        results = {one.keep: self._result(inputs, one) for one in self._run(inputs, sizes)}
+        self.result_ = results[sizes[0]]
+        return {k: results[k] for k in reversed(sizes)}
+
+    def predict(self, M: object) -> Floats:  # noqa: N803
+        """M w with the weights of the last fit.
+
+        Parameters
+        ----------
+        M : as for :meth:`fit`; shape (any, N)
+            Households are aligned by name where both matrices have names.
+
+        Returns
+        -------
+        float64 array, shape (any,)
+
+        Raises
+        ------
+        StateError
+            If nothing was fitted.
+        InvalidValueError
+            If the households are not those of the fit.
+        """
+        fitted: CalibrationResult | None = vars(self).get("result_")
+        if fitted is None:
+            raise StateError(explain("Calibrator.predict", "fit() must come first."))
+        matrix, _, households = read_matrix(M)
+        known = fitted.inputs.households
+        if households.count != known.count:
+            raise InvalidValueError(
+                explain("predict", "M must have the fitted households.", expected=known.count, got=households.count)
+            )
+        weights = fitted.weights
+        if households.names is not None and known.names is not None:
+            weights = households.values(
+                dict(zip(known.names, weights.tolist(), strict=True)), "predict (fitted households)"
+            )
+        return np.asarray(matrix.astype(np.float64) @ weights, np.float64)
+
+    def _read(
+        self, matrix: object, y: object, lower: object, upper: object, k: int | None, data: Mapping[str, Any]
+    ) -> Inputs:
+        return read_inputs(
+            matrix,
+            y,
+            lower=lower,
+            upper=upper,
+            k=k,
+            selects=k is not None or self.l0 is not None,
+            bounds=self.bounds,
+            bounds_on=self.bounds_on,
+            groups=self.groups,
+            group_multipliers=self.group_multipliers,
+            normalize_groups=self.normalize_groups,
+            importance=self.importance,
+            hierarchy=self.hierarchy,
+            dtype=self.dtype,
+            **data,
+        )
+
+    def _run(self, inputs: Inputs, sizes: Sequence[int | None]) -> list[Outcome]:
+        options = Options(
+            l0=self.l0,
+            method=self.method,
+            epochs=int(self.max_epochs),
+            objective=self.objective,
+            distance=self.distance,
+            tolerance=self.tolerance,
+            random_state=int(self.random_state),
+        )
+        checkpoint = None
+        if self.checkpoint is not None:
+            settings = f"{inputs.fingerprint()} {options} {self.loss} {self.consistency} {list(sizes)}"
+            checkpoint = Checkpoint(self.checkpoint, settings, interval=self.checkpoint_interval)
+            checkpoint.read()  # one of other data is refused before any work
+        driver = Driver(
+            prepared(inputs, loss=self.loss, consistency=self.consistency),
+            options,
+            sizes,
+            callbacks=self.callbacks,
+            display=Display(self.progress),
+            checkpoint=checkpoint,
+        )
+        return driver.run()
+
+    def _result(self, inputs: Inputs, outcome: Outcome) -> CalibrationResult:
+        if not outcome.converged:
+            message = explain("Calibrator.fit", "the fit did not converge.", got=outcome.reason)
+            warnings.warn(message, CalibrationWarning, stacklevel=3)
+        return CalibrationResult(
+            weights=outcome.weights,
+            inputs=inputs,
+            stage=outcome.stage,
+            converged=outcome.converged,
+            reason=outcome.reason,
+            rows=outcome.rows,
+            candidates=outcome.candidates,
+        )

@@ -1,0 +1,176 @@
+"""The last stage: the best weights on a fixed selection, with a certificate that is computed anew."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from l0hooks.calibration.distance import Distance, nearest_weights
+from l0hooks.calibration.problem import Floats, Problem, Sparse
+from l0hooks.calibration.stage import Selection, refit
+
+Objective = Literal["auto", "least_squares", "distance"]
+_ITERATIONS = 3000
+_PLENTY = 4  # units a target, from which on the distance decides
+_PROMISING = 1e-3  # largest scaled miss of a least-squares fit after which the targets may be met
+_GAP = 1e-3  # of the duality gap, relative: the weights are then right to some three digits of their distance
+_VIOLATION = 1e-6  # of the projected gradient, relative
+
+
+@dataclass(frozen=True)
+class Polished:
+    """Weights on a selection, and what is known about them.
+
+    Attributes
+    ----------
+    selection : Selection
+    misses : float64, shape (Q,)
+        Scaled, from the stored matrix in float64.
+    error : float
+        Mean \\|relative error\\| over the targets.
+    loss : float
+        ½ Σ dist².
+    deff : float
+        Kish's design effect of the units' weights, k Σw² / (Σw)².
+    objective : "least_squares" or "distance"
+        What was minimised.
+    feasible : bool
+        Whether every target is met, within the tolerance.
+    converged : bool
+        Whether the optimum is certified.
+    certificate : float
+        The relative norm of the projected gradient, or the relative duality gap.
+    reason : str
+    """
+
+    selection: Selection
+    misses: Floats
+    error: float
+    loss: float
+    deff: float
+    objective: str
+    feasible: bool
+    converged: bool
+    certificate: float
+    reason: str
+
+
+def polish(
+    problem: Problem,
+    selection: Selection,
+    *,
+    objective: Objective = "auto",
+    distance: Distance = "chi_square",
+    tolerance: float = 1e-6,
+) -> Polished:
+    """The best weights of the chosen units.
+
+    Up to as many units as there are targets: bounded least squares. Above, and where the targets can be met: the
+    weights nearest to the design weights that meet them. Where they cannot: least squares, and with more than four
+    times as many units as targets the soft compromise of :mod:`l0hooks.calibration.distance`.
+
+    Parameters
+    ----------
+    problem : Problem
+    selection : Selection
+    objective : "auto", "least_squares" or "distance"
+    distance : "chi_square" or "raking"
+    tolerance : float, > 0
+        A target is met if its scaled miss, the relative error where nothing is weighted, is not larger.
+
+    Returns
+    -------
+    Polished
+
+    Examples
+    --------
+    >>> from scipy import sparse
+    >>> from l0hooks.calibration.problem import prepare
+    >>> problem = prepare(sparse.csr_array([[1.0, 1.0, 1.0], [0.0, 0.0, 1.0]]), [9.0, 2.0], dtype="float64")
+    >>> done = polish(problem, Selection(np.arange(3), np.ones(3)))
+    >>> done.objective, done.converged, problem.weights(done.selection.g, np.arange(3)).round(4)
+    ('distance', True, array([3.5, 3.5, 2. ]))
+    """
+    block = problem.columns[selection.units].astype(np.float64)
+    many = len(selection.units) / problem.rows
+    if objective == "distance" or (objective == "auto" and many > _PLENTY):
+        return _nearest(problem, selection, block, distance, tolerance)
+    iterations = _ITERATIONS if many <= 1 else _ITERATIONS // 2
+    fitted = refit(problem, selection.units, selection.g, iterations=iterations, tolerance=_VIOLATION / 2, block=block)
+    if objective == "auto" and many > 1 and _feasible(fitted.misses, max(_PROMISING, tolerance)):
+        nearest = _nearest(problem, selection, block, distance, tolerance)
+        if nearest.feasible:
+            return nearest
+    certificate, feasible = fitted.fit.violation, _feasible(fitted.misses, tolerance)
+    converged = certificate <= _VIOLATION or feasible
+    reason = "all targets met" if feasible else "least squares, optimality conditions met"
+    if not converged:
+        reason = f"not converged: projected gradient {certificate:.1e} after {fitted.fit.iterations} iterations"
+    return _polished(problem, selection, fitted.g, block, "least_squares", feasible, converged, certificate, reason)
+
+
+def _feasible(misses: Floats, tolerance: float) -> bool:
+    return float(np.max(np.abs(misses), initial=0.0)) <= tolerance
+
+
+def _nearest(problem: Problem, selection: Selection, block: Sparse, distance: Distance, tolerance: float) -> Polished:
+    units = selection.units
+    found = nearest_weights(
+        block,
+        problem.lower,
+        problem.upper,
+        problem.low[units],
+        problem.high[units],
+        problem.strength[units],
+        common_factor(problem, block),
+        distance=distance,
+        tolerance=tolerance,
+    )
+    converged = abs(found.gap) <= _GAP
+    reason = "all targets met, nearest to the design weights"
+    if not found.feasible:
+        worst = float(np.max(np.abs(found.misses), initial=0.0))
+        reason = f"not all targets can be met within the bounds: soft compromise, largest scaled miss {worst:.2e}"
+    if not converged:
+        reason = f"not converged: duality gap {found.gap:.1e} after {found.steps} Newton steps"
+    return _polished(problem, selection, found.g, block, "distance", found.feasible, converged, found.gap, reason)
+
+
+def common_factor(problem: Problem, block: Sparse) -> float:
+    """What all g of a selection are near: they meet the targets in the median."""
+    estimates = np.asarray(block.T @ np.ones(block.shape[0]), np.float64)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        ratios = (problem.lower + problem.upper) / 2 / estimates
+    usable = np.isfinite(ratios) & (ratios > 0)
+    return float(np.median(ratios[usable])) if usable.any() else problem.size / max(1, block.shape[0])
+
+
+def _polished(
+    problem: Problem,
+    selection: Selection,
+    g: Floats,
+    block: Sparse,
+    objective: str,
+    feasible: bool,
+    converged: bool,
+    certificate: float,
+    reason: str,
+) -> Polished:
+    misses = problem.misses(np.asarray(block.T @ g, np.float64))
+    weights = g * problem.design[selection.units]
+    total = float(weights.sum())
+    deff = len(weights) * float(weights @ weights) / total**2 if total > 0 else np.inf
+    return Polished(
+        selection=Selection(selection.units, g),
+        misses=misses,
+        error=problem.error(misses),
+        loss=float(misses @ misses) / 2,
+        deff=deff,
+        objective=objective,
+        feasible=feasible,
+        converged=converged,
+        certificate=certificate,
+        reason=reason,
+    )

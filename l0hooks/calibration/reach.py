@@ -1,0 +1,78 @@
+"""Which targets no allowed weights can meet, by sign and bounds alone."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from l0hooks.calibration.households import Households
+from l0hooks.calibration.problem import Flags, Floats, Sparse
+
+_SLACK = 1e-9  # relative; far below any error a user would mind
+
+
+def weight_limits(households: Households, *, on_weight: bool) -> tuple[Floats, Floats]:
+    """Least and largest weight of a household that is chosen: float64, shape (N,); zero for one left out."""
+    scale = 1.0 if on_weight else households.design
+    if households.clusters is not None and not on_weight:
+        count = np.bincount(households.clusters)
+        scale = (np.bincount(households.clusters, households.design) / count)[households.clusters]
+    with np.errstate(over="ignore"):
+        low, high = households.low * scale, households.high * scale
+    low[households.leave_out] = high[households.leave_out] = 0.0
+    return low, high
+
+
+def reachable_range(matrix: Sparse, low: Floats, high: Floats, chosen: int | None = None) -> tuple[Floats, Floats]:
+    r"""The range of each target's estimate, \(\min\) and \(\max\) of \(\sum_i M_{qi} w_i\) over allowed weights.
+
+    Parameters
+    ----------
+    matrix : sparse.csr_array, shape (T, N)
+    low, high : float64, shape (N,)
+        Of the weight of a chosen household; ``high`` may be infinite.
+    chosen : int, optional
+        How many households have a weight; all others have zero. All of them if not given.
+
+    Returns
+    -------
+    least, largest : float64, shape (T,)
+        Nothing outside can be reached. Each target is looked at by itself, so not all inside can.
+
+    Examples
+    --------
+    >>> from scipy import sparse
+    >>> matrix = sparse.csr_array([[1.0, 2.0, 3.0]])
+    >>> reachable_range(matrix, np.zeros(3), np.full(3, 10.0), chosen=2)
+    (array([0.]), array([50.]))
+    """
+    least, largest = np.zeros(matrix.shape[0]), np.zeros(matrix.shape[0])
+    for row in range(matrix.shape[0]):
+        part = slice(matrix.indptr[row], matrix.indptr[row + 1])
+        values, who = matrix.data[part].astype(np.float64), matrix.indices[part]
+        values, who = values[values != 0], who[values != 0]
+        with np.errstate(over="ignore"):
+            ends = np.stack([values * low[who], values * high[who]])
+        others = matrix.shape[1] - len(who)  # with zeros: any number of them can be chosen freely
+        largest[row] = _largest_sum(ends.max(axis=0), others, chosen)
+        least[row] = 0.0 - _largest_sum(-ends.min(axis=0), others, chosen)
+    return least, largest
+
+
+def _largest_sum(parts: Floats, zeros: int, chosen: int | None) -> float:
+    """The largest sum of ``chosen`` numbers out of ``parts`` and so many zeros."""
+    if chosen is None or chosen >= len(parts) + zeros:
+        return float(parts.sum())
+    positive = parts[parts > 0]
+    if len(positive) >= chosen:
+        return float(np.partition(positive, len(positive) - chosen)[len(positive) - chosen :].sum())
+    must = chosen - len(positive) - zeros  # so many that take something away
+    negative = np.sort(parts[parts <= 0])[::-1]
+    return float(positive.sum() + (negative[:must].sum() if must > 0 else 0.0))
+
+
+def within(least: Floats, largest: Floats, lower: Floats, upper: Floats) -> Flags:
+    """Whether an interval of targets meets the range that can be reached: bool, shape (T,)."""
+    ends = [np.where(np.isfinite(one), np.abs(one), 0.0) for one in (lower, upper, least, largest)]
+    slack = _SLACK * np.maximum.reduce(ends)
+    reached: Flags = (largest + slack >= lower) & (least - slack <= upper)
+    return reached

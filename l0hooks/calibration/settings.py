@@ -1,0 +1,141 @@
+"""The options of a ``Calibrator``: checked when given, read and changed by name."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import os
+from collections.abc import Iterable, Mapping
+from numbers import Integral, Real
+from typing import Any, Self, get_args
+
+import numpy as np
+
+from l0hooks.calibration.distance import Distance
+from l0hooks.calibration.polish import Objective
+from l0hooks.calibration.problem import BoundsOn, Loss, Precision
+from l0hooks.calibration.progress import Callback
+from l0hooks.calibration.solver import Method
+from l0hooks.errors import InvalidValueError, explain
+
+_LONGEST = 60  # characters of an option in repr
+_CHOICES: dict[str, tuple[object, ...]] = {
+    "bounds_on": get_args(BoundsOn),
+    "distance": get_args(Distance),
+    "loss": get_args(Loss),
+    "method": get_args(Method),
+    "objective": get_args(Objective),
+    "dtype": get_args(Precision),
+}
+
+
+class Settings:
+    """All options, under the names of :class:`~l0hooks.calibration.Calibrator`, which describes them."""
+
+    def __init__(
+        self,
+        k: int | None = None,
+        *,
+        l0: float | None = None,
+        bounds: tuple[Any, Any] = (0.0, math.inf),
+        bounds_on: BoundsOn = "ratio",
+        distance: Distance = "chi_square",
+        loss: Loss = "relative",
+        method: Method = "auto",
+        objective: Objective = "auto",
+        groups: object = None,
+        group_multipliers: Mapping[Any, float] | None = None,
+        normalize_groups: bool = True,
+        hierarchy: Mapping[Any, Any] | None = None,
+        consistency: float = 1.0,
+        importance: object = None,
+        tolerance: float = 1e-6,
+        max_epochs: int = 200,
+        device: str = "cpu",
+        dtype: Precision = "float32",
+        random_state: int = 0,
+        checkpoint: str | os.PathLike[str] | None = None,
+        checkpoint_interval: float = 60.0,
+        callbacks: Iterable[Callback] = (),
+        progress: bool | None = None,
+    ) -> None:
+        self.k, self.l0 = k, l0
+        self.bounds, self.bounds_on = bounds, bounds_on
+        self.distance, self.loss, self.method, self.objective = distance, loss, method, objective
+        self.groups, self.group_multipliers, self.normalize_groups = groups, group_multipliers, normalize_groups
+        self.hierarchy, self.consistency, self.importance = hierarchy, consistency, importance
+        self.tolerance, self.max_epochs = tolerance, max_epochs
+        self.device, self.dtype, self.random_state = device, dtype, random_state
+        self.checkpoint, self.checkpoint_interval = checkpoint, checkpoint_interval
+        self.callbacks = tuple(callbacks)
+        self.progress = progress
+        self._check_options()
+
+    def get_params(self, deep: bool = True) -> dict[str, Any]:
+        """The options by name, as scikit-learn wants them."""
+        return {name: vars(self)[name] for name in _defaults()}
+
+    def set_params(self, **params: Any) -> Self:
+        """Change options.
+
+        Raises
+        ------
+        InvalidValueError
+            If one is unknown or outside its range; then nothing is changed.
+        """
+        unknown = [name for name in params if name not in _defaults()]
+        if unknown:
+            raise InvalidValueError(explain("set_params", "options must be known.", got=unknown))
+        vars(self).update(vars(type(self)(**{**self.get_params(), **params})))
+        return self
+
+    def __repr__(self) -> str:
+        """The options that differ from their defaults."""
+        defaults = _defaults()
+        given = {name: value for name, value in self.get_params().items() if not _same(value, defaults[name])}
+        return f"{type(self).__name__}({', '.join(f'{name}={_shortened(value)}' for name, value in given.items())})"
+
+    def _check_options(self) -> None:
+        for name, known in _CHOICES.items():
+            if vars(self)[name] not in known:
+                raise InvalidValueError(explain(name, "it must be known.", expected=known, got=repr(vars(self)[name])))
+        if self.k is not None and self.l0 is not None:
+            raise InvalidValueError(explain("Calibrator", "either k or l0 says how many.", got="both"))
+        if self.device != "cpu":
+            raise InvalidValueError(
+                explain("device", "the fit runs on the CPU.", expected="'cpu'", got=repr(self.device))
+            )
+        for name in ("max_epochs", "random_state"):
+            least = 1 if name == "max_epochs" else 0
+            value = vars(self)[name]
+            if isinstance(value, bool) or not isinstance(value, Integral) or int(value) < least:
+                raise InvalidValueError(explain(name, f"it must be an integer >= {least}.", got=repr(value)))
+        for name, value in (("l0", self.l0), ("tolerance", self.tolerance)):
+            if value is not None and not (_real(value) and 0 < value < math.inf):
+                raise InvalidValueError(explain(name, "it must be positive and finite.", got=repr(value)))
+        if not _real(self.consistency) or not 0 <= self.consistency < math.inf:
+            raise InvalidValueError(
+                explain("consistency", "it must be finite and not negative.", got=repr(self.consistency))
+            )
+        if self.l0 is not None and self.method not in ("auto", "gates"):
+            raise InvalidValueError(explain("method", "a price l0 needs gates.", got=repr(self.method), hint="k="))
+        if not all(callable(one) for one in self.callbacks):
+            raise InvalidValueError(explain("callbacks", "they must be callable.", got=repr(self.callbacks)))
+
+
+def _real(value: object) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def _shortened(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= _LONGEST else f"<{type(value).__name__}>"
+
+
+def _same(value: object, default: object) -> bool:
+    return value is default or (isinstance(value, (str, int, float, tuple)) and bool(np.all(value == default)))
+
+
+def _defaults() -> dict[str, Any]:
+    parameters = inspect.signature(Settings).parameters
+    return {name: parameter.default for name, parameter in parameters.items()}

@@ -1,0 +1,347 @@
+"""``Solver``: candidates by regime, each a chain of stages, and the best of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Literal
+
+import numpy as np
+
+from l0hooks.calibration.distance import Distance
+from l0hooks.calibration.gates import GateStage
+from l0hooks.calibration.greedy import GreedyStage
+from l0hooks.calibration.polish import Objective, Polished, polish
+from l0hooks.calibration.problem import Floats, Problem
+from l0hooks.calibration.stage import Progress, Selection, Stage, State, refit
+from l0hooks.calibration.swaps import PruneStage, SwapStage
+
+Method = Literal["auto", "gates", "greedy", "dense"]
+_ITERATIONS = 60  # of the refit that selections are compared by
+_FLOOR = 1e-3  # of the usual g, n/K: a chosen unit's weight is no smaller
+_EQUAL = 0.01  # errors that differ by less count as equal: the smaller design effect decides
+_CLOSE = 1.1  # losses of unpolished selections whose square roots differ by no more are all polished
+_SAME = 1.06  # two starts that end as close as this have met the floor: a third is not tried
+_RANDOM, _RANDOM_SWAPS, _GREEDY, _GATES = (
+    ("random",),
+    ("random", "swaps"),
+    ("greedy", "swaps"),
+    ("gates", "prune", "swaps"),
+)
+_PATH, _PRICED, _DENSE = ("path", "prune", "swaps"), ("gates",), ("all",)
+
+
+@dataclass(frozen=True)
+class Options:
+    """What :class:`Solver` is to do.
+
+    Attributes
+    ----------
+    keep : int, optional
+        K, the number of units with a positive weight.
+    l0 : float, > 0, optional
+        The price of a unit instead; neither: all units, plain calibration.
+    method : "auto", "gates", "greedy" or "dense"
+        "auto" runs all candidates that could win; "dense" starts from a random selection and swaps, without gates.
+    epochs : int, > 0
+        Of the gates.
+    objective, distance, tolerance
+        As in :func:`polish`.
+    random_state : int, >= 0
+    """
+
+    keep: int | None = None
+    l0: float | None = None
+    method: Method = "auto"
+    epochs: int = 200
+    objective: Objective = "auto"
+    distance: Distance = "chi_square"
+    tolerance: float = 1e-6
+    random_state: int = 0
+
+
+@dataclass(frozen=True)
+class Pending:
+    """A candidate's selection before the polish.
+
+    Attributes
+    ----------
+    name : str
+    selection : Selection
+    norm : float
+        √Σ dist² after a short refit.
+    """
+
+    name: str
+    selection: Selection
+    norm: float
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One candidate's result.
+
+    Attributes
+    ----------
+    name : str
+        Its stages, joined by ``+``.
+    polished : Polished
+    """
+
+    name: str
+    polished: Polished
+
+
+class Solver:
+    """Runs the candidates step by step and keeps the best.
+
+    In ``"auto"`` these are greedy with swaps, a random selection with swaps, and gates with pruning and swaps, which
+    are left out where the first two end equally well; with many units a random selection is tried as it is. Those that
+    come close to the best are polished. The smallest mean relative error wins; of errors within 1 % of it, or of
+    targets all met, the smallest design effect.
+
+    Parameters
+    ----------
+    problem : Problem
+    options : Options
+    before : Selection, optional
+        The result for a larger K, from which this one may be reached by pruning.
+
+    Attributes
+    ----------
+    problem : Problem
+        With a positive floor under the weights of chosen units, so that K is exact.
+    candidates : list of Candidate
+        Those that are finished.
+
+    Examples
+    --------
+    >>> from scipy import sparse
+    >>> from l0hooks.calibration.problem import prepare
+    >>> rng = np.random.default_rng(0)
+    >>> matrix = sparse.csr_array(rng.random((4, 50)))
+    >>> solver = Solver(prepare(matrix, matrix @ np.ones(50)), Options(keep=6, epochs=20))
+    >>> best = solver.run()
+    >>> len(best.polished.selection.units), best.polished.feasible
+    (6, True)
+    """
+
+    def __init__(self, problem: Problem, options: Options, before: Selection | None = None) -> None:
+        self.options, self._before = options, before
+        self.problem = problem if options.keep is None else _with_floor(problem, options.keep)
+        self.candidates: list[Candidate] = []
+        self._pending: list[Pending] = []
+        self._plan = _plan(self.problem, options, before is not None)
+        self._candidate = self._leg = 0
+        self._stage: Stage | None = None
+        self._selection: Selection | None = None
+
+    @property
+    def done(self) -> bool:
+        """Whether a candidate meets every target, or all that could win are polished."""
+        met = bool(self.candidates) and self.candidates[-1].polished.feasible
+        return met or (self._selected and not self._pending)
+
+    @property
+    def _selected(self) -> bool:
+        """Whether no further selection is to be made."""
+        if self._candidate >= len(self._plan):
+            return True
+        norms = sorted(one.norm for one in self._pending if one.name.endswith("swaps"))
+        return (
+            self._leg == 0 and len(norms) > 1 and norms[1] <= _SAME * norms[0] and self._plan[self._candidate] == _GATES
+        )
+
+    @property
+    def resumable(self) -> bool:
+        """Whether :meth:`state` may be called now."""
+        return self._stage is None or self._stage.resumable
+
+    @property
+    def gates(self) -> GateStage | None:
+        """The gate stage, while it runs."""
+        return self._stage if isinstance(self._stage, GateStage) else None
+
+    def run(self) -> Candidate:
+        """Take all steps; the best candidate."""
+        while not self.done:
+            self.advance()
+        return self.best()
+
+    def best(self) -> Candidate:
+        """The best of the finished candidates."""
+        errors = np.array([c.polished.error for c in self.candidates])
+        met = np.array([c.polished.feasible for c in self.candidates])
+        edge = errors.min() * (1 + _EQUAL)
+        equal = met if met.any() else errors <= edge
+        deff = np.where(equal, [c.polished.deff for c in self.candidates], np.inf)
+        return self.candidates[int(np.argmin(deff))]
+
+    def advance(self) -> Progress:
+        """One step of the stage that runs, or one polish."""
+        if self._selected:
+            return self._polish()
+        legs = self._plan[self._candidate]
+        while self._stage is None and self._leg < len(legs):
+            self._begin(legs[self._leg])
+        if self._stage is None:
+            return self._put_by("+".join(legs))
+        told = self._stage.advance()
+        if self._stage.done:
+            self._end_leg()
+        return told
+
+    def end_stage(self) -> None:
+        """End gates or swaps with what they have; a stage that has not its K units yet goes on."""
+        if isinstance(self._stage, (GateStage, SwapStage)):
+            self._end_leg()
+
+    def try_no_more(self) -> None:
+        """Finish the selection that is being made, and begin no other."""
+        begun = self._stage is not None or self._leg > 0 or not self._pending
+        self._plan = self._plan[: self._candidate + begun]
+
+    def _begin(self, leg: str) -> None:
+        """Make the stage of a leg; a leg that needs no steps is over at once."""
+        if leg in ("random", "all", "path"):
+            self._selection, self._leg = self._given(leg), self._leg + 1
+            return
+        self._stage = self._make(leg)
+        if self._stage.done:
+            self._end_leg()
+
+    def _given(self, leg: str) -> Selection:
+        problem, keep = self.problem, self.options.keep
+        if leg == "path" and self._before is not None:
+            return self._before
+        if leg == "all" or keep is None:
+            return Selection(np.arange(problem.size), np.ones(problem.size))
+        return random_selection(problem, keep, self.options.random_state)
+
+    def _make(self, leg: str) -> Stage:
+        problem, options = self.problem, self.options
+        if leg == "gates":
+            return GateStage(
+                problem, options.keep, l0=options.l0, epochs=options.epochs, random_state=options.random_state
+            )
+        keep = problem.size if options.keep is None else options.keep
+        if leg == "greedy":
+            return GreedyStage(problem, keep)
+        selection = self._given("random") if self._selection is None else self._selection
+        return PruneStage(problem, selection, keep) if leg == "prune" else SwapStage(problem, selection)
+
+    def _end_leg(self) -> None:
+        stage, keep = self._stage, self.options.keep
+        if isinstance(stage, GateStage) and keep is not None:
+            self._selection = stage.leading(min(2 * keep, self.problem.size))
+        elif stage is not None:
+            self._selection = stage.selection()
+        self._stage, self._leg = None, self._leg + 1
+
+    def _put_by(self, name: str) -> Progress:
+        """A selection is made: whether it is polished depends on the others."""
+        selection = self._given("all") if self._selection is None else self._selection
+        norm, error = 0.0, np.inf
+        if len(self._plan) > 1:
+            fitted = refit(self.problem, selection.units, selection.g, iterations=_ITERATIONS)
+            norm, error = float(np.linalg.norm(fitted.misses)), self.problem.error(fitted.misses)
+        self._pending.append(Pending(name, selection, norm))
+        self._selection, self._leg, self._candidate = None, 0, self._candidate + 1
+        return Progress("choice", self._candidate, len(self._plan), error, len(selection.units))
+
+    def _polish(self) -> Progress:
+        """Polish the most promising selection, and forget those that are too far behind it."""
+        self._pending.sort(key=lambda one: one.norm)
+        first, options = self._pending[0], self.options
+        polished = polish(
+            self.problem,
+            first.selection,
+            objective=options.objective,
+            distance=options.distance,
+            tolerance=options.tolerance,
+        )
+        self.candidates.append(Candidate(first.name, polished))
+        reached = min(c.polished.loss for c in self.candidates)
+        edge = _CLOSE * max(first.norm, float(np.sqrt(2 * reached)))
+        self._pending = [one for one in self._pending[1:] if one.norm <= edge or one.name == "random"]
+        return Progress("polish", 1, 1 + len(self._pending), polished.error, len(first.selection.units))
+
+    # --- checkpoints -----------------------------------------------------------------------------------------------
+
+    def state(self) -> State:
+        """What :meth:`resume` needs: numbers, strings, arrays, and lists and dictionaries of them."""
+        return {
+            "candidate": self._candidate,
+            "leg": self._leg,
+            "stage": None if self._stage is None else self._stage.state(),
+            "selection": None if self._selection is None else asdict(self._selection),
+            "pending": [asdict(one) for one in self._pending],
+            "candidates": [{"name": c.name, "polished": asdict(c.polished)} for c in self.candidates],
+        }
+
+    def resume(self, state: State) -> None:
+        """Go on from ``state``, of a solver made with the same arguments."""
+        self._candidate, self._leg = int(state["candidate"]), int(state["leg"])
+        self._selection = None if state["selection"] is None else Selection(**state["selection"])
+        self.candidates = [
+            Candidate(c["name"], Polished(**{**c["polished"], "selection": Selection(**c["polished"]["selection"])}))
+            for c in state["candidates"]
+        ]
+        self._pending = [
+            Pending(one["name"], Selection(**one["selection"]), float(one["norm"])) for one in state["pending"]
+        ]
+        self._stage = None
+        if state["stage"] is not None:
+            self._stage = self._make(self._plan[self._candidate][self._leg])
+            self._stage.resume(state["stage"])
+
+
+def random_selection(problem: Problem, keep: int, random_state: int) -> Selection:
+    """``keep`` units at random, those that must stay among them, with one g for all."""
+    rng = np.random.default_rng([random_state, 1])
+    free = np.flatnonzero(~problem.kept)
+    drawn = rng.choice(free, keep - (problem.size - len(free)), replace=False)
+    units = np.sort(np.concatenate([np.flatnonzero(problem.kept), drawn]))
+    return Selection(units, np.full(keep, problem.size / keep))
+
+
+def path(problem: Problem, sizes: Sequence[int], options: Options) -> dict[int, Candidate]:
+    """The best candidate for every K of ``sizes``, from the largest down, each pruned from the last as well.
+
+    Examples
+    --------
+    >>> from scipy import sparse
+    >>> from l0hooks.calibration.problem import prepare
+    >>> matrix = sparse.csr_array(np.random.default_rng(0).random((4, 50)))
+    >>> found = path(prepare(matrix, matrix @ np.ones(50)), [5, 20], Options(epochs=20))
+    >>> [(k, len(best.polished.selection.units)) for k, best in found.items()]
+    [(20, 20), (5, 5)]
+    """
+    found: dict[int, Candidate] = {}
+    before: Selection | None = None
+    for keep in sorted(set(sizes), reverse=True):
+        found[keep] = Solver(problem, replace(options, keep=keep), before).run()
+        before = found[keep].polished.selection
+    return found
+
+
+def _with_floor(problem: Problem, keep: int) -> Problem:
+    floor = np.minimum(_FLOOR * problem.size / keep, problem.high)
+    low: Floats = np.maximum(problem.low, floor)
+    return replace(problem, low=low)
+
+
+def _plan(problem: Problem, options: Options, prunable: bool) -> list[tuple[str, ...]]:
+    """The candidates, the likeliest to win first."""
+    if options.l0 is not None:
+        return [_PRICED]
+    if options.keep is None or options.keep == problem.size:
+        return [_DENSE]
+    if options.keep == int(problem.kept.sum()):
+        return [_RANDOM]
+    single: dict[str, list[tuple[str, ...]]] = {"gates": [_GATES], "greedy": [_GREEDY], "dense": [_RANDOM_SWAPS]}
+    if options.method != "auto":
+        return single[options.method]
+    first = [_PATH] if prunable else []
+    few = [*first, _GREEDY, _RANDOM_SWAPS, _GATES]
+    return [_RANDOM, *few] if options.keep > 2 * problem.rows else few

@@ -1,0 +1,136 @@
+"""Bounded least squares and the weights nearest to the design weights, against dense solvers of other kinds."""
+
+import numpy as np
+import pytest
+from scipy import optimize, sparse
+
+from l0hooks.calibration.distance import nearest_weights
+from l0hooks.calibration.least_squares import bounded_fit
+
+
+def random_block(rng, n, rows, density=0.4):
+    return rng.random((n, rows)) * (rng.random((n, rows)) < density)
+
+
+@pytest.mark.parametrize(("n", "rows"), [(20, 50), (60, 40), (150, 120)])
+@pytest.mark.parametrize("bounds", [(0.0, np.inf), (0.0, 0.3), (0.1, 0.4), (-np.inf, np.inf)])
+def test_bounded_fit_reaches_the_optimum_of_lsq_linear(n, rows, bounds) -> None:
+    rng = np.random.default_rng(n)
+    block, target = random_block(rng, n, rows), 3 * rng.random(rows)
+    low, high = np.full(n, bounds[0]), np.full(n, bounds[1])
+    fit = bounded_fit(sparse.csr_array(block), target, low, high, np.ones(n), iterations=20_000, tolerance=1e-10)
+    cost = optimize.lsq_linear(block.T, target, bounds, tol=1e-14).cost
+    assert fit.converged
+    assert fit.residual @ fit.residual / 2 == pytest.approx(cost, rel=1e-9, abs=1e-12)
+    assert np.all((fit.g >= low) & (fit.g <= high))
+    np.testing.assert_allclose(fit.residual, block.T @ fit.g - target, atol=1e-12)
+
+
+def test_a_fit_that_stops_early_says_so() -> None:
+    rng = np.random.default_rng(0)
+    block, target = sparse.csr_array(random_block(rng, 60, 40)), rng.random(40)
+    fit = bounded_fit(block, target, np.zeros(60), np.full(60, np.inf), np.ones(60), iterations=3)
+    assert not fit.converged
+    assert fit.violation > 1e-6
+
+
+def test_columns_of_zeros_and_fixed_units_do_no_harm() -> None:
+    block = sparse.csr_array(np.array([[0.0, 0.0], [1.0, 0.0], [1.0, 1.0]]))
+    low, high = np.array([0.0, 2.0, 0.0]), np.array([1.0, 2.0, np.inf])
+    fit = bounded_fit(block, np.array([5.0, 1.0]), low, high, np.ones(3), iterations=50)
+    np.testing.assert_allclose(fit.g, [1.0, 2.0, 2.0], atol=1e-8)
+
+
+def slsqp(block, lower, upper, low, high, strength, factor, raking):
+    """The same problem for a dense solver that knows nothing of duals."""
+
+    def cost(g):
+        r = g / factor
+        return float(strength @ (r * np.log(r) - r + 1 if raking else (r - 1) ** 2 / 2))
+
+    constraints = [
+        {"type": "ineq", "fun": lambda g: block.T @ g - lower},
+        {"type": "ineq", "fun": lambda g: upper - block.T @ g},
+    ]
+    if np.all(lower == upper):
+        constraints = [{"type": "eq", "fun": lambda g: block.T @ g - lower}]
+    start = np.clip(np.full(len(block), factor), low, high)
+    bounds = list(zip(low, high, strict=True))
+    options = {"ftol": 1e-14, "maxiter": 1000}
+    return optimize.minimize(cost, start, constraints=constraints, bounds=bounds, method="SLSQP", options=options).x
+
+
+@pytest.mark.parametrize("distance", ["chi_square", "raking"])
+@pytest.mark.parametrize("width", [0.0, 0.1])
+@pytest.mark.parametrize("factor", [1.0, 3.0])
+def test_nearest_weights_are_those_of_a_dense_solver(distance, width, factor) -> None:
+    rng = np.random.default_rng(1)
+    block, strength = rng.random((30, 5)), rng.uniform(0.5, 2, 30)
+    target = block.T @ rng.uniform(0.5, 1.5, 30) * factor
+    lower, upper = target - width, target + width
+    low, high = np.full(30, 0.6 * factor), np.full(30, 1.4 * factor)
+    found = nearest_weights(
+        sparse.csr_array(block), lower, upper, low, high, strength, factor, distance=distance, tolerance=1e-9
+    )
+    wanted = slsqp(block, lower, upper, low, high, strength, factor, distance == "raking")
+    np.testing.assert_allclose(found.g, wanted, atol=2e-6)
+    assert found.feasible
+    assert abs(found.gap) < 1e-8
+    assert np.all((found.g >= low) & (found.g <= high))
+
+
+def test_raking_is_that_of_iterative_proportional_fitting() -> None:
+    rng = np.random.default_rng(0)
+    rows, columns = rng.integers(0, 3, 200), rng.integers(0, 4, 200)
+    margins = np.concatenate([np.eye(3)[rows], np.eye(4)[columns]], axis=1)
+    target = margins.T @ rng.lognormal(0, 0.3, 200)
+    g = np.ones(200)
+    for _ in range(500):
+        for part in (slice(0, 3), slice(3, 7)):
+            g *= margins[:, part] @ (target[part] / (margins[:, part].T @ g))
+    found = nearest_weights(
+        sparse.csr_array(margins), target, target, 0 * g, np.inf * g, 0 * g + 1, distance="raking", tolerance=1e-9
+    )
+    np.testing.assert_allclose(found.g, g, rtol=1e-6)
+
+
+def test_targets_that_cannot_be_met_are_told_and_the_soft_optimum_is_certified() -> None:
+    rng = np.random.default_rng(2)
+    block = rng.random((40, 6))
+    target = block.T @ np.ones(40)
+    target[0] *= 10
+    low, high, strength = np.full(40, 0.5), np.full(40, 2.0), np.ones(40)
+    found = nearest_weights(sparse.csr_array(block), target, target, low, high, strength)
+    assert not found.feasible
+    assert abs(found.gap) < 1e-3
+    best = optimize.lsq_linear(block.T, target, (0.5, 2.0), tol=1e-14).cost
+    assert found.misses @ found.misses / 2 == pytest.approx(best, rel=0.05)
+    r = found.g
+    soft = optimize.minimize(
+        lambda g: np.sum((g - 1) ** 2) / 2 + found.tau / 2 * np.sum((block.T @ g - target) ** 2),
+        r,
+        jac=lambda g: g - 1 + found.tau * block @ (block.T @ g - target),
+        bounds=[(0.5, 2.0)] * 40,
+        method="L-BFGS-B",
+        options={"maxiter": 5000, "ftol": 1e-15, "gtol": 1e-10},
+    )
+    mine = np.sum((r - 1) ** 2) / 2 + found.tau / 2 * np.sum((block.T @ r - target) ** 2)
+    assert mine == pytest.approx(soft.fun, rel=1e-3)
+
+
+def test_the_dense_preconditioner_changes_nothing_but_the_work(monkeypatch) -> None:
+    rng = np.random.default_rng(3)
+    block = random_block(rng, 300, 80) * np.geomspace(1e-3, 1e3, 80)
+    target, ones = block.T @ rng.uniform(0.5, 1.5, 300), np.ones(300)
+
+    def solve():
+        return nearest_weights(sparse.csr_array(block), target, target, 0 * ones, 9 * ones, ones, tolerance=1e-7)
+
+    monkeypatch.setattr("l0hooks.calibration.distance._CHEAP", 2)
+    dense = solve()
+    monkeypatch.setattr("l0hooks.calibration.distance._DENSE", 0)
+    plain = solve()
+    assert dense.feasible
+    assert dense.products < plain.products
+    if plain.feasible:
+        np.testing.assert_allclose(dense.g, plain.g, atol=1e-5)

@@ -1,0 +1,293 @@
+"""Gates, greedy, pruning, swaps, the solver and the fitter on small problems."""
+
+import itertools
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from scipy import optimize, sparse
+
+from l0hooks.calibration import Calibrator
+from l0hooks.calibration.gates import GateStage
+from l0hooks.calibration.greedy import GreedyStage
+from l0hooks.calibration.polish import polish
+from l0hooks.calibration.problem import prepare
+from l0hooks.calibration.solver import Options, Solver, path, random_selection
+from l0hooks.calibration.stage import Selection, largest, refit
+from l0hooks.calibration.swaps import PruneStage, SwapStage
+
+
+def small(seed=0, rows=30, households=200, feasible=True, **options):
+    rng = np.random.default_rng(seed)
+    matrix = sparse.random_array((rows, households), density=0.3, rng=rng, format="csr")
+    targets = matrix @ rng.lognormal(0, 0.5, households)
+    if not feasible:
+        targets = targets * rng.lognormal(0, 0.5, rows)
+    return prepare(matrix, targets, **options)
+
+
+def finish(stage):
+    while not stage.done:
+        stage.advance()
+    return stage.selection()
+
+
+def make(name, problem):
+    start = random_selection(problem, 20, 0)
+    return {
+        "gates": lambda: GateStage(problem, 20, epochs=40),
+        "priced": lambda: GateStage(problem, l0=0.01, epochs=40),
+        "greedy": lambda: GreedyStage(problem, 20, rounds=5),
+        "prune": lambda: PruneStage(problem, random_selection(problem, 60, 0), 20),
+        "swaps": lambda: SwapStage(problem, start),
+        "solver": lambda: Solver(problem, Options(keep=20, epochs=30)),
+    }[name]()
+
+
+@pytest.mark.parametrize("name", ["gates", "priced", "greedy", "prune", "swaps"])
+def test_a_stage_resumes_bit_by_bit(name) -> None:
+    problem = small()
+    whole, first, second = (make(name, problem) for _ in range(3))
+    finish(whole)
+    for _ in range(20):
+        if first.done or (first.resumable and first.selection().g.size and _ >= 10):
+            break
+        first.advance()
+    while not first.resumable:
+        first.advance()
+    state = first.state()
+    finish(first)  # what goes on must not change what was saved
+    second.resume(state)
+    finish(second)
+    for one in (first, second):
+        np.testing.assert_array_equal(one.selection().units, whole.selection().units)
+        np.testing.assert_array_equal(one.selection().g, whole.selection().g)
+
+
+@pytest.mark.parametrize("steps", [3, 40, 70])
+def test_the_solver_resumes_bit_by_bit(steps) -> None:
+    problem = small(feasible=False)
+    whole, first, second = (make("solver", problem) for _ in range(3))
+    best = whole.run()
+    for _ in range(steps):
+        if not first.done:
+            first.advance()
+    while not first.resumable:
+        first.advance()
+    second.resume(first.state())
+    found = second.run()
+    assert found.name == best.name
+    np.testing.assert_array_equal(found.polished.selection.g, best.polished.selection.g)
+
+
+def test_gates_are_reproducible_and_leave_torchs_generator_alone() -> None:
+    problem = small()
+    torch.manual_seed(0)
+    before = torch.random.get_rng_state()
+    one = finish(GateStage(problem, 20, epochs=20, random_state=3))
+    torch.rand(5)
+    two = finish(GateStage(problem, 20, epochs=20, random_state=3))
+    other = finish(GateStage(problem, 20, epochs=20, random_state=4))
+    torch.random.set_rng_state(before)
+    GateStage(problem, 20, epochs=20).advance()
+    assert torch.equal(torch.random.get_rng_state(), before)
+    np.testing.assert_array_equal(one.g, two.g)
+    assert not np.array_equal(one.g, other.g)
+
+
+def test_the_expected_size_follows_the_schedule() -> None:
+    stage = GateStage(small(), 20, epochs=50)
+    assert stage.gate.expected_l0().item() == pytest.approx(80, rel=1e-4)
+    for _ in range(15):
+        stage.advance()
+    assert stage.gate.expected_l0().item() == pytest.approx(40, rel=1e-4)  # half way of 0.6 · 50 epochs: 80 · ½
+    for _ in range(15):
+        stage.advance()
+    assert stage.gate.expected_l0().item() == pytest.approx(20, rel=1e-4)
+
+
+@pytest.mark.parametrize("few", [0.0, 2.0])
+def test_the_gradient_over_open_units_is_autograds(monkeypatch, few) -> None:
+    monkeypatch.setattr("l0hooks.calibration.gates._SPARSE", few)
+    problem = small(dtype="float64")
+    stage = GateStage(problem, 20, epochs=20)
+    x = np.where(np.arange(problem.size) % 3 == 0, 0.5, 0.0).astype(np.float32)
+    gradient, misses, factor, active = stage._gradient(x)
+    leaf = torch.tensor(x, dtype=torch.float64, requires_grad=True)
+    product = torch.from_numpy(problem.columns.toarray()).T @ leaf
+    (0.5 * (factor * product - torch.from_numpy(problem.lower)).square().sum()).backward()
+    open_units = x > 0
+    np.testing.assert_allclose(gradient[open_units], leaf.grad.numpy()[open_units], rtol=1e-4, atol=1e-6)
+    assert active == open_units.sum()
+    np.testing.assert_allclose(misses, factor * product.detach().numpy() - problem.lower, atol=1e-9)
+
+
+def test_a_higher_price_keeps_fewer_units() -> None:
+    problem = small()
+    counts = [len(finish(GateStage(problem, l0=price, epochs=150)).units) for price in (1e-4, 1e-1)]
+    assert counts[0] > counts[1]
+
+
+def test_greedy_finds_the_units_that_made_the_targets() -> None:
+    rng = np.random.default_rng(0)
+    matrix = rng.normal(size=(40, 100))
+    weights = np.zeros(100)
+    weights[[5, 17, 60]] = [3.0, 1.0, 2.0]
+    problem = prepare(sparse.csr_array(matrix), matrix @ weights, loss="squared")
+    assert finish(GreedyStage(problem, 3)).units.tolist() == [5, 17, 60]
+
+
+def test_swaps_never_worsen_and_pruning_keeps_what_must_stay() -> None:
+    problem = small(feasible=False, keep=[0, 1, 2])
+    start = random_selection(problem, 15, 0)
+    stage = SwapStage(problem, start)
+    losses = [refit(problem, start.units, start.g, iterations=5000).loss]
+    while not stage.done:
+        stage.advance()
+        now = stage.selection()
+        losses.append(refit(problem, now.units, now.g, iterations=5000).loss)
+        assert len(now.units) == 15
+        assert {0, 1, 2} <= set(now.units.tolist())
+    assert losses[-1] < 0.5 * losses[0]
+    many = Selection(np.arange(200), np.ones(200))
+    assert {0, 1, 2} <= set(finish(PruneStage(problem, many, 5)).units.tolist())
+
+
+def test_auto_comes_close_to_the_best_of_all_selections() -> None:
+    rng = np.random.default_rng(4)
+    matrix = rng.random((6, 12))
+    targets = matrix @ rng.lognormal(0, 1, 12)
+    best = min(
+        optimize.nnls((matrix / (targets + 1)[:, None])[:, list(chosen)], targets / (targets + 1))[1]
+        for chosen in itertools.combinations(range(12), 3)
+    )
+    problem = prepare(sparse.csr_array(matrix), targets, dtype="float64")
+    found = Solver(problem, Options(keep=3, epochs=60)).run().polished
+    assert np.linalg.norm(found.misses) <= 1.3 * best
+
+
+@pytest.mark.parametrize("keep", [5, 20, 29, 80])
+@pytest.mark.parametrize("feasible", [True, False])
+def test_auto_is_never_worse_than_the_simple_methods_and_k_is_exact(keep, feasible) -> None:
+    problem = small(feasible=feasible)
+    solver = Solver(problem, Options(keep=keep, epochs=40))
+    best = solver.run().polished
+    assert len(best.selection.units) == keep
+    assert (best.selection.g > 0).all()
+    assert (best.selection.g >= solver.problem.low[best.selection.units] * (1 - 1e-12)).all()
+    others = [
+        polish(solver.problem, random_selection(problem, keep, 0)),
+        polish(solver.problem, finish(SwapStage(solver.problem, random_selection(problem, keep, 0)))),
+        polish(solver.problem, finish(SwapStage(solver.problem, finish(GreedyStage(solver.problem, keep))))),
+    ]
+    assert best.feasible or best.error <= 1.02 * min(one.error for one in others)
+
+
+def test_targets_that_can_be_met_are_met_nearest_to_the_design_weights() -> None:
+    problem = small(households=400, dtype="float64")
+    done = polish(problem, Selection(np.arange(400), np.ones(400)))
+    assert done.feasible
+    assert done.converged
+    assert done.objective == "distance"
+    assert np.abs(done.misses).max() <= 1e-6
+
+
+def test_a_path_goes_through_all_sizes() -> None:
+    found = path(small(), [10, 40, 20], Options(epochs=30))
+    assert list(found) == [40, 20, 10]
+    assert all(len(best.polished.selection.units) == keep for keep, best in found.items())
+    errors = [best.polished.error for best in found.values()]
+    assert errors[0] <= errors[2]
+
+
+def test_intervals_are_met_where_points_are_not() -> None:
+    rng = np.random.default_rng(0)
+    matrix = sparse.csr_array(rng.random((20, 100)))
+    targets = matrix @ np.ones(100) * rng.lognormal(0, 0.02, 20)
+    wide = Calibrator(15, max_epochs=30).fit(matrix, lower=0.9 * targets, upper=1.1 * targets)
+    estimates = wide.estimates
+    assert np.all((estimates >= 0.9 * targets - 1e-3) & (estimates <= 1.1 * targets + 1e-3))
+    assert wide.converged
+
+
+def test_ties_are_broken_by_order() -> None:
+    assert largest(np.array([1.0, 2.0, 2.0, 2.0]), 2).tolist() == [1, 2]
+
+
+def test_callbacks_see_every_step_and_may_stop() -> None:
+    rng = np.random.default_rng(0)
+    matrix = sparse.csr_array(rng.random((20, 100)))
+    seen = []
+
+    def watch(told):
+        seen.append(told.stage)
+        return told.stage == "polish"
+
+    targets = matrix @ rng.lognormal(0, 1, 100)
+    fitted = Calibrator(8, max_epochs=20, callbacks=[watch]).fit(matrix, targets)
+    assert seen[-1] == "polish"
+    assert len(fitted.candidates) == 1
+
+
+def test_kept_left_out_and_clustered_households() -> None:
+    rng = np.random.default_rng(0)
+    matrix = sparse.csr_array(rng.random((10, 60)))
+    clusters = np.arange(60) // 2
+    choice = {"keep": [3], "leave_out": [10], "clusters": clusters}
+    fitted = Calibrator(6, max_epochs=20).fit(matrix, matrix @ np.ones(60), **choice)
+    weights = fitted.weights
+    assert weights[2] == weights[3] > 0
+    assert weights[10] == weights[11] == 0
+    np.testing.assert_array_equal(weights[0::2], weights[1::2])
+    assert (weights[0::2] > 0).sum() == 6
+
+
+# --- laws: what units things are measured in, and how they are ordered, does not matter -----------------------------
+
+
+def fit(matrix, targets, design=None, **options):
+    options = {"method": "greedy", "dtype": "float64"} | options
+    return Calibrator(5, **options).fit(sparse.csr_array(matrix), targets, design_weights=design).weights
+
+
+def test_the_unit_of_a_household_and_of_the_design_weights_does_not_matter() -> None:
+    rng = np.random.default_rng(1)
+    matrix = rng.random((20, 60)) * 100
+    targets = matrix @ rng.lognormal(0, 0.5, 60)
+    base = fit(matrix, targets, np.ones(60))
+    np.testing.assert_allclose(fit(matrix, targets, np.full(60, 7.0)), base, rtol=1e-6)
+    permutation = rng.permutation(60)
+    np.testing.assert_allclose(fit(matrix[:, permutation], targets, np.ones(60)), base[permutation], rtol=1e-5)
+
+
+def test_the_unit_of_the_targets_does_not_matter_for_the_squared_loss() -> None:
+    rng = np.random.default_rng(2)
+    matrix = rng.random((20, 60))
+    targets = matrix @ rng.lognormal(0, 0.5, 60) * 1e3
+    base = fit(matrix, targets, loss="squared")
+    np.testing.assert_allclose(fit(1e3 * matrix, 1e3 * targets, loss="squared"), base, rtol=1e-4)
+
+
+def test_a_duplicated_household_gets_the_same_weight_in_plain_calibration() -> None:
+    rng = np.random.default_rng(3)
+    matrix = rng.random((8, 60))
+    matrix[:, 1] = matrix[:, 0]
+    weights = Calibrator(dtype="float64").fit(matrix, matrix @ rng.lognormal(0, 0.2, 60)).weights
+    assert weights[0] == pytest.approx(weights[1])
+
+
+def test_bounds_hold() -> None:
+    rng = np.random.default_rng(4)
+    matrix, design = rng.random((8, 60)), rng.uniform(1, 2, 60)
+    targets = matrix @ (design * rng.lognormal(0, 0.2, 60))
+    fitted = Calibrator(bounds=(0.8, 1.25), dtype="float64").fit(matrix, targets, design_weights=design)
+    ratios = fitted.weights / design
+    assert 0.8 - 1e-9 <= ratios.min() <= ratios.max() <= 1.25 + 1e-9
+
+
+def test_the_same_problem_with_other_values_is_another_problem() -> None:
+    one, two = small(seed=1), replace(small(seed=1))
+    two.columns.data *= 2
+    first, second = (Solver(p, Options(keep=10, method="greedy")).run().polished for p in (one, two))
+    assert not np.array_equal(first.selection.g, second.selection.g)
