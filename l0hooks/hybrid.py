@@ -149,6 +149,9 @@ class HybridGate(ItemGate):
         indices = np.sort(np.concatenate([np.flatnonzero(gated), rest[drawn]]))
         return indices, np.where(gated[indices], "gated", "random")
 
+    def _counts(self) -> dict[str, int]:
+        return {**super()._counts(), "gated": self.n_gated}
+
     def extra_repr(self) -> str:
         """n, k and its two parts."""
         return f"{self.n}, k={self.k}, gated={self.n_gated}, random={self.n_random}"

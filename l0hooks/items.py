@@ -252,16 +252,21 @@ class ItemGate(nn.Module):
             )
 
     def get_extra_state(self) -> Tensor:
-        """n and k: the state of a gate for another k must not be loaded."""
-        return torch.tensor([self.n, self.k])
+        """The counts: the state of a gate for another k must not be loaded."""
+        return torch.tensor(list(self._counts().values()))
 
     def set_extra_state(self, state: Tensor) -> None:
         """Refuse the state of a gate with other counts, before anything of it is loaded."""
-        if state.tolist() != [self.n, self.k]:
-            expected, got = (f"n={n}, k={k}" for n, k in ((self.n, self.k), state.tolist()))
+        own = self._counts()
+        if state.tolist() != list(own.values()):
+            expected = ", ".join(f"{name}={value}" for name, value in own.items())
+            got = ", ".join(f"{name}={value}" for name, value in zip(own, state.tolist(), strict=False))
             raise InvalidValueError(
                 explain(f"{type(self).__name__}.load_state_dict", "the counts must agree.", expected=expected, got=got)
             )
+
+    def _counts(self) -> dict[str, int]:
+        return {"n": self.n, "k": self.k}
 
     def extra_repr(self) -> str:
         """n and k."""

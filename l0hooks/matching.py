@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -21,6 +22,7 @@ Objective = Literal["kernel_mean", "moments"]
 Loss = Callable[[Tensor], Tensor]
 _WHOLE = 5000  # samples up to which the kernel itself is held: 200 MB
 _FEATURES = 1024
+_PART = 10_000  # samples whose random features are computed at once
 _PAIRED = 1000  # samples whose distances give the bandwidth
 
 
@@ -96,16 +98,18 @@ def match_samples(
     x : Tensor, NumPy array or pandas DataFrame, shape (n, d)
         Finite numbers; every column is standardised (by ``sample_weight``, if given) for the built-in objectives.
     k : int, 1 <= k <= n
+        No more than there are samples of weight above zero.
     objective : "kernel_mean", "moments" or callable
         "kernel_mean": φ of the Gaussian kernel exp(−‖x − y‖²/2σ²), σ the median distance between samples.
         "moments": φ(x) = the columns and all products of two, so that means and covariances agree.
         A callable takes the gates of all samples (float32, shape (n,), in [0, 1]) and returns a loss, shape ().
         Their sum varies: divide by ``z.sum()`` where that matters.
     sample_weight : Tensor, NumPy array or Series, shape (n,), optional
-        Non-negative; p is proportional to it. Chosen samples count alike. Not with a callable.
+        Non-negative; p is proportional to it. Chosen samples count alike; one of weight zero is as if it were not there
+        and never chosen. Not with a callable.
     features : int, >= 2, optional
         Random Fourier features in place of the kernel. If not given, the kernel itself for up to 5000 samples,
-        and 1024 features for more; the result says which.
+        and 1024 features for more, 8 kB for each sample; the result says which.
     starts : int, >= 1
         The greedy choice, and ``starts − 1`` random ones.
     sweeps : int, >= 0
@@ -143,14 +147,18 @@ def match_samples(
     Gretton et al. (2012), equation 3, for the distance; Rahimi & Recht (2007) for the features.
     """
     data = _numbers(x)
+    total = len(data)
+    p = _weights(sample_weight, total)
+    counted = p.nonzero().squeeze(1)
+    if len(counted) < total:
+        data, p = data[counted], p[counted]
     n, k = check_counts("match_samples", len(data), k)
-    p = _weights(sample_weight, n)
     limits = {
         "starts": (starts, 1),
         "sweeps": (sweeps, 0),
         "steps": (steps, 2),
         "draws": (draws, 1),
-        "features": (features or _FEATURES, 2),
+        "features": (_FEATURES if features is None else features, 2),
     }
     for name, (value, least) in limits.items():
         if type(value) is not int or value < least:
@@ -174,10 +182,16 @@ def match_samples(
             return distance(form, rows)
 
         found["objective"] = objective
-    rows = rows.sort().values
+    indices = counted[rows].sort().values
     chance = [value_of(_random(p, k, generator)) for _ in range(draws)]
     return Match(
-        indices=rows.numpy(), k=k, n=n, distance=value_of(rows), random=float(np.mean(chance)), draws=draws, **found
+        indices=indices.numpy(),
+        k=k,
+        n=total,
+        distance=value_of(rows),
+        random=float(np.mean(chance)),
+        draws=draws,
+        **found,
     )
 
 
@@ -214,8 +228,13 @@ def median_distance(z: Tensor, generator: torch.Generator | None = None) -> floa
 def fourier_features(z: Tensor, count: int, bandwidth: float, generator: torch.Generator | None = None) -> Tensor:
     """cos and sin of random projections, whose products estimate exp(−‖x − y‖²/2σ²): shape (n, 2·(count // 2))."""
     half = count // 2
-    projected = z @ (torch.randn(z.shape[1], half, generator=generator, dtype=z.dtype) / bandwidth)
-    return torch.cat([projected.cos(), projected.sin()], 1) / math.sqrt(half)
+    directions = torch.randn(z.shape[1], half, generator=generator, dtype=z.dtype) / bandwidth
+    phi = torch.empty(len(z), 2 * half, dtype=z.dtype)
+    for start in range(0, len(z), _PART):  # phi is what fills the memory: there is no second matrix of its size
+        part = slice(start, start + _PART)
+        projected = z[part] @ directions
+        phi[part, :half], phi[part, half:] = projected.cos(), projected.sin()
+    return phi.div_(math.sqrt(half))
 
 
 def _by_gates(loss: Loss, n: int, k: int, steps: int, gate_lr: float) -> Tensor:
@@ -245,7 +264,7 @@ def _random(p: Tensor, k: int, generator: torch.Generator | None) -> Tensor:
 def _numbers(x: Any) -> Tensor:
     """``x`` as float64, shape (n, d)."""
     if is_pandas(x):
-        x = x.to_numpy()
+        x = _values(x)
     if not isinstance(x, (Tensor, np.ndarray)):
         expected = "a Tensor, a NumPy array or a pandas DataFrame"
         raise UnsupportedModuleError(
@@ -263,6 +282,14 @@ def _numbers(x: Any) -> Tensor:
     if not bool(data.isfinite().all()):
         raise _invalid("the data must be finite.", "NaN or infinity")
     return data
+
+
+def _values(frame: Any) -> npt.NDArray[Any]:
+    """A frame's values; columns of nullable numbers as float64, with NaN for what is missing."""
+    dtypes = [frame.dtype] if frame.ndim == 1 else list(frame.dtypes)
+    if all(dtype.kind in "biuf" for dtype in dtypes):
+        return np.asarray(frame.to_numpy(dtype=np.float64, na_value=np.nan))
+    return np.asarray(frame.to_numpy())
 
 
 def _weights(given: Any, n: int) -> Tensor:

@@ -64,7 +64,8 @@ class Features:
     def __init__(self, features: Tensor, p: Tensor) -> None:
         self._features = features
         mean = p @ features
-        self.diagonal, self.h, self.c = features.square().sum(1), features @ mean, float(mean @ mean)
+        self.diagonal = torch.linalg.vector_norm(features, dim=1).square()  # forms no second matrix of that size
+        self.h, self.c = features @ mean, float(mean @ mean)
 
     def column(self, i: int) -> Tensor:
         """ΦΦᵀ[:, i]."""

@@ -91,6 +91,8 @@ class L0LinearModel(BaseEstimator):  # type: ignore[misc]  # scikit-learn has no
         for name, value in (("alpha", self.alpha), ("l0", self.l0)):
             if value is not None and not (isinstance(value, Real) and 0 <= float(value) < np.inf):
                 raise InvalidValueError(explain(where, f"{name} must be finite, not negative.", got=repr(value)))
+        if isinstance(self.cv, Integral) and not (_whole(self.cv) and int(self.cv) >= 2):
+            raise InvalidValueError(explain(where, "there must be folds.", expected="cv >= 2", got=f"cv={self.cv!r}"))
         if self.max_k is not None and not _whole(self.max_k):
             raise InvalidValueError(explain(where, "max_k must be a size.", expected="int >= 0", got=repr(self.max_k)))
 
@@ -109,7 +111,11 @@ class L0LinearModel(BaseEstimator):  # type: ignore[misc]  # scikit-learn has no
     def _weights(self, x: Any, sample_weight: Any) -> Floats | None:
         if sample_weight is None:
             return None
-        return np.asarray(_check_sample_weight(sample_weight, x, dtype=np.float64))
+        weight = np.asarray(_check_sample_weight(sample_weight, x, dtype=np.float64, copy=True))
+        counted, total = np.count_nonzero(weight), float(weight.sum())
+        if 0 < total < counted and weight.min() >= 0:  # shares, not copies: only their ratios tell anything
+            weight *= counted / total
+        return weight
 
     def _search(self, x: Any, y: Floats, weight: Floats | None, task: Task, strata: Any) -> Subset:
         """Fill ``path_``, ``k_``, ``support_``, ``solver_`` and ``n_iter_``; return the subset that was chosen."""
@@ -159,7 +165,7 @@ class L0LinearModel(BaseEstimator):  # type: ignore[misc]  # scikit-learn has no
         if strata is not None and np.bincount(strata).min() >= 2:
             least = int(np.bincount(strata).min())
             return StratifiedKFold(max(2, min(self.cv, least)), shuffle=True, random_state=self.random_state)
-        return KFold(max(2, min(self.cv, n)), shuffle=True, random_state=self.random_state)
+        return KFold(min(self.cv, n), shuffle=True, random_state=self.random_state)
 
     def _predictor(self, x: Any) -> Floats:
         """x·coef + intercept, shape (n,) or (n, outputs)."""

@@ -70,7 +70,8 @@ class L0Regressor(RegressorMixin, L0LinearModel):  # type: ignore[misc]  # sciki
     Notes
     -----
     No exchange of one chosen for one other feature lowers the squared loss; a better subset that needs several
-    exchanges at once can exist. A sample weight counts as that many copies of the row, for "ebic" too.
+    exchanges at once can exist. A sample weight counts as that many copies of the row, for "ebic" too; weights
+    that sum to less than their number are taken as shares, with a mean of 1.
 
     Examples
     --------

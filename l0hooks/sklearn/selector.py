@@ -19,6 +19,7 @@ from sklearn.utils.validation import _check_sample_weight, check_is_fitted, colu
 from torch import Tensor, nn
 
 from l0hooks.errors import InvalidValueError, UnsupportedModuleError, explain
+from l0hooks.gate import Gate
 from l0hooks.sklearn.base import checked_data
 from l0hooks.sklearn.gated import (
     Loss,
@@ -30,7 +31,7 @@ from l0hooks.sklearn.gated import (
     train_gates,
 )
 from l0hooks.sklearn.linear import L0Classifier, L0Regressor
-from l0hooks.sklearn.rows import Floats, Rows
+from l0hooks.sklearn.rows import Floats, Indices, Rows
 from l0hooks.sklearn.screening import contrasts, evidence
 
 Task = Literal["auto", "classification", "regression"]
@@ -52,14 +53,14 @@ class L0FeatureSelector(SelectorMixin, BaseEstimator):  # type: ignore[misc]
         ``"mlp"``: four small networks side by side. They see at most ``max(256, 2k)`` features: those with the most
         evidence alone or in a product with another; the evidence also decides where the gates start.
         ``"linear"``: the support of ``L0Regressor`` or ``L0Classifier``.
-        A module takes standardised, gated inputs, float32, shape (batch, n_features), and returns scores of shape
-        (batch, n_classes), or for a regression (batch,) or (batch, 1). It is copied, never changed.
+        A module takes standardised, gated inputs in the dtype of its parameters, shape (batch, n_features), and returns
+        scores of shape (batch, n_classes), or for a regression (batch,) or (batch, 1). It is copied, never changed.
     task : "auto", "classification" or "regression"
         By default numbers are classes if they are whole and there are at most max(10, √n_samples) different ones;
         everything that is no number is a class.
     loss : callable, (output, target) -> Tensor, shape (), optional
         For a module, instead of cross-entropy or, on the standardised target, squared error. The target is int64 class
-        numbers or the float32 values as given.
+        numbers or the values as given, in the dtype of the parameters.
     steps : int, >= 1
         Optimiser steps of the gates.
     batch_size : int, >= 1
@@ -159,6 +160,9 @@ class L0FeatureSelector(SelectorMixin, BaseEstimator):  # type: ignore[misc]
         if not weights.any():
             raise _invalid("weights must not all be zero.", "one above 0", "only zeros")
         k = self._number_to_keep(x.shape[1])
+        for name in ("estimator_", "classes_"):  # of an earlier fit
+            if name in vars(self):
+                delattr(self, name)
         self.task_ = task_of(y) if self.task == "auto" else self.task
         target = self._encode(y)
         if k == x.shape[1]:
@@ -179,31 +183,45 @@ class L0FeatureSelector(SelectorMixin, BaseEstimator):  # type: ignore[misc]
         if n_classes is None and self.loss is None:
             mean = rows.weights @ target / rows.total
             target = (target - mean) / (math.sqrt(rows.weights @ (target - mean) ** 2 / rows.total) or 1.0)
-        values = torch.tensor(target, dtype=torch.float32 if n_classes is None else torch.int64)
-        ready = None
-        if isinstance(rows.x, np.ndarray):
-            ready = torch.tensor(rows.standardised(slice(None), columns), dtype=torch.float32)
-
-        def draw(uniform: Tensor) -> tuple[Tensor, Tensor]:
-            index = rows.draw(uniform.numpy())
-            if ready is not None:
-                return ready[index], values[index]
-            return torch.tensor(rows.standardised(index, columns), dtype=torch.float32), values[index]
-
         seed = int(check_random_state(self.random_state).randint(2**31 - 1))
-        with torch.random.fork_rng(devices=[]), torch.enable_grad():
+        with torch.inference_mode(False), torch.random.fork_rng(devices=[]), torch.enable_grad():
             torch.manual_seed(seed)
             network = self._network(len(columns), n_classes)
-            loss: Loss = self.loss or (regression_loss if n_classes is None else classification_loss)
-            if isinstance(self.estimator, nn.Module) and self.loss is None:
-                self._check_output(network, torch.zeros(2, rows.n_features), n_classes)
-            training = Training(steps=self.steps, batch_size=self.batch_size, lr=self.lr, gate_lr=self.gate_lr)
-            gate = train_gates(network, draw, loss, k, found[columns], training, _PRIOR)
+            gate = self._train(network, rows, target, columns, n_classes, k, found[columns])
         importances = np.zeros(rows.n_features)
         importances[columns] = gate.keep_prob().detach().numpy()
         others = np.setdiff1d(np.argsort(-found, kind="stable"), columns, assume_unique=True)
         self._keep(np.concatenate([columns[order_of(gate)], others]), k, importances)
         self.estimator_ = network.eval()
+
+    def _train(
+        self,
+        network: nn.Module,
+        rows: Rows,
+        target: Floats,
+        columns: Indices,
+        n_classes: int | None,
+        k: int,
+        found: Floats,
+    ) -> Gate:
+        """Gates for the columns, trained with the network in the network's own dtype."""
+        dtype = next((p.dtype for p in network.parameters() if p.is_floating_point()), torch.float32)
+        values = torch.tensor(target, dtype=dtype if n_classes is None else torch.int64)
+        ready = None
+        if isinstance(rows.x, np.ndarray):
+            ready = torch.tensor(rows.standardised(slice(None), columns), dtype=dtype)
+
+        def draw(uniform: Tensor) -> tuple[Tensor, Tensor]:
+            index = rows.draw(uniform.numpy())
+            if ready is not None:
+                return ready[index], values[index]
+            return torch.tensor(rows.standardised(index, columns), dtype=dtype), values[index]
+
+        loss: Loss = self.loss or (regression_loss if n_classes is None else classification_loss)
+        if isinstance(self.estimator, nn.Module) and self.loss is None:
+            self._check_output(network, torch.zeros(2, rows.n_features, dtype=dtype), n_classes)
+        training = Training(steps=self.steps, batch_size=self.batch_size, lr=self.lr, gate_lr=self.gate_lr)
+        return train_gates(network, draw, loss, k, found, training, _PRIOR)
 
     def _network(self, n_features: int, n_classes: int | None) -> nn.Module:
         if isinstance(self.estimator, nn.Module):
@@ -247,6 +265,8 @@ class L0FeatureSelector(SelectorMixin, BaseEstimator):  # type: ignore[misc]
                 values: Floats = np.asarray(y, dtype=np.float64)
             except (TypeError, ValueError) as error:
                 raise _invalid("a regression needs numbers.", "a numeric target", np.asarray(y).dtype) from error
+            if not np.isfinite(values).all():
+                raise _invalid("a regression needs numbers.", "a finite target", "NaN or infinity")
             return values
         check_classification_targets(y)
         self.classes_, codes = np.unique(y, return_inverse=True)

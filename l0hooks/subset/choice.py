@@ -139,6 +139,7 @@ def held_out(path: SubsetPath, x: Any, y: Floats, sample_weight: Floats | None, 
     """
     weight = np.ones(len(y)) if sample_weight is None else sample_weight
     mass = float(weight.sum())
+    counts = weight > 0  # a row of weight zero must not count, however large its loss
     losses = np.empty(len(path))
     target = y if y.ndim == 2 else y[:, None]
     for i, subset in enumerate(path):
@@ -146,7 +147,7 @@ def held_out(path: SubsetPath, x: Any, y: Floats, sample_weight: Floats | None, 
         eta = np.asarray(x[:, columns] @ subset.coef[:, columns].T) + subset.intercept
         squared = task.loss == "squared"
         value = (target - eta)[:, 0] ** 2 / 2 if squared else LOSSES[task.loss].value(eta, target)
-        losses[i] = weight @ value / mass if mass else 0.0
+        losses[i] = weight[counts] @ value[counts] / mass if mass else 0.0
     return losses, mass
 
 
@@ -161,8 +162,11 @@ def with_held_out(path: SubsetPath, folds: Sequence[tuple[Floats, float]]) -> Su
     """
     losses = np.array([fold for fold, _ in folds])
     mass = np.array([m for _, m in folds])
-    mean = mass @ losses / mass.sum()
-    error = np.sqrt(mass @ (losses - mean) ** 2 / mass.sum() / max(len(folds) - 1, 1))
+    error = np.full(len(path), np.inf)
+    with np.errstate(over="ignore"):  # a Poisson loss far from the training data can be beyond all numbers
+        mean = mass @ losses / mass.sum()
+        known = np.isfinite(mean)
+        error[known] = np.sqrt(mass @ (losses[:, known] - mean[known]) ** 2 / mass.sum() / max(len(folds) - 1, 1))
     rows = zip(path, mean, error, strict=True)
     return SubsetPath([replace(s, criterion=float(m), spread=float(e)) for s, m, e in rows])
 

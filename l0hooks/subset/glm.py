@@ -67,7 +67,7 @@ class GlmSearch:
 
     def model(self, fit: Fit) -> SquaresProblem:
         """The quadratic model around a fit."""
-        curvature = np.maximum(self.loss.curvature(fit.eta), LIGHTEST)
+        curvature = np.maximum(self.loss.curvature(fit.eta), LIGHTEST * self.newton.unit)
         response = fit.eta + (self.y - self.loss.mean(fit.eta)) / curvature[:, None]
         mean = float(self.weight @ curvature)
         return SquaresProblem(self.design.reweighted(curvature), response, alpha=self.alpha / mean, groups=self.groups)

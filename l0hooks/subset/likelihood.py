@@ -12,6 +12,7 @@ from scipy.special import expit, logsumexp, softmax, xlogy
 from l0hooks.subset.design import Floats
 
 FLOOR = 1e-9  # ridge on standardised coefficients: an optimum exists for separable data too, and moves no other
+USUAL = 0.1  # null curvature below which the floors fall with it, for rare classes and small counts
 NEWTON_STEPS = 100
 HALVINGS = 40
 DECREMENT = 1e-10  # a Newton step that promises less than this part of the loss ends the fit
@@ -124,7 +125,7 @@ class Poisson:
         return self.curvature(eta)[:, None, None]
 
     def start(self, mean: Floats) -> Floats:
-        return np.asarray(np.log(np.maximum(mean, LIGHTEST)))
+        return np.asarray(np.log(np.where(mean > 0, mean, LIGHTEST)))
 
 
 @dataclass(frozen=True)
@@ -154,7 +155,9 @@ class NewtonFit:
         self.loss, self.y, self.weight, self.intercept = loss, y, weight, intercept
         self.c = y.shape[1]
         mean = weight @ y
-        self.offset = loss.start(mean) if intercept else np.zeros(self.c)
+        start = loss.start(mean)
+        self.offset = start if intercept else np.zeros(self.c)
+        self.unit = min(1.0, float(loss.curvature(start[None])[0]) / USUAL)
 
     def null(self) -> Fit:
         """The fit of the intercept alone."""
@@ -169,11 +172,11 @@ class NewtonFit:
         z : float64 array, shape (n, s)
             Standardised columns.
         ridge : float64 array, shape (s,)
-            For each column; no less than ``FLOOR`` is used.
+            For each column; no less than ``FLOOR``, times ``unit`` where the null curvature is small, is used.
         start : (b, offset), optional
         """
         full = np.column_stack([np.ones(len(z)), z]) if self.intercept else z
-        penalty = np.maximum(ridge, FLOOR)
+        penalty = np.maximum(ridge, FLOOR * self.unit)
         penalty = np.concatenate([[0.0], penalty]) if self.intercept else penalty
         b, offset = (np.zeros((z.shape[1], self.c)), self.offset) if start is None else start
         theta = np.vstack([offset, b]) if self.intercept else b
@@ -185,7 +188,8 @@ class NewtonFit:
             step, decrement = self._step(full, eta, theta, penalty)
             size, along = 1.0, full @ step
             trial = self._objective(eta - along, theta - step, penalty)
-            last = decrement <= DECREMENT * max(value, DECREMENT)  # so near that rounding would judge the step
+            # so near that rounding would judge the step
+            last = decrement <= DECREMENT * max(value, DECREMENT * self.unit)
             for _ in range(0 if last else HALVINGS):
                 if trial <= value - 1e-4 * size * decrement:
                     break
@@ -217,6 +221,6 @@ class NewtonFit:
                 hessian[j, :, i] = hessian[i, :, j].T
         flat = hessian.reshape(self.c * size, -1)
         # intercepts, and what the outputs share, have no curvature of their own
-        flat[np.diag_indices_from(flat)] += np.tile(penalty, self.c) + LIGHTEST
+        flat[np.diag_indices_from(flat)] += np.tile(penalty, self.c) + LIGHTEST * self.unit
         step = cho_solve(cho_factor(flat), gradient.T.ravel()).reshape(self.c, size).T
         return step, float((gradient * step).sum())

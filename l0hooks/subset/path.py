@@ -10,7 +10,7 @@ from scipy.special import gammaln
 
 from l0hooks.subset.design import Bools, Floats
 
-SAME = 1e-12  # criteria closer than this, relative to their size, are equal: the smaller size wins
+SAME = 1e-12  # criteria closer than this part of the first or the best are equal: the smaller size wins
 EXACT = 1e-14  # residuals below this part of the null model's are rounding
 
 
@@ -155,7 +155,8 @@ def smallest(criterion: Floats, spread: Floats | None = None) -> int:
     (2, 1)
     """
     best = int(np.argmin(criterion))
-    slack = SAME * max(1.0, abs(float(criterion[best])))
+    first = abs(float(criterion[0]))
+    slack = SAME * max(abs(float(criterion[best])), first if np.isfinite(first) else 0.0)
     if spread is not None:
         slack += float(spread[best])
     return int(np.flatnonzero(criterion <= criterion[best] + slack)[0])

@@ -38,9 +38,10 @@ def refit_squares(problem: SquaresProblem, y: Floats, items: Sequence[int]) -> S
     residual = centred = y - offset
     b = np.zeros((len(columns), y.shape[1]))
     if len(columns):
-        values, vectors = np.linalg.eigh(problem.gram(columns))
+        size = np.sqrt(np.where(problem.whole[columns] > 0, problem.whole[columns], 1.0))  # ridges of very unlike size
+        values, vectors = np.linalg.eigh(problem.gram(columns) / np.outer(size, size))
         free = values > SINGULAR * len(values) * max(float(values[-1]), 0.0)
-        inverse = (vectors[:, free] / values[free]) @ vectors[:, free].T
+        inverse = (vectors[:, free] / values[free]) @ vectors[:, free].T / np.outer(size, size)
         for _ in range(1 + REFINEMENTS):
             b = b + inverse @ (design.cross(residual, columns) - problem.ridge[columns, None] * b)
             residual = centred - design.times(columns, b)
