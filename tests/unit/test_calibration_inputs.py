@@ -41,10 +41,21 @@ def test_every_format_array_or_matrix_gives_the_same_and_is_not_changed(form, ki
     assert (before != given).nnz == 0
 
 
+@pytest.mark.filterwarnings("ignore:the matrix subclass:PendingDeprecationWarning")
 @pytest.mark.parametrize(
-    "given", [M, M.tolist(), np.asmatrix(M), FRAME, FRAME.astype(pd.SparseDtype(float, 0.0)), M != 0]
+    "make",
+    [
+        lambda: M,
+        M.tolist,
+        lambda: np.asmatrix(M),
+        lambda: FRAME,
+        lambda: FRAME.astype(pd.SparseDtype(float, 0.0)),
+        lambda: M != 0,
+    ],
+    ids=["array", "list", "matrix", "frame", "sparse frame", "bool"],
 )
-def test_dense_matrices_and_frames(given):
+def test_dense_matrices_and_frames(make):
+    given = make()
     inputs = read_inputs(given, Y)
     expected = M != 0 if np.asarray(given).dtype == bool else M
     np.testing.assert_array_equal(inputs.matrix.toarray(), expected)

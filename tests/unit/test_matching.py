@@ -239,7 +239,6 @@ def test_it_prints_how_close_it_is():
         ({"x": pd.DataFrame()}, "rows and columns"),
         ({"x": pd.DataFrame({"a": ["u"] * 40})}, "must be real numbers"),
     ],
-    ids=str,
 )
 def test_what_cannot_be_is_refused(options, message):
     with pytest.raises(InvalidValueError, match=message):
