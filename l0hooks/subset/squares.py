@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import combinations
+from math import comb
 
 import numpy as np
 
-from l0hooks.subset.problem import SquaresProblem
+from l0hooks.subset.problem import TINY, SquaresProblem
 
 GAIN = 1e-9  # an exchange counts if it gains this part of yᵀy
 WIDTH = 2  # columns of the first working set for each item of the largest support
@@ -20,6 +22,8 @@ REACH, LEAST_REACH = 0.25, 3  # how far beyond the sizes of interest the passes 
 LOOK = 24  # columns that are tried in exchanges before all are
 PASSES = 3  # up and down through the sizes, while it helps
 ROUNDS = 12  # comparisons with all columns
+FEW = 1000  # supports of a size that are all looked at
+_RAISED = 1e-9  # of the diagonal: dependent columns have a solution, too
 
 
 @dataclass(frozen=True)
@@ -71,6 +75,7 @@ class SubsetSearch:
                 self._visit()
             if size < self.sizes[-1]:
                 self._grow()
+        self._look_at_few()
         for _ in range(ROUNDS):
             if self._widen():
                 continue
@@ -79,6 +84,25 @@ class SubsetSearch:
             if sum(self.best[k][0] for k in self.sizes) >= before:
                 break
         return {k: Found(tuple(sorted(self.working[i] for i in self.best[k][1])), self.best[k][0]) for k in self.sizes}
+
+    def _look_at_few(self) -> None:
+        """Begin with the best of all supports where these are few: exchanges of single items can miss it."""
+        n = self.problem.n_items
+        few = [k for k in self.sizes if 1 < k < n and comb(n, k) <= FEW]
+        if self.problem.groups is not None or not few:
+            return
+        number = {item: i for i, item in enumerate(self.working)}
+        if len(number) < n:
+            return
+        gram, cross = self.problem.gram(np.arange(n)), self.problem.cross
+        gram[np.diag_indices(n)] += _RAISED * (np.diag(gram) + max(np.diag(gram).max(), TINY))
+        for size in few:
+            supports = np.array(list(combinations(range(n), size)))
+            right = cross[supports]
+            fitted = np.linalg.solve(gram[supports[:, :, None], supports[:, None, :]], right)
+            best = supports[(fitted * right).sum((1, 2)).argmax()]
+            self.tableau.load([number[int(i)] for i in best])
+            self._visit()
 
     def _record(self) -> bool:
         size, loss = len(self.tableau.items), self.tableau.loss
@@ -165,6 +189,8 @@ def best_subsets(
     problem: SquaresProblem, sizes: Iterable[int], start: dict[int, Sequence[int]] | None = None
 ) -> dict[int, Found]:
     """For each size the best support found: no single exchange with any column improves it.
+
+    Where a size has at most ``FEW`` supports of single columns, it is the best of all.
 
     Parameters
     ----------

@@ -47,15 +47,34 @@ def columns_of(subset: Any) -> list[int]:
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.3])
-def test_no_subset_is_better_than_the_best_of_all_and_most_searches_find_it(alpha: float) -> None:
-    equal = 0
+def test_where_there_are_few_subsets_the_best_of_all_is_found(alpha: float) -> None:
     for seed in range(15):
         x, y = data(seed)
         path = path_of(x, y, range(1, 6), alpha=alpha)
         for subset in path:
             best = min(loss_of(x, y, s, alpha=alpha) for s in combinations(range(9), subset.k))
-            assert subset.loss >= best - 1e-10
             assert subset.loss == pytest.approx(loss_of(x, y, columns_of(subset), alpha=alpha), rel=1e-9)
+            assert subset.loss == pytest.approx(best, rel=1e-9)
+
+
+def test_the_best_of_all_is_found_with_fewer_rows_than_columns_and_with_dependent_ones() -> None:
+    for seed in range(40):
+        x, y = data(seed, n=9, p=10, rho=0.9)
+        x[:, 3] = x[:, 2] + x[:, 4]
+        x[:, 7] = 1
+        for subset in path_of(x, y, [3, 5, 6]):
+            best = min(loss_of(x, y, s) for s in combinations(range(10), subset.k))
+            assert subset.loss == pytest.approx(best, rel=1e-6, abs=1e-9)
+
+
+def test_no_search_does_better_than_the_best_of_all_and_most_do_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("l0hooks.subset.squares.FEW", 0)
+    equal = 0
+    for seed in range(15):
+        x, y = data(seed)
+        for subset in path_of(x, y, range(1, 6)):
+            best = min(loss_of(x, y, s) for s in combinations(range(9), subset.k))
+            assert subset.loss >= best - 1e-10
             equal += subset.loss <= best + 1e-10
     assert equal >= 73  # of 75
 
