@@ -30,8 +30,8 @@ STRUCTURE = {
     **{"declare": 4, "surgery": 4, "rewrite": 5, "__init__": 5},
 }
 CALIBRATION = {
-    **{"problem": 0, "least_squares": 1, "distance": 1, "stage": 2, "gates": 3, "greedy": 3, "swaps": 3, "polish": 3},
-    **{"solver": 4, "calibrator": 5, "__init__": 6},
+    **{"problem": 0, "factor": 1, "least_squares": 1, "distance": 2, "proximal": 2, "stage": 3},
+    **{"gates": 4, "greedy": 4, "swaps": 4, "polish": 4, "solver": 5, "calibrator": 6, "__init__": 7},
 }
 INTEGRATIONS = {"steps": 0, "transformers": 1, "lightning": 1, "__init__": 0}
 PACKAGES = {"structure": STRUCTURE, "integrations": INTEGRATIONS, "calibration": CALIBRATION}
