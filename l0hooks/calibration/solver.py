@@ -23,6 +23,7 @@ _EQUAL = 0.01  # errors that differ by less count as equal: the smaller design e
 _CLOSE = 1.1  # losses of unpolished selections whose square roots differ by no more are all polished
 _SAME = 1.06  # two starts that end as close as this have met the floor: a third is not tried
 _FEW, _MANY = 1.5, 2.0  # units a target: up to which the start matters; from which a random selection may do
+_CHEAP = 2000  # units up to which every start is tried all the same
 _RANDOM, _RANDOM_SWAPS, _GREEDY, _GATES = (
     ("random",),
     ("random", "swaps"),
@@ -97,10 +98,11 @@ class Solver:
     """Runs the candidates step by step and keeps the best.
 
     In ``"auto"`` these are greedy with swaps, a random selection with swaps, and gates with pruning and swaps, which
-    are left out where the first two end equally well. From one and a half times as many units as targets all three end
-    within a few per cent of each other once they are polished, and only the random selection with swaps is made; from
-    twice as many on a random selection is tried as it is. Those that come close to the best are polished. The smallest
-    mean relative error wins; of errors within 1 % of it, or of targets all met, the smallest design effect.
+    are left out where the first two end equally well. From one and a half times as many units as targets on all three
+    end within a few per cent of each other once they are polished, and above 2,000 units only the random selection with
+    swaps is made; from twice as many on a random selection is tried as it is. Those that come close to the best are
+    polished. The smallest mean relative error wins; of errors within 1 % of it, or of targets all met, the smallest
+    design effect.
 
     Parameters
     ----------
@@ -336,6 +338,7 @@ def _plan(problem: Problem, options: Options, prunable: bool) -> list[tuple[str,
     if options.method != "auto":
         return single[options.method]
     first = [_PATH] if prunable else []
-    if options.keep <= _FEW * problem.rows:
-        return [*first, _GREEDY, _RANDOM_SWAPS, _GATES]
-    return [*first, _RANDOM_SWAPS, _RANDOM] if options.keep > _MANY * problem.rows else [*first, _RANDOM_SWAPS]
+    last = [_RANDOM] if options.keep > _MANY * problem.rows else []
+    if options.keep <= max(_FEW * problem.rows, _CHEAP):
+        return [*first, _GREEDY, _RANDOM_SWAPS, *last, _GATES]
+    return [*first, _RANDOM_SWAPS, *last]
