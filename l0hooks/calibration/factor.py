@@ -12,6 +12,7 @@ from l0hooks.calibration.problem import Floats, Sparse
 Solve = Callable[[Floats], Floats]
 _RAISED = 1e-5  # what is added to a unit diagonal, so that float32 can factorise it
 _SPARSE_SPEED, _DENSE_SPEED, _CHUNK = 3e8, 4e10, 2000  # products a second of either kind; rows made dense at a time
+_SLAB = 256  # rows of a sparse product made at a time
 
 
 def factorised(block: Sparse, curvature: Floats, ridge: Floats, diagonal: Floats) -> Solve:
@@ -45,10 +46,12 @@ def factorised(block: Sparse, curvature: Floats, ridge: Floats, diagonal: Floats
     weighted.data *= root.astype(np.float32)[weighted.indices]
     entries = np.diff(weighted.indptr).astype(np.float64)
     dense_cost = float(block.shape[1]) ** 2 * len(used) / _DENSE_SPEED
+    matrix = np.zeros((block.shape[1],) * 2, np.float32)
     if float(entries @ entries) / _SPARSE_SPEED < dense_cost:
-        matrix = np.asarray((weighted.T @ weighted).toarray(), np.float32)
+        rows = weighted.T.tocsr()
+        for start in range(0, block.shape[1], _SLAB):  # the sparse product as a whole takes several times its memory
+            matrix[start : start + _SLAB] = (rows[start : start + _SLAB] @ weighted).toarray()
     else:
-        matrix = np.zeros((block.shape[1],) * 2, np.float32)
         for start in range(0, len(used), _CHUNK):
             part = weighted[start : start + _CHUNK].toarray()
             matrix += part.T @ part
