@@ -56,7 +56,7 @@ def factorised(block: Sparse, curvature: Floats, ridge: Floats, diagonal: Floats
             part = weighted[start : start + _CHUNK].toarray()
             matrix += part.T @ part
     matrix[np.diag_indices_from(matrix)] += (ridge * root**2 + _RAISED).astype(np.float32)
-    factor = linalg.cho_factor(matrix, lower=True, overwrite_a=True, check_finite=False)
+    factor = linalg.cho_factor(matrix.T, lower=True, overwrite_a=True, check_finite=False)
 
     def solve(v: Floats) -> Floats:
         inner = linalg.cho_solve(factor, (root * v).astype(np.float32), check_finite=False)

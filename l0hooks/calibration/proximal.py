@@ -141,6 +141,7 @@ class _Points:
         for limit in (_STALE, _INNER):
             if self.solve is None or limit == _INNER:
                 ones = np.ones(len(gradient))
+                self.solve = None  # its memory is wanted
                 self.solve = factorised(self.block, curvature, ones, self.squares.T @ curvature + ones)
             x, residual = self.conjugate(x, residual, curvature, goal, limit)
             if float(np.linalg.norm(residual)) <= goal:
