@@ -36,10 +36,11 @@ SUBSET = {
     **{"squares": 4, "refit": 5, "glm": 6, "choice": 7},
 }
 CALIBRATION = {
-    **{"problem": 0, "least_squares": 1, "distance": 1, "stage": 2, "gates": 3, "greedy": 3, "swaps": 3, "polish": 3},
-    **{"solver": 4, "names": 1, "matrix": 2, "households": 2, "targets": 2, "reach": 3, "inputs": 4, "files": 3},
-    **{"progress": 3, "checkpoint": 3, "plots": 1, "export": 2, "result": 5, "report": 6, "driver": 5},
-    **{"settings": 5, "calibrator": 6, "cli": 7, "__init__": 7},
+    **{"problem": 0, "factor": 1, "least_squares": 1, "distance": 2, "proximal": 2, "stage": 3},
+    **{"gates": 4, "greedy": 4, "swaps": 4, "polish": 4, "solver": 5},
+    **{"names": 1, "matrix": 2, "households": 2, "targets": 2, "reach": 3, "inputs": 4, "files": 3},
+    **{"progress": 4, "checkpoint": 4, "plots": 1, "export": 2, "result": 6, "report": 7, "driver": 6},
+    **{"settings": 6, "calibrator": 7, "cli": 8, "__init__": 8},
 }
 PACKAGES = {
     "structure": STRUCTURE,

@@ -21,8 +21,9 @@ from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import linalg, sparse
+from scipy import sparse
 
+from l0hooks.calibration.factor import factorised
 from l0hooks.calibration.problem import Floats, Sparse
 
 Distance = Literal["chi_square", "raking"]
@@ -32,8 +33,6 @@ _OUTER, _NEWTON = 30, 60  # steps at the most
 _FALLING, _STALLED = 0.3, 0.97  # share of the misses that a tenfold τ leaves: they can be met; they cannot
 _CHEAP, _STALE, _INNER = 60, 15, 500  # conjugate gradients: before a preconditioner is built, is renewed; at the most
 _DENSE = 6000  # targets up to which one is built
-_RAISED = 1e-5  # what is added to a unit diagonal, so that float32 can factorise it
-_SPARSE_SPEED, _DENSE_SPEED, _CHUNK = 3e8, 4e10, 2000  # products a second of either kind; units made dense at a time
 _LARGEST = 30.0  # exponent of a raking weight: F(t) is linear beyond
 
 
@@ -244,7 +243,7 @@ class _Dual:
         x, residual = self.conjugate(x, residual, curvature, ridge, cheap, goal, limit)
         if float(np.linalg.norm(residual)) > goal:
             if self.rows <= _DENSE:
-                self.preconditioner = _factorised(self.block, curvature, ridge, diagonal)
+                self.preconditioner = factorised(self.block, curvature, ridge, diagonal)
             x, _ = self.conjugate(x, residual, curvature, ridge, self.preconditioner or cheap, goal, _INNER)
         return x
 
@@ -298,29 +297,3 @@ class _Dual:
             dual = -self.at(self.u)[0]
         gap = (primal - dual) / (1 + abs(primal))
         return Nearest(r * self.factor, self.u, misses, gap, feasible, self.tau, self.steps, self.products)
-
-
-def _factorised(block: Sparse, curvature: Floats, ridge: Floats, diagonal: Floats) -> Callable[[Floats], Floats]:
-    """v → H⁻¹ v by a Cholesky factor in float32, of H scaled to a unit diagonal and raised a little."""
-    root = 1 / np.sqrt(diagonal)
-    used = np.flatnonzero(curvature)
-    weighted = block[used].astype(np.float32)
-    weighted.data *= np.repeat(np.sqrt(curvature[used]), np.diff(weighted.indptr)).astype(np.float32)
-    weighted.data *= root.astype(np.float32)[weighted.indices]
-    entries = np.diff(weighted.indptr).astype(np.float64)
-    dense_cost = float(block.shape[1]) ** 2 * len(used) / _DENSE_SPEED
-    if float(entries @ entries) / _SPARSE_SPEED < dense_cost:
-        matrix = np.asarray((weighted.T @ weighted).toarray(), np.float32)
-    else:
-        matrix = np.zeros((block.shape[1],) * 2, np.float32)
-        for start in range(0, len(used), _CHUNK):
-            part = weighted[start : start + _CHUNK].toarray()
-            matrix += part.T @ part
-    matrix[np.diag_indices_from(matrix)] += (ridge * root**2 + _RAISED).astype(np.float32)
-    factor = linalg.cho_factor(matrix, lower=True, overwrite_a=True, check_finite=False)
-
-    def solve(v: Floats) -> Floats:
-        inner = linalg.cho_solve(factor, (root * v).astype(np.float32), check_finite=False)
-        return root * np.asarray(inner, np.float64)
-
-    return solve

@@ -12,7 +12,7 @@ from l0hooks.calibration.problem import Floats, Problem, Sparse
 from l0hooks.calibration.stage import Selection, refit
 
 Objective = Literal["auto", "least_squares", "distance"]
-_ITERATIONS = 3000
+_ITERATIONS = 400  # of conjugate gradients, before dense factors are taken
 _PLENTY = 4  # units a target, from which on the distance decides
 _PROMISING = 1e-3  # largest scaled miss of a least-squares fit after which the targets may be met
 _GAP = 1e-3  # of the duality gap, relative: the weights are then right to some three digits of their distance
@@ -97,8 +97,15 @@ def polish(
     many = len(selection.units) / problem.rows
     if objective == "distance" or (objective == "auto" and many > _PLENTY):
         return _nearest(problem, selection, block, distance, tolerance)
-    iterations = _ITERATIONS if many <= 1 else _ITERATIONS // 2
-    fitted = refit(problem, selection.units, selection.g, iterations=iterations, tolerance=_VIOLATION / 2, block=block)
+    fitted = refit(
+        problem,
+        selection.units,
+        selection.g,
+        iterations=_ITERATIONS,
+        tolerance=_VIOLATION / 2,
+        finish=True,
+        block=block,
+    )
     if objective == "auto" and many > 1 and _feasible(fitted.misses, max(_PROMISING, tolerance)):
         nearest = _nearest(problem, selection, block, distance, tolerance)
         if nearest.feasible:

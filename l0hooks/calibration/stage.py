@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -10,7 +10,9 @@ from scipy import sparse
 
 from l0hooks.calibration.least_squares import Fit, bounded_fit
 from l0hooks.calibration.problem import Floats, Integers, Problem, Sparse
+from l0hooks.calibration.proximal import proximal_fit
 
+_DENSE = 6000  # targets up to which a fit may be finished with dense factors
 State = dict[str, Any]  # numbers, strings, NumPy arrays, and dictionaries of them
 
 
@@ -113,6 +115,7 @@ def refit(
     iterations: int,
     tolerance: float = 1e-8,
     relaxed: bool = False,
+    finish: bool = False,
     block: Sparse | None = None,
 ) -> Refit:
     """Bounded least squares over ``units``, from ``start``.
@@ -127,6 +130,8 @@ def refit(
         As in :func:`bounded_fit`.
     relaxed : bool
         Whether units that need not be chosen may go down to zero.
+    finish : bool
+        Whether :func:`proximal_fit` goes on where the iterations do not suffice; up to 6,000 targets.
     block : sparse.csr_array, shape (k, Q), optional
         The units' rows of ``problem.columns``, where they are at hand.
 
@@ -148,7 +153,7 @@ def refit(
         low = np.where(problem.kept[units], low, 0.0)
     interval = np.flatnonzero(problem.lower < problem.upper)
     if not len(interval):
-        fit = bounded_fit(rows, problem.lower, low, high, start, iterations=iterations, tolerance=tolerance)
+        fit = _fit(rows, problem.lower, low, high, start, iterations, tolerance, finish)
         return Refit(fit.g, fit.residual, fit)
     # an interval is a point at zero for the estimate less a number within the interval
     slack = sparse.csr_array(
@@ -157,17 +162,35 @@ def refit(
     )
     target = np.where(problem.lower < problem.upper, 0.0, problem.lower)
     estimates = np.asarray(rows.T @ start.astype(rows.dtype), np.float64)[interval]
-    fit = bounded_fit(
+    fit = _fit(
         sparse.vstack([rows, slack], format="csr"),
         target,
         np.concatenate([low, problem.lower[interval]]),
         np.concatenate([high, problem.upper[interval]]),
         np.concatenate([start, estimates]),
-        iterations=iterations,
-        tolerance=tolerance,
+        iterations,
+        tolerance,
+        finish,
     )
     g = fit.g[: len(units)]
     return Refit(g, problem.misses(np.asarray(rows.T @ g.astype(rows.dtype), np.float64)), fit)
+
+
+def _fit(
+    rows: Sparse,
+    target: Floats,
+    low: Floats,
+    high: Floats,
+    start: Floats,
+    iterations: int,
+    tolerance: float,
+    finish: bool,
+) -> Fit:
+    fit = bounded_fit(rows, target, low, high, start, iterations=iterations, tolerance=tolerance)
+    if fit.converged or not finish or len(target) > _DENSE:
+        return fit
+    better = proximal_fit(rows, target, low, high, fit.g, tolerance=2 * tolerance)
+    return replace(better, iterations=fit.iterations + better.iterations)
 
 
 def contributions(problem: Problem, units: Integers, g: Floats) -> Floats:

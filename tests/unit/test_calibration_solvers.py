@@ -6,6 +6,7 @@ from scipy import optimize, sparse
 
 from l0hooks.calibration.distance import nearest_weights
 from l0hooks.calibration.least_squares import bounded_fit
+from l0hooks.calibration.proximal import proximal_fit
 
 
 def random_block(rng, n, rows, density=0.4):
@@ -134,3 +135,47 @@ def test_the_dense_preconditioner_changes_nothing_but_the_work(monkeypatch) -> N
     assert dense.products < plain.products
     if plain.feasible:
         np.testing.assert_allclose(dense.g, plain.g, atol=1e-5)
+
+
+def ill_conditioned(rng, n, rows):
+    """Columns with much in common, and rows that contradict each other a little."""
+    block = random_block(rng, n, rows) + 3 * rng.random((n, 1))
+    block[:, rows // 2] = block[:, : rows // 2].sum(axis=1)
+    return block
+
+
+@pytest.mark.parametrize(("n", "rows"), [(40, 80), (80, 80), (200, 60)])
+@pytest.mark.parametrize("bounds", [(0.0, np.inf), (0.05, 0.4), (-np.inf, np.inf)])
+def test_proximal_points_reach_the_optimum_of_lsq_linear(n, rows, bounds) -> None:
+    rng = np.random.default_rng(rows)
+    block = ill_conditioned(rng, n, rows)
+    target = block.T @ rng.lognormal(-2, 1, n) * (1 + 0.05 * rng.normal(size=rows))
+    low, high = np.full(n, bounds[0]), np.full(n, bounds[1])
+    fit = proximal_fit(sparse.csr_array(block), target, low, high, np.full(n, 0.1), tolerance=1e-8)
+    cost = optimize.lsq_linear(block.T, target, bounds, tol=1e-14, max_iter=1000).cost
+    assert fit.converged
+    assert np.all((fit.g >= low) & (fit.g <= high))
+    assert fit.residual @ fit.residual / 2 == pytest.approx(cost, rel=1e-5, abs=1e-7 * float(target @ target))
+    np.testing.assert_allclose(fit.residual, block.T @ fit.g - target, atol=1e-12 * np.abs(target).max())
+
+
+def test_proximal_points_go_on_where_conjugate_gradients_stall() -> None:
+    rng = np.random.default_rng(7)
+    block = sparse.csr_array(ill_conditioned(rng, 150, 120))
+    target = block.T @ rng.lognormal(-2, 1, 150) * (1 + 0.05 * rng.normal(size=120))
+    low, high = np.zeros(150), np.full(150, np.inf)
+    stalled = bounded_fit(block, target, low, high, np.full(150, 0.1), iterations=50, tolerance=1e-8)
+    finished = proximal_fit(block, target, low, high, stalled.g, tolerance=1e-8)
+    assert not stalled.converged
+    assert finished.converged
+    assert finished.residual @ finished.residual < stalled.residual @ stalled.residual
+
+
+def test_proximal_points_say_when_they_do_not_arrive(monkeypatch) -> None:
+    monkeypatch.setattr("l0hooks.calibration.proximal._POINTS", 1)
+    rng = np.random.default_rng(8)
+    block = sparse.csr_array(ill_conditioned(rng, 150, 120))
+    target = rng.random(120)
+    fit = proximal_fit(block, target, np.zeros(150), np.full(150, np.inf), np.ones(150), tolerance=1e-10)
+    assert not fit.converged
+    assert fit.violation > 1e-10

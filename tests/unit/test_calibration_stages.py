@@ -167,7 +167,7 @@ def test_auto_comes_close_to_the_best_of_all_selections() -> None:
     assert np.linalg.norm(found.misses) <= 1.3 * best
 
 
-@pytest.mark.parametrize("keep", [5, 20, 29, 80])
+@pytest.mark.parametrize("keep", [5, 20, 29, 50, 80])
 @pytest.mark.parametrize("feasible", [True, False])
 def test_auto_is_never_worse_than_the_simple_methods_and_k_is_exact(keep, feasible) -> None:
     problem = small(feasible=feasible)
@@ -191,6 +191,23 @@ def test_targets_that_can_be_met_are_met_nearest_to_the_design_weights() -> None
     assert done.converged
     assert done.objective == "distance"
     assert np.abs(done.misses).max() <= 1e-6
+
+
+def test_of_selections_that_meet_all_targets_the_smallest_design_effect_wins() -> None:
+    solver = Solver(small(households=400), Options(keep=200, epochs=20))
+    best = solver.run()
+    assert best.polished.feasible
+    assert "random" in {one.name for one in solver.candidates}
+    assert best.polished.deff == min(one.polished.deff for one in solver.candidates if one.polished.feasible)
+
+
+def test_many_units_take_one_start_and_the_polish_is_certified(monkeypatch) -> None:
+    monkeypatch.setattr("l0hooks.calibration.solver._CHEAP", 0)
+    solver = Solver(small(feasible=False), Options(keep=50))
+    best = solver.run()
+    assert [one.name for one in solver.candidates] == ["random+swaps"]
+    assert best.polished.converged
+    assert best.polished.certificate <= 1e-6
 
 
 def test_a_path_goes_through_all_sizes() -> None:

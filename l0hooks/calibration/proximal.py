@@ -1,0 +1,169 @@
+r"""Bounded least squares to its optimum, where conjugate gradients on faces take too long: proximal points by the dual.
+
+From x, in coordinates in which all columns of B have norm 1, the next point minimises
+
+    ½‖B y − b‖² + δ/2 ‖y − x‖²  subject to  l ≤ y ≤ h.
+
+It is y(u) = clip(x + Bᵀu/δ, l, h), and u = b − B y minimises a smooth convex function of as many numbers as there are
+targets, found by semismooth Newton steps: each changes as many bounds as it must. The projected gradient at y is
+δ‖y − x‖ at the most, so that a few such points suffice where δ is small.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from l0hooks.calibration.factor import Solve, factorised
+from l0hooks.calibration.least_squares import Fit, column_norms
+from l0hooks.calibration.problem import Floats, Sparse
+
+_FIRST, _FACTOR = 5e-4, 0.25  # δ, against columns of norm 1: first, and from one point to the next
+_POINTS, _NEWTON = 25, 40  # at the most
+_ACCURACY, _SHARE = 0.1, 0.1  # a point is found to this much of the tolerance, or of the step that it is
+_STALE, _INNER = 20, 300  # conjugate gradients: with one factor; at the most
+
+
+def proximal_fit(
+    block: Sparse, target: Floats, low: Floats, high: Floats, start: Floats, *, tolerance: float = 1e-8
+) -> Fit:
+    r"""\(\min_g \tfrac12\|Bg - b\|^2\) within bounds, from ``start``, by the proximal point method.
+
+    Parameters
+    ----------
+    block : sparse.csr_array, float64, shape (n, Q)
+        Bᵀ. A dense matrix of Q × Q float32 is factorised a few times.
+    target : float64, shape (Q,)
+        b.
+    low, high : float64, shape (n,)
+        Bounds, finite or not, low <= high.
+    start : float64, shape (n,)
+        Near the optimum, the nearer the better.
+    tolerance : float, > 0
+        Of the projected gradient, relative to ‖b‖. A point that does not come as near is told as not converged.
+
+    Returns
+    -------
+    Fit
+        Its iterations are Newton steps.
+
+    Examples
+    --------
+    >>> from scipy import sparse
+    >>> block = sparse.csr_array(np.array([[1.0, 0.0], [1.0, 1.0]]))
+    >>> fit = proximal_fit(block, np.array([1.0, 2.0]), np.zeros(2), np.full(2, np.inf), np.ones(2))
+    >>> fit.g.round(6), fit.converged
+    (array([0. , 1.5]), True)
+
+    References
+    ----------
+    Rockafellar (1976), Monotone operators and the proximal point algorithm, theorem 1; Li, Sun & Toh (2018), A highly
+    efficient semismooth Newton augmented Lagrangian method for solving lasso problems, section 3.
+    """
+    norms = column_norms(block)
+    unit = block.copy()
+    unit.data /= np.repeat(norms, np.diff(unit.indptr))
+    points = _Points(unit, target, low * norms, high * norms, tolerance)
+    x = np.clip(start * norms, points.low, points.high)
+    best, least, factor = x, points.violation(x), _FACTOR
+    for _ in range(_POINTS):
+        if least <= points.goal:
+            break
+        x = points.following(best)
+        violation = points.violation(x)
+        if violation < least:
+            best, least = x, violation
+            points.delta *= factor
+        else:  # not found within the steps: a nearer point is, and δ falls no further
+            points.delta, factor = points.delta / _FACTOR, 1.0
+    g = np.clip(best / norms, low, high)
+    residual = np.asarray(block.T @ g, np.float64) - target
+    return Fit(g, residual, least / points.scale, least <= points.goal, points.steps)
+
+
+class _Points:
+    def __init__(self, block: Sparse, target: Floats, low: Floats, high: Floats, tolerance: float) -> None:
+        self.block, self.target, self.low, self.high = block, target, low, high
+        self.squares = block.copy()
+        self.squares.data **= 2
+        self.scale = max(float(np.linalg.norm(target)), 1e-300)
+        self.goal = tolerance * self.scale
+        self.delta, self.steps = _FIRST, 0
+        self.solve: Solve | None = None
+
+    def violation(self, x: Floats) -> float:
+        """The norm of the projected gradient."""
+        gradient = self.block @ (self.block.T @ x - self.target)
+        gradient = np.where(x <= self.low, np.minimum(gradient, 0), gradient)
+        gradient = np.where(x >= self.high, np.maximum(gradient, 0), gradient)
+        return float(np.linalg.norm(np.where(self.low == self.high, 0.0, gradient)))
+
+    def at(self, x: Floats, u: Floats) -> tuple[float, Floats, Floats, Floats]:
+        """Value and gradient of the dual function, y, and 1/δ where it moves with u."""
+        raw = x + self.block @ u / self.delta
+        y = np.clip(raw, self.low, self.high)
+        # with the largest uᵀB y − δ/2‖y − x‖² of all y, in the form that loses fewest digits
+        value = (
+            float(u @ u) / 2
+            + float((self.block.T @ x - self.target) @ u)
+            + self.delta / 2 * float((raw - x) @ (raw - x))
+        )
+        value -= self.delta / 2 * float((raw - y) @ (raw - y))
+        gradient = u - self.target + self.block.T @ y
+        return value, gradient, y, np.where((raw > self.low) & (raw < self.high), 1 / self.delta, 0.0)
+
+    def following(self, x: Floats) -> Floats:
+        """The next proximal point."""
+        u = self.target - self.block.T @ x
+        value, gradient, y, curvature = self.at(x, u)
+        for _ in range(_NEWTON):
+            enough = max(_ACCURACY * self.goal, _SHARE * self.delta * float(np.linalg.norm(y - x)))
+            if float(np.linalg.norm(gradient)) <= enough:
+                break
+            direction = self.newton(gradient, curvature)
+            slope, length = float(gradient @ direction), 1.0
+            while True:
+                tried = self.at(x, u + length * direction)
+                if tried[0] <= value + 1e-4 * length * slope + 1e-13 * abs(value):
+                    break
+                length /= 2
+                if length < 1e-10:
+                    return y
+            u = u + length * direction
+            value, gradient, y, curvature = tried
+            self.steps += 1
+        return y
+
+    def newton(self, gradient: Floats, curvature: Floats) -> Floats:
+        """−(I + B diag(curvature) Bᵀ)⁻¹·gradient, by conjugate gradients with a dense factor."""
+        norm = float(np.linalg.norm(gradient))
+        goal = min(0.1, norm / self.scale) * norm
+        x, residual = np.zeros_like(gradient), -gradient
+        for limit in (_STALE, _INNER):
+            if self.solve is None or limit == _INNER:
+                ones = np.ones(len(gradient))
+                self.solve = None  # its memory is wanted
+                self.solve = factorised(self.block, curvature, ones, self.squares.T @ curvature + ones)
+            x, residual = self.conjugate(x, residual, curvature, goal, limit)
+            if float(np.linalg.norm(residual)) <= goal:
+                break
+        return x
+
+    def conjugate(
+        self, x: Floats, residual: Floats, curvature: Floats, goal: float, limit: int
+    ) -> tuple[Floats, Floats]:
+        """Preconditioned conjugate gradients from x; x and the residual."""
+        if self.solve is None:
+            return x, residual
+        z = self.solve(residual)
+        p, rz = z, float(residual @ z)
+        for _ in range(limit):
+            if float(np.linalg.norm(residual)) <= goal:
+                break
+            image = self.block.T @ (curvature * (self.block @ p)) + p
+            length = rz / float(p @ image)
+            x = x + length * p
+            residual = residual - length * image
+            z = self.solve(residual)
+            following = float(residual @ z)
+            p, rz = z + (following / rz) * p, following
+        return x, residual
