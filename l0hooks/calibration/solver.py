@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Literal
@@ -20,6 +21,7 @@ Method = Literal["auto", "gates", "greedy", "dense"]
 _ITERATIONS = 60  # of the refit that selections are compared by
 _FLOOR = 1e-3  # of the usual g, n/K: a chosen unit's weight is no smaller
 _EQUAL = 0.01  # errors that differ by less count as equal: the smaller design effect decides
+_NEAR = 1e-2  # root mean square of the scaled misses of an unpolished selection that may yet meet all targets
 _CLOSE = 1.1  # losses of unpolished selections whose square roots differ by no more are all polished
 _SAME = 1.06  # two starts that end as close as this have met the floor: a third is not tried
 _FEW, _MANY = 1.5, 2.0  # units a target: up to which the start matters; from which a random selection may do
@@ -266,9 +268,10 @@ class Solver:
         self.candidates.append(Candidate(first.name, polished))
         reached = min(c.polished.loss for c in self.candidates)
         edge = _CLOSE * max(first.norm, float(np.sqrt(2 * reached)))
-        # where all targets are met, only a random selection may have a smaller design effect
-        met = polished.feasible
-        self._pending = [one for one in self._pending[1:] if (one.name == "random" if met else one.norm <= edge)]
+        if polished.feasible:  # who may meet all targets, too, may have the smaller design effect
+            edge = _NEAR * math.sqrt(self.problem.rows)
+        also = "random" if polished.feasible else None
+        self._pending = [one for one in self._pending[1:] if one.norm <= edge or one.name == also]
         return Progress("polish", 1, 1 + len(self._pending), polished.error, len(first.selection.units))
 
     # --- checkpoints -----------------------------------------------------------------------------------------------
