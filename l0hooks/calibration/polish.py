@@ -69,7 +69,8 @@ def polish(
 
     Up to as many units as there are targets: bounded least squares. Above, and where the targets can be met: the
     weights nearest to the design weights that meet them. Where they cannot: least squares, and with more than four
-    times as many units as targets the soft compromise of :mod:`l0hooks.calibration.distance`.
+    times as many units as targets the soft compromise of :mod:`l0hooks.calibration.distance`. Where the search for the
+    nearest weights does not end: least squares, and, if that meets all targets, the nearest weights with its estimates.
 
     Parameters
     ----------
@@ -95,8 +96,11 @@ def polish(
     """
     block = problem.columns[selection.units].astype(np.float64)
     many = len(selection.units) / problem.rows
+    nearest: Polished | None = None
     if objective == "distance" or (objective == "auto" and many > _PLENTY):
-        return _nearest(problem, selection, block, distance, tolerance)
+        nearest = _nearest(problem, selection, block, distance, tolerance)
+        if objective == "distance" or nearest.converged:
+            return nearest
     fitted = refit(
         problem,
         selection.units,
@@ -107,8 +111,11 @@ def polish(
         block=block,
     )
     if objective == "auto" and many > 1 and _feasible(fitted.misses, max(_PROMISING, tolerance)):
-        nearest = _nearest(problem, selection, block, distance, tolerance)
-        if nearest.feasible:
+        nearest = nearest or _nearest(problem, selection, block, distance, tolerance)
+        if not nearest.converged and (problem.lower < problem.upper).any():  # points are far easier than intervals
+            estimates = np.clip(np.asarray(block.T @ fitted.g, np.float64), problem.lower, problem.upper)
+            nearest = _nearest(problem, selection, block, distance, tolerance, estimates)
+        if nearest.converged and nearest.feasible:
             return nearest
     certificate, feasible = fitted.fit.violation, _feasible(fitted.misses, tolerance)
     converged = certificate <= _VIOLATION or feasible
@@ -122,12 +129,20 @@ def _feasible(misses: Floats, tolerance: float) -> bool:
     return float(np.max(np.abs(misses), initial=0.0)) <= tolerance
 
 
-def _nearest(problem: Problem, selection: Selection, block: Sparse, distance: Distance, tolerance: float) -> Polished:
+def _nearest(
+    problem: Problem,
+    selection: Selection,
+    block: Sparse,
+    distance: Distance,
+    tolerance: float,
+    estimates: Floats | None = None,
+) -> Polished:
+    """The nearest weights that meet the targets, or that give ``estimates`` within them."""
     units = selection.units
     found = nearest_weights(
         block,
-        problem.lower,
-        problem.upper,
+        problem.lower if estimates is None else estimates,
+        problem.upper if estimates is None else estimates,
         problem.low[units],
         problem.high[units],
         problem.strength[units],
@@ -137,6 +152,8 @@ def _nearest(problem: Problem, selection: Selection, block: Sparse, distance: Di
     )
     converged = abs(found.gap) <= _GAP
     reason = "all targets met, nearest to the design weights"
+    if estimates is not None:
+        reason += " of those with the same estimates"
     if not found.feasible:
         worst = float(np.max(np.abs(found.misses), initial=0.0))
         reason = f"not all targets can be met within the bounds: soft compromise, largest scaled miss {worst:.2e}"

@@ -1,4 +1,4 @@
-"""``examples/calibrate_survey.py`` runs, keeps the margins, and writes what it says."""
+"""``examples/calibrate_survey.py`` and ``calibrate_nation.py`` meet their targets, and write what they say."""
 
 import json
 import runpy
@@ -8,19 +8,24 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-EXAMPLE = Path(__file__).parents[2] / "examples" / "calibrate_survey.py"
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+def run(name, output, monkeypatch):
+    example = EXAMPLES / f"{name}.py"
+    monkeypatch.setattr(sys, "argv", [str(example), "--quick", "--quiet", "--output", str(output)])
+    runpy.run_path(str(example), run_name="__main__")
+    return json.loads((output / "report.json").read_text())
 
 
 def test_a_quarter_of_the_respondents_keeps_the_margins(tmp_path, monkeypatch, capsys):
     for needed in ("matplotlib", "pandas", "statsmodels"):
         pytest.importorskip(needed)
-    monkeypatch.setattr(sys, "argv", [str(EXAMPLE), "--quick", "--quiet", "--output", str(tmp_path / "out")])
-    runpy.run_path(str(EXAMPLE), run_name="__main__")
     output = tmp_path / "out"
+    figures = run("calibrate_survey", output, monkeypatch)
     assert {path.name for path in output.iterdir()} == {
         *("weights.csv", "targets.csv", "report.html", "plot.png", "report.json"),
     }
-    figures = json.loads((output / "report.json").read_text())
     assert figures["respondents"] == 236
     assert figures["error"] < 1e-3
     weights = pd.read_csv(output / "weights.csv")
@@ -29,3 +34,17 @@ def test_a_quarter_of_the_respondents_keeps_the_margins(tmp_path, monkeypatch, c
     assert weights["weight"].sum() == pytest.approx(944, rel=1e-3)
     assert pd.read_csv(output / "targets.csv")["relative_error"].abs().max() < 1e-2
     assert "236 of 944 households" in capsys.readouterr().out
+
+
+def test_a_nation_adds_up_from_its_districts(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("matplotlib")
+    figures = run("calibrate_nation", tmp_path, monkeypatch)
+    assert figures["chosen"]["households"] == figures["at random"]["households"] == 1000
+    assert figures["chosen"]["error"] < 1e-6
+    assert {path.name for path in tmp_path.iterdir()} == {"targets.csv", "report.html", "plot.png", "report.json"}
+    targets = pd.read_csv(tmp_path / "targets.csv")
+    assert targets["relative_error"].abs().max() < 1e-5
+    for kind in ("income", "children"):
+        estimates = targets.set_index("target")["estimate"].filter(like=f"{kind}, ")
+        assert estimates.filter(like="district").sum() == pytest.approx(estimates[f"{kind}, nation"], rel=1e-6)
+    assert "1,000 of 4,000 households" in capsys.readouterr().out

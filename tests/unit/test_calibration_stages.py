@@ -1,6 +1,7 @@
 """Gates, greedy, pruning, swaps, the solver and the fitter on small problems."""
 
 import itertools
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -9,6 +10,7 @@ import torch
 from scipy import optimize, sparse
 
 from l0hooks.calibration import Calibrator
+from l0hooks.calibration.distance import nearest_weights
 from l0hooks.calibration.gates import GateStage
 from l0hooks.calibration.greedy import GreedyStage
 from l0hooks.calibration.polish import polish
@@ -191,6 +193,29 @@ def test_targets_that_can_be_met_are_met_nearest_to_the_design_weights() -> None
     assert done.converged
     assert done.objective == "distance"
     assert np.abs(done.misses).max() <= 1e-6
+
+
+@pytest.mark.parametrize("households", [60, 400])  # twice, and thirteen times as many as targets
+def test_within_intervals_the_nearest_weights_are_sought_at_the_estimates_of_least_squares(households, monkeypatch):
+    module = sys.modules[polish.__module__]
+    calls = []
+
+    def gives_up_on_intervals(block, lower, upper, *arguments, **options):
+        calls.append(bool((lower < upper).any()))
+        found = nearest_weights(block, lower, upper, *arguments, **options)
+        return replace(found, gap=1.0, feasible=False) if calls[-1] else found
+
+    monkeypatch.setattr(module, "nearest_weights", gives_up_on_intervals)
+    problem = small(households=households, dtype="float64")
+    problem = replace(problem, upper=problem.upper + 0.05 * np.abs(problem.upper))
+    done = polish(problem, Selection(np.arange(households), np.ones(households)))
+    assert calls == [True, False]
+    assert done.converged
+    assert done.feasible
+    assert np.abs(done.misses).max() <= 1e-6
+    assert "the same estimates" in done.reason
+    plain = polish(problem, Selection(np.arange(households), np.ones(households)), objective="least_squares")
+    assert done.deff <= plain.deff * (1 + 1e-9)
 
 
 def test_of_selections_that_meet_all_targets_the_smallest_design_effect_wins() -> None:
