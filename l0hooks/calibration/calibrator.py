@@ -132,7 +132,8 @@ class Calibrator(Settings):
         keep, leave_out : names, numbers or flags of households, optional
             Who must, and who must not, have a weight.
         clusters : array_like, Series or mapping, optional
-            Labels: households of one label share one weight, and count as one in ``k``.
+            Labels: households of one label share one weight, and count as one in ``k``. Bounds on ratios hold for that
+            weight over the mean of their design weights.
 
         Returns
         -------

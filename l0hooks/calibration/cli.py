@@ -277,6 +277,13 @@ def _check_outputs(options: argparse.Namespace) -> None:
             )
         if path is not None and not path.absolute().parent.is_dir():
             raise InvalidValueError(explain(option, "its folder must exist.", got=str(path.absolute().parent)))
+    written = [*kinds, "checkpoint"]
+    paths = {name: path.resolve() for name, path in vars(options).items() if isinstance(path, Path)}
+    for name in written:
+        same = [other for other, path in paths.items() if other != name and path == paths.get(name)]
+        if same:  # writing the second would destroy the first
+            names = " and ".join("--" + one.replace("_", "-") for one in (name, same[0]))
+            raise InvalidValueError(explain(names, "files must be distinct.", got=paths[name].name))
 
 
 def _write(result: CalibrationResult, options: argparse.Namespace, notes: Sequence[str]) -> None:

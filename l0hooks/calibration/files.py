@@ -18,6 +18,7 @@ from l0hooks.errors import InvalidValueError, explain, near_names
 from l0hooks.extras import import_extra
 
 _MATRICES = (".npz", ".mtx", ".mtx.gz", ".parquet", ".csv")
+_VALUES = ("value", "lower", "upper", "group", "importance", "weight", "cluster")  # columns that name nothing
 _NAMES = ("target", "household")  # columns that name the rows of a matrix
 
 
@@ -72,6 +73,10 @@ class TextTable:
     def by_name(self, key: str, values: Sequence[Any]) -> Any:
         """``values`` under the names in column ``key``, or as they stand if there is none."""
         if key not in self.columns:
+            others = [name for name in self.columns if name not in _VALUES]
+            if others and len(self.columns) > 1:  # one of them may be the names: an order is not to be guessed
+                must = f"it needs a column {key!r}, or no column but those that are read."
+                raise InvalidValueError(explain(str(self.path), must, got=few(others)))
             return list(values)
         names = self.names(key)
         if len(set(names)) < len(names):

@@ -306,7 +306,8 @@ def warm_start(problem: Problem, iterations: int = 60) -> Floats:
 def _scores(problem: Problem, g: Floats, free: Integers, wanted: float) -> Floats:
     """How much more the contribution of a unit speaks for it than that of the last one wanted, in log-odds."""
     contribution = (g * problem.norms)[free]
-    edge = np.partition(contribution, max(0, len(free) - int(wanted)))[max(0, len(free) - int(wanted))]
+    last = max(0, len(free) - max(1, int(wanted)))
+    edge = np.partition(contribution, last)[last]
     reference = max(float(edge), 1e-12 * float(contribution.max(initial=0.0)), 1e-300)
     scores: Floats = np.clip(np.log(contribution / reference + 1e-6), -_SPREAD, _SPREAD)
     return scores

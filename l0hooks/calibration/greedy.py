@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from l0hooks.calibration.problem import Problem
+from l0hooks.calibration.problem import Floats, Problem
 from l0hooks.calibration.stage import Progress, Selection, State, largest, refit
 
 _ROUNDS, _ITERATIONS = (100, 40), (100, 30)  # with few units, at most one for two targets; with more
@@ -56,6 +56,11 @@ class GreedyStage:
         return len(self._units) >= self.keep
 
     @property
+    def misses(self) -> Floats:
+        """Of the units chosen so far."""
+        return self._misses
+
+    @property
     def resumable(self) -> bool:
         """Always."""
         return True
@@ -92,3 +97,38 @@ class GreedyStage:
     def resume(self, state: State) -> None:
         """Go on from ``state``."""
         self._units, self._g, self._misses = state["units"], state["g"], state["misses"]
+
+
+def worth_their_price(problem: Problem, price: float) -> Selection:
+    """Units one by one, while each lowers the loss by more than half the price.
+
+    Parameters
+    ----------
+    problem : Problem
+    price : float, > 0
+
+    Returns
+    -------
+    Selection
+        Of nobody, if the first is not worth it.
+
+    Examples
+    --------
+    >>> from scipy import sparse
+    >>> from l0hooks.calibration.problem import prepare
+    >>> problem = prepare(sparse.csr_array([[1.0, 0.0, 1.0], [0.0, 1.0, 1.1]]), [4.0, 4.0])
+    >>> [worth_their_price(problem, price).units.tolist() for price in (0.1, 10.0)]
+    [[2], []]
+    """
+    most = min(problem.size, problem.rows + 1)
+    stage = GreedyStage(problem, most, rounds=most)
+    best, least = stage.selection(), float(stage.misses @ stage.misses) / 2
+    while not stage.done:
+        stage.advance()
+        found = stage.selection()
+        fitted = refit(problem, found.units, found.g, iterations=_ITERATIONS[0])
+        cost = fitted.loss + price / 2 * len(found.units)
+        if cost >= least:
+            break
+        best, least = Selection(found.units, fitted.g), cost
+    return best

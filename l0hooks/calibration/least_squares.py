@@ -58,6 +58,7 @@ def bounded_fit(
     iterations: int,
     tolerance: float = 1e-8,
     norms: Floats | None = None,
+    scale: float | None = None,
 ) -> Fit:
     r"""\(\min_g \tfrac12\|Bg - b\|^2\) within bounds, from ``start``; the best point after at most ``iterations``.
 
@@ -74,9 +75,11 @@ def bounded_fit(
     iterations : int, > 0
         Each takes one or two products with B and with Bᵀ.
     tolerance : float, > 0
-        Of the projected gradient, relative to ‖b‖.
+        Of the projected gradient, relative to ``scale``.
     norms : float64, shape (n,), optional
         ‖Bᵢ‖ where known.
+    scale : float, > 0, optional
+        ‖b‖ if not given.
 
     Returns
     -------
@@ -91,7 +94,7 @@ def bounded_fit(
     (array([0. , 1.5]), True)
     """
     unit = column_norms(block) if norms is None else np.where(norms > 0, norms, 1.0)
-    fit = _Face(block, target, low * unit, high * unit, unit, tolerance).run(start * unit, iterations)
+    fit = _Face(block, target, low * unit, high * unit, unit, tolerance, scale).run(start * unit, iterations)
     return replace(fit, g=np.clip(fit.g, low, high))  # g·‖Bᵢ‖ was within, g may have been rounded out
 
 
@@ -99,10 +102,17 @@ class _Face:
     """The iteration, in coordinates x = g·‖Bᵢ‖."""
 
     def __init__(
-        self, block: Sparse, target: Floats, low: Floats, high: Floats, norms: Floats, tolerance: float
+        self,
+        block: Sparse,
+        target: Floats,
+        low: Floats,
+        high: Floats,
+        norms: Floats,
+        tolerance: float,
+        scale: float | None,
     ) -> None:
         self.block, self.target, self.low, self.high, self.norms = block, target, low, high, norms
-        self.scale = max(float(np.linalg.norm(target)), 1e-300)
+        self.scale = max(float(np.linalg.norm(target)) if scale is None else scale, 1e-300)
         self.goal = tolerance * self.scale
 
     def product(self, x: Floats) -> Floats:

@@ -79,6 +79,10 @@ def read_matrix(given: object) -> tuple[Sparse, Axis, Axis]:
         )
     if matrix.dtype.kind not in "biuf":
         raise InvalidValueError(explain(_WHERE, "values must be real numbers.", got=f"{matrix.dtype} values"))
+    if matrix.dtype == np.float16:
+        matrix = matrix.astype(np.float32)  # SciPy's sparse arrays know none
+    if matrix.dtype.kind in "iu" and not _distinct(matrix):
+        matrix = matrix.astype(np.float64)  # sums of small integers would wrap around
     csr = sparse.csr_array(matrix)
     if csr.dtype.kind == "b":
         csr = csr.astype(np.float64)
@@ -94,6 +98,11 @@ def read_matrix(given: object) -> tuple[Sparse, Axis, Axis]:
     households = Axis("household", csr.shape[1], columns)
     _check_finite(csr, targets, households)
     return csr, targets, households
+
+
+def _distinct(matrix: Any) -> bool:
+    """Whether no entry of it can stand for several."""
+    return not sparse.issparse(matrix) or bool(getattr(matrix, "has_canonical_format", False))
 
 
 def _names(given: Sequence[Hashable] | None, what: str) -> tuple[Hashable, ...] | None:

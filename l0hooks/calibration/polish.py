@@ -97,6 +97,11 @@ def polish(
     block = problem.columns[selection.units].astype(np.float64)
     many = len(selection.units) / problem.rows
     nearest: Polished | None = None
+    if not len(selection.units):  # no weight to find, whatever the objective
+        misses = problem.misses(np.zeros(problem.rows))
+        reason = "no household is worth its price"
+        feasible = _feasible(misses, tolerance)
+        return _polished(problem, selection, selection.g, block, "least_squares", feasible, True, 0.0, reason)
     if objective == "distance" or (objective == "auto" and many > _PLENTY):
         nearest = _nearest(problem, selection, block, distance, tolerance)
         if objective == "distance" or nearest.converged:

@@ -24,7 +24,14 @@ _STALE, _INNER = 20, 300  # conjugate gradients: with one factor; at the most
 
 
 def proximal_fit(
-    block: Sparse, target: Floats, low: Floats, high: Floats, start: Floats, *, tolerance: float = 1e-8
+    block: Sparse,
+    target: Floats,
+    low: Floats,
+    high: Floats,
+    start: Floats,
+    *,
+    tolerance: float = 1e-8,
+    scale: float | None = None,
 ) -> Fit:
     r"""\(\min_g \tfrac12\|Bg - b\|^2\) within bounds, from ``start``, by the proximal point method.
 
@@ -39,7 +46,9 @@ def proximal_fit(
     start : float64, shape (n,)
         Near the optimum, the nearer the better.
     tolerance : float, > 0
-        Of the projected gradient, relative to ‖b‖. A point that does not come as near is told as not converged.
+        Of the projected gradient, relative to ``scale``. A point that does not come as near is told as not converged.
+    scale : float, > 0, optional
+        ‖b‖ if not given.
 
     Returns
     -------
@@ -62,7 +71,7 @@ def proximal_fit(
     norms = column_norms(block)
     unit = block.copy()
     unit.data /= np.repeat(norms, np.diff(unit.indptr))
-    points = _Points(unit, target, low * norms, high * norms, tolerance)
+    points = _Points(unit, target, low * norms, high * norms, tolerance, scale)
     x = np.clip(start * norms, points.low, points.high)
     best, least, factor = x, points.violation(x), _FACTOR
     for _ in range(_POINTS):
@@ -81,11 +90,13 @@ def proximal_fit(
 
 
 class _Points:
-    def __init__(self, block: Sparse, target: Floats, low: Floats, high: Floats, tolerance: float) -> None:
+    def __init__(
+        self, block: Sparse, target: Floats, low: Floats, high: Floats, tolerance: float, scale: float | None
+    ) -> None:
         self.block, self.target, self.low, self.high = block, target, low, high
         self.squares = block.copy()
         self.squares.data **= 2
-        self.scale = max(float(np.linalg.norm(target)), 1e-300)
+        self.scale = max(float(np.linalg.norm(target)) if scale is None else scale, 1e-300)
         self.goal = tolerance * self.scale
         self.delta, self.steps = _FIRST, 0
         self.solve: Solve | None = None

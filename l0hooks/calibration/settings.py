@@ -117,6 +117,11 @@ class Settings:
             raise InvalidValueError(
                 explain("consistency", "it must be finite and not negative.", got=repr(self.consistency))
             )
+        if self.checkpoint is not None and not isinstance(self.checkpoint, (str, os.PathLike)):
+            raise InvalidValueError(explain("checkpoint", "it must be a path.", got=repr(self.checkpoint)))
+        if not _real(self.checkpoint_interval) or not self.checkpoint_interval >= 0:
+            got = repr(self.checkpoint_interval)
+            raise InvalidValueError(explain("checkpoint_interval", "it must not be negative.", got=got))
         if self.l0 is not None and self.method not in ("auto", "gates"):
             raise InvalidValueError(explain("method", "a price l0 needs gates.", got=repr(self.method), hint="k="))
         if not all(callable(one) for one in self.callbacks):

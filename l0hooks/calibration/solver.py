@@ -11,7 +11,7 @@ import numpy as np
 
 from l0hooks.calibration.distance import Distance
 from l0hooks.calibration.gates import GateStage
-from l0hooks.calibration.greedy import GreedyStage
+from l0hooks.calibration.greedy import GreedyStage, worth_their_price
 from l0hooks.calibration.polish import Objective, Polished, polish
 from l0hooks.calibration.problem import Floats, Problem
 from l0hooks.calibration.stage import Progress, Selection, Stage, State, refit
@@ -134,7 +134,7 @@ class Solver:
 
     def __init__(self, problem: Problem, options: Options, before: Selection | None = None) -> None:
         self.options, self._before = options, before
-        self.problem = problem if options.keep is None else _with_floor(problem, options.keep)
+        self.problem = _with_floor(problem, options.keep)
         self.candidates: list[Candidate] = []
         self._pending: list[Pending] = []
         self._plan = _plan(self.problem, options, before is not None)
@@ -241,6 +241,9 @@ class Solver:
             self._selection = stage.leading(min(2 * keep, self.problem.size))
         elif stage is not None:
             self._selection = stage.selection()
+            if self.options.l0 is not None and not len(self._selection.units):
+                # gates of units that can stand in for each other may all close at once
+                self._selection = worth_their_price(self.problem, self.options.l0)
         self._stage, self._leg = None, self._leg + 1
 
     def _put_by(self, name: str) -> Progress:
@@ -333,15 +336,17 @@ def path(problem: Problem, sizes: Sequence[int], options: Options) -> dict[int, 
     return found
 
 
-def _with_floor(problem: Problem, keep: int) -> Problem:
-    floor = np.minimum(_FLOOR * problem.size / keep, problem.high)
-    low: Floats = np.maximum(problem.low, floor)
+def _with_floor(problem: Problem, keep: int | None) -> Problem:
+    """A positive lower bound where there is none: for all units if their number is fixed, else for those kept."""
+    floor = np.minimum(_FLOOR * problem.size / (problem.size if keep is None else keep), problem.high)
+    needed = (problem.low <= 0) & (problem.kept | (keep is not None))
+    low: Floats = np.where(needed, floor, problem.low)
     return replace(problem, low=low)
 
 
 def _plan(problem: Problem, options: Options, prunable: bool) -> list[tuple[str, ...]]:
     """The candidates, the likeliest to win first."""
-    if options.l0 is not None:
+    if options.l0 is not None and not problem.kept.all():
         return [_PRICED]
     if options.keep is None or options.keep == problem.size:
         return [_DENSE]

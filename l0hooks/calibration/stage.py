@@ -153,7 +153,7 @@ def refit(
         low = np.where(problem.kept[units], low, 0.0)
     interval = np.flatnonzero(problem.lower < problem.upper)
     if not len(interval):
-        fit = _fit(rows, problem.lower, low, high, start, iterations, tolerance, finish)
+        fit = _fit(rows, problem.lower, low, high, start, iterations, tolerance, finish, _size(problem))
         return Refit(fit.g, fit.residual, fit)
     # an interval is a point at zero for the estimate less a number within the interval
     slack = sparse.csr_array(
@@ -171,6 +171,7 @@ def refit(
         iterations,
         tolerance,
         finish,
+        _size(problem),
     )
     g = fit.g[: len(units)]
     return Refit(g, problem.misses(np.asarray(rows.T @ g.astype(rows.dtype), np.float64)), fit)
@@ -185,12 +186,20 @@ def _fit(
     iterations: int,
     tolerance: float,
     finish: bool,
+    scale: float,
 ) -> Fit:
-    fit = bounded_fit(rows, target, low, high, start, iterations=iterations, tolerance=tolerance)
+    fit = bounded_fit(rows, target, low, high, start, iterations=iterations, tolerance=tolerance, scale=scale)
     if fit.converged or not finish or len(target) > _DENSE:
         return fit
-    better = proximal_fit(rows, target, low, high, fit.g, tolerance=2 * tolerance)
+    better = proximal_fit(rows, target, low, high, fit.g, tolerance=2 * tolerance, scale=scale)
     return replace(better, iterations=fit.iterations + better.iterations)
+
+
+def _size(problem: Problem) -> float:
+    """‖y‖, y the larger finite end of each interval; 1, a relative error of one, where all are zero."""
+    ends = np.abs(np.stack([problem.lower, problem.upper]))
+    norm = float(np.linalg.norm(np.where(np.isfinite(ends), ends, 0.0).max(axis=0)))
+    return norm if norm > 0 else 1.0
 
 
 def contributions(problem: Problem, units: Integers, g: Floats) -> Floats:
