@@ -155,9 +155,10 @@ def test_an_error_is_one_message_and_writes_nothing(folder, name, capsys):
 def test_not_converged_has_its_own_code_and_still_writes(folder, monkeypatch, capsys):
     from l0hooks.calibration import polish
 
-    monkeypatch.setattr(polish, "_ITERATIONS", 1)
-    monkeypatch.setattr(polish, "_GAP", -1.0)
-    assert call("M.csv", "targets.csv", "--out", "out.csv", "--report", "r.html") == 3
+    for limit in ("_GAP", "_VIOLATION"):
+        monkeypatch.setattr(polish, limit, -1.0)  # cannot be reached
+    (folder / "far.csv").write_text("target,value\n" + "".join(f"t{i},{-5 if i == 2 else 100}\n" for i in range(T)))
+    assert call("M.csv", "far.csv", "--keep", "9", "--out", "out.csv", "--report", "r.html") == 3
     assert "warning: Calibrator.fit: the fit did not converge" in capsys.readouterr().err
     assert (folder / "out.csv").exists()
     assert "did not converge" in (folder / "r.html").read_text()
