@@ -251,7 +251,6 @@ def _figure(width: float, height: float) -> Figure:
 
 
 def _matplotlib(part: str) -> ModuleType:
-    import_extra("matplotlib", extra="examples", where="plots")
     return import_extra(f"matplotlib.{part}", extra="examples", where="plots")
 
 

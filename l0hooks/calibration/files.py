@@ -193,9 +193,8 @@ def _from_table(table: TextTable) -> tuple[Any, list[Hashable] | None, list[Hash
 
 
 def _parquet(path: Path) -> dict[str, list[Any]]:
-    import_extra("pyarrow", extra="calibration", where=str(path))
-    parquet = import_extra("pyarrow.parquet", extra="calibration", where=str(path))
     arrow = import_extra("pyarrow", extra="calibration", where=str(path))
+    parquet = import_extra("pyarrow.parquet", extra="calibration", where=str(path))
     try:
         columns: dict[str, list[Any]] = parquet.read_table(path).to_pydict()
     except (arrow.ArrowException, OSError) as error:

@@ -203,5 +203,4 @@ def _figure(width: float, height: float) -> Figure:
 
 
 def _matplotlib(part: str) -> ModuleType:
-    import_extra("matplotlib", extra="calibration", where="plots")
     return import_extra(f"matplotlib.{part}", extra="calibration", where="plots")

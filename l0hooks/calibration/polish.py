@@ -8,7 +8,7 @@ from typing import Literal
 import numpy as np
 
 from l0hooks.calibration.distance import Distance, nearest_weights
-from l0hooks.calibration.problem import Floats, Problem, Sparse
+from l0hooks.calibration.problem import Floats, Problem, Sparse, median_factor
 from l0hooks.calibration.stage import Selection, refit
 
 Objective = Literal["auto", "least_squares", "distance"]
@@ -96,12 +96,12 @@ def polish(
     """
     block = problem.columns[selection.units].astype(np.float64)
     many = len(selection.units) / problem.rows
-    nearest: Polished | None = None
     if not len(selection.units):  # no weight to find, whatever the objective
         misses = problem.misses(np.zeros(problem.rows))
         reason = "no household is worth its price"
         feasible = _feasible(misses, tolerance)
         return _polished(problem, selection, selection.g, block, "least_squares", feasible, True, 0.0, reason)
+    nearest: Polished | None = None
     if objective == "distance" or (objective == "auto" and many > _PLENTY):
         nearest = _nearest(problem, selection, block, distance, tolerance)
         if objective == "distance" or nearest.converged:
@@ -151,7 +151,7 @@ def _nearest(
         problem.low[units],
         problem.high[units],
         problem.strength[units],
-        common_factor(problem, block),
+        _common_factor(problem, block),
         distance=distance,
         tolerance=tolerance,
     )
@@ -167,13 +167,11 @@ def _nearest(
     return _polished(problem, selection, found.g, block, "distance", found.feasible, converged, found.gap, reason)
 
 
-def common_factor(problem: Problem, block: Sparse) -> float:
+def _common_factor(problem: Problem, block: Sparse) -> float:
     """What all g of a selection are near: they meet the targets in the median."""
     estimates = np.asarray(block.T @ np.ones(block.shape[0]), np.float64)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        ratios = (problem.lower + problem.upper) / 2 / estimates
-    usable = np.isfinite(ratios) & (ratios > 0)
-    return float(np.median(ratios[usable])) if usable.any() else problem.size / max(1, block.shape[0])
+    factor = median_factor(estimates, problem.lower, problem.upper)
+    return problem.size / max(1, block.shape[0]) if factor is None else factor
 
 
 def _polished(

@@ -178,7 +178,7 @@ def prepare(
     low_target = np.asarray(lower, np.float64)
     high_target = low_target if upper is None else np.asarray(upper, np.float64)
     rows = sparse.csr_array(matrix)
-    denominators = _denominators(low_target, high_target)
+    denominators = larger_ends(low_target, high_target) + 1
     scale = 1 / denominators if loss == "relative" else np.full(len(denominators), 1 / denominators.mean())
     if importance is not None:
         given = np.asarray(importance, np.float64)
@@ -216,11 +216,19 @@ def prepare(
         )
 
 
-def _denominators(lower: Floats, upper: Floats) -> Floats:
-    """\\|y\\| + 1, y the larger of the finite ends."""
+def larger_ends(lower: Floats, upper: Floats) -> Floats:
+    """\\|y\\| of each target: that of the larger finite end of an interval."""
     ends = np.abs(np.stack([lower, upper]))
-    largest: Floats = np.where(np.isfinite(ends), ends, 0.0).max(axis=0) + 1
+    largest: Floats = np.where(np.isfinite(ends), ends, 0.0).max(axis=0)
     return largest
+
+
+def median_factor(estimates: Floats, lower: Floats, upper: Floats) -> float | None:
+    """What estimates are multiplied by, so that they meet the targets in the median; None if no sign fits."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        ratios = (lower + upper) / 2 / estimates  # of an infinite end infinite or NaN
+    usable = np.isfinite(ratios) & (ratios > 0)
+    return float(np.median(ratios[usable])) if usable.any() else None
 
 
 def _with_conditions(
@@ -306,11 +314,8 @@ def _columns(rows: Sparse, scale: Floats, members: Integers, units: int, dtype: 
 def _common_factor(columns: Sparse, design: Floats, lower: Floats, upper: Floats) -> float:
     """What all design weights are multiplied by, so that they meet the targets in the median."""
     estimates = np.asarray(columns.T @ design.astype(columns.dtype), np.float64)
-    middle = np.where(np.isfinite(lower) & np.isfinite(upper), (lower + upper) / 2, np.nan)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        ratios = middle / estimates
-    usable = np.isfinite(ratios) & (ratios > 0)
-    return float(np.median(ratios[usable])) if usable.any() else 1.0
+    factor = median_factor(estimates, lower, upper)
+    return 1.0 if factor is None else factor
 
 
 def _norms(columns: Sparse) -> Floats:

@@ -15,7 +15,7 @@ from l0hooks.calibration.export import to_frame, write_csv, write_parquet
 from l0hooks.calibration.inputs import Inputs
 from l0hooks.calibration.names import few
 from l0hooks.calibration.plots import calibration_plot
-from l0hooks.calibration.problem import Floats, Integers
+from l0hooks.calibration.problem import Floats, Integers, larger_ends
 from l0hooks.calibration.progress import percent
 from l0hooks.errors import InvalidValueError, explain
 
@@ -85,9 +85,7 @@ class CalibrationResult:
     def relative_errors(self) -> Floats:
         r"""\((\hat y - y)/(|y| + 1)\), y the nearest point of an interval, |y| its larger finite end: shape (T,)."""
         lower, upper = self.inputs.lower, self.inputs.upper
-        ends = np.abs(np.stack([lower, upper]))
-        largest = np.where(np.isfinite(ends), ends, 0.0).max(axis=0)
-        misses: Floats = (self.estimates - np.clip(self.estimates, lower, upper)) / (largest + 1)
+        misses: Floats = (self.estimates - np.clip(self.estimates, lower, upper)) / (larger_ends(lower, upper) + 1)
         return misses
 
     @property

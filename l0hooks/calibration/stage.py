@@ -9,7 +9,7 @@ import numpy as np
 from scipy import sparse
 
 from l0hooks.calibration.least_squares import Fit, bounded_fit
-from l0hooks.calibration.problem import Floats, Integers, Problem, Sparse
+from l0hooks.calibration.problem import Floats, Integers, Problem, Sparse, larger_ends
 from l0hooks.calibration.proximal import proximal_fit
 
 _DENSE = 6000  # targets up to which a fit may be finished with dense factors
@@ -197,8 +197,7 @@ def _fit(
 
 def _size(problem: Problem) -> float:
     """‖y‖, y the larger finite end of each interval; 1, a relative error of one, where all are zero."""
-    ends = np.abs(np.stack([problem.lower, problem.upper]))
-    norm = float(np.linalg.norm(np.where(np.isfinite(ends), ends, 0.0).max(axis=0)))
+    norm = float(np.linalg.norm(larger_ends(problem.lower, problem.upper)))
     return norm if norm > 0 else 1.0
 
 
