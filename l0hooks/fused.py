@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from l0hooks.hard_concrete import GAMMA, TEMPERATURE, ZETA
+from l0hooks.hard_concrete import GAMMA, TEMPERATURE, ZETA, closing_point
+from l0hooks.memory import fresh, fresh_like, pieces
+from l0hooks.streams import Stream
+
+
+class Constants(NamedTuple):
+    """β, γ and ζ."""
+
+    temperature: float = TEMPERATURE
+    gamma: float = GAMMA
+    zeta: float = ZETA
 
 
 def is_traced() -> bool:
@@ -16,19 +27,16 @@ def is_traced() -> bool:
     return building or torch._C._functorch.maybe_current_level() is not None
 
 
-def _overwrite(logits: Tensor, log_alpha: Tensor, temperature: float, gamma: float, zeta: float) -> Tensor:
-    """The gates, in the memory of the noise's ``logits``."""
-    gates = logits.add_(log_alpha).mul_(1 / temperature).sigmoid_()
-    return gates.mul_(zeta - gamma).add_(gamma).clamp_(0, 1)
-
-
 class _Sampled(torch.autograd.Function):
     """sample(log_alpha, noise); saves the gates only."""
 
     @staticmethod  # one method, for torch takes 20 µs to call a setup_context
-    def forward(ctx: Any, log_alpha: Tensor, noise: Tensor, temperature: float, gamma: float, zeta: float) -> Tensor:
-        gates = _overwrite(noise.logit(), log_alpha, temperature, gamma, zeta)
-        ctx.constants = temperature, gamma, zeta
+    def forward(ctx: Any, log_alpha: Tensor, noise: Stream, constants: Constants, examples: int | None) -> Tensor:
+        shape = log_alpha.shape if examples is None else (examples, *log_alpha.shape)
+        gates = fresh(shape, log_alpha.dtype, log_alpha.device)
+        for location, z in pieces(log_alpha, gates) if examples is None else [(log_alpha, gates)]:
+            _draw(z, location, noise, constants)
+        ctx.constants = constants
         ctx.save_for_backward(log_alpha, gates)
         return gates
 
@@ -36,133 +44,163 @@ class _Sampled(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         log_alpha, gates = ctx.saved_tensors
         if torch.is_grad_enabled():
-            gates = _reattach(gates.detach(), log_alpha, *ctx.constants)
-            slope = _slope(gates, *ctx.constants) * grad
+            gates = _reattach(gates.detach(), log_alpha, ctx.constants)
+            slope = _slope(gates, ctx.constants) * grad
         else:
-            slope = _slope_times(gates, grad, *ctx.constants)
-        return slope.sum_to_size(log_alpha.shape), None, None, None, None
+            slope = fresh_like(gates)
+            for z, g, s in pieces(gates, grad, slope):
+                _slope_times(z, g, ctx.constants, out=s)
+        return slope.sum_to_size(log_alpha.shape), None, None, None
 
 
 class _GatedWeight(torch.autograd.Function):
     """weight · sample(log_alpha, noise); saves the weight and the gates only."""
 
     @staticmethod
-    def forward(
-        weight: Tensor, log_alpha: Tensor, noise: Tensor, temperature: float, gamma: float, zeta: float
-    ) -> tuple[Tensor, Tensor]:
-        gates = _overwrite(noise.view_as(noise).logit_(), log_alpha, temperature, gamma, zeta)
-        return weight * gates.to(weight.dtype), gates
+    def forward(ctx: Any, weight: Tensor, log_alpha: Tensor, noise: Stream, constants: Constants) -> Tensor:
+        gates, product = fresh(log_alpha.shape, log_alpha.dtype, log_alpha.device), fresh_like(weight)
+        for w, location, z, p in pieces(weight, log_alpha, gates, product):
+            _draw(z, location, noise, constants)
+            torch.mul(w, z.to(w.dtype), out=p)
+        ctx.constants = constants
+        ctx.save_for_backward(weight, log_alpha, gates)
+        return product
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        weight, log_alpha, _, *ctx.constants = inputs
-        ctx.mark_non_differentiable(output[1])
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(weight, log_alpha, output[1])
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         weight, log_alpha, gates = ctx.saved_tensors
-        temperature, gamma, zeta = ctx.constants
-        if grad is None:
-            return (None,) * 6
+        by_weight, by_location = ctx.needs_input_grad[:2]
         if torch.is_grad_enabled():  # a graph of the gradient is wanted: let z depend on log_alpha again
-            gates = _reattach(gates, log_alpha, temperature, gamma, zeta)
-            grad_alpha = (grad * weight).to(gates.dtype) * _slope(gates, temperature, gamma, zeta)
-            return grad * gates.to(weight.dtype), grad_alpha, None, None, None, None
-        grad_weight = grad * gates.to(grad.dtype) if ctx.needs_input_grad[0] else None
-        grad_alpha = None
-        if ctx.needs_input_grad[1]:
-            grad_alpha = _slope_times(gates, grad * weight, temperature, gamma, zeta)
-        return grad_weight, grad_alpha, None, None, None, None
+            gates = _reattach(gates, log_alpha, ctx.constants)
+            grad_location = (grad * weight).to(gates.dtype) * _slope(gates, ctx.constants)
+            return grad * gates.to(weight.dtype), grad_location, None, None
+        grad_weight = fresh_like(weight) if by_weight else None
+        grad_location = fresh_like(gates) if by_location else None
+        for g, w, z, to_weight, to_location in pieces(grad, weight, gates, grad_weight, grad_location):
+            if to_weight is not None:
+                torch.mul(g, z.to(g.dtype), out=to_weight)
+            if to_location is not None:
+                _slope_times(z, g * w, ctx.constants, out=to_location)
+        return grad_weight, grad_location, None, None
 
 
 class _HeldWeight(torch.autograd.Function):
     """weight · constant gates, and a gradient of zero for their log-odds."""
 
     @staticmethod
-    def forward(weight: Tensor, log_alpha: Tensor, gates: Tensor) -> Tensor:
-        return weight * gates.to(weight.dtype)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.save_for_backward(inputs[2])
+    def forward(ctx: Any, weight: Tensor, log_alpha: Tensor, gates: Tensor) -> Tensor:
+        ctx.save_for_backward(gates)
+        return torch.mul(weight, gates.to(weight.dtype), out=fresh_like(weight))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (gates,) = ctx.saved_tensors
-        none = torch.zeros_like(gates) if ctx.needs_input_grad[1] else None
-        return grad * gates.to(grad.dtype), none, None
+        none = fresh_like(gates).zero_() if ctx.needs_input_grad[1] else None
+        if torch.is_grad_enabled():
+            return grad * gates.to(grad.dtype), none, None
+        return torch.mul(grad, gates.to(grad.dtype), out=fresh_like(grad)), none, None
 
 
-def _reattach(gates: Tensor, log_alpha: Tensor, temperature: float, gamma: float, zeta: float) -> Tensor:
+class _ExpectedCount(torch.autograd.Function):
+    """Σ σ(log_alpha − shift); saves nothing, for a second pass costs less than memory for the first."""
+
+    @staticmethod
+    def forward(ctx: Any, log_alpha: Tensor, shift: float) -> Tensor:
+        ctx.shift = shift
+        ctx.save_for_backward(log_alpha)
+        return torch.stack([torch.sub(location, shift).sigmoid_().sum() for (location,) in pieces(log_alpha)]).sum()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (log_alpha,) = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            p = torch.sigmoid(log_alpha - ctx.shift)
+            return grad * p * (1 - p), None
+        slope = fresh_like(log_alpha)
+        for location, out in pieces(log_alpha, slope):
+            p = torch.sub(location, ctx.shift, out=out).sigmoid_()
+            torch.ops.aten.sigmoid_backward.grad_input(grad.expand_as(p), p, grad_input=out)
+        return slope, None
+
+
+def _draw(gates: Tensor, log_alpha: Tensor, noise: Stream, constants: Constants) -> None:
+    """Fill ``gates`` with a sample."""
+    temperature, gamma, zeta = constants
+    s = noise.logistic_(gates, 1 / temperature).add_(log_alpha, alpha=1 / temperature).sigmoid_()
+    torch.add(_number(gamma, s), s, alpha=zeta - gamma, out=s).clamp_(0, 1)  # one pass, where mul_ and add_ are two
+
+
+def _reattach(gates: Tensor, log_alpha: Tensor, constants: Constants) -> Tensor:
     """The same gates as a differentiable function of ``log_alpha`` at fixed noise, clamped gates as constants."""
+    temperature, gamma, zeta = constants
     inside = (gates > 0) & (gates < 1)
     s = torch.where(inside, (gates - gamma) / (zeta - gamma), 0.5)
     moved = torch.sigmoid(torch.logit(s) + (log_alpha - log_alpha.detach()) / temperature)
     return torch.where(inside, gamma + (zeta - gamma) * moved, gates)
 
 
-def _slope_times(gates: Tensor, grad: Tensor, temperature: float, gamma: float, zeta: float) -> Tensor:
-    """``grad`` times dz/dlogα, in two new arrays."""
-    scale = 1 / ((zeta - gamma) * temperature)
-    slope = gates.mul(-scale).add_(scale * (gamma + zeta)).mul_(gates).sub_(scale * gamma * zeta)
+def _slope_times(gates: Tensor, grad: Tensor, constants: Constants, out: Tensor) -> None:
+    """``grad`` times dz/dlogα = (ζ − γ)/β · s(1 − s), where z = γ + (ζ − γ)s."""
+    temperature, gamma, zeta = constants
+    s = torch.add(_number(-gamma / (zeta - gamma), gates), gates, alpha=1 / (zeta - gamma))
+    aten = torch.ops.aten
+    aten.sigmoid_backward.grad_input(grad.to(gates.dtype), s, grad_input=out)
     # hardtanh's backward is the clamp's: zero where the gate is exactly 0 or 1
-    product: Tensor = torch.ops.aten.hardtanh_backward(slope.mul_(grad), gates, 0.0, 1.0)
-    return product
+    aten.hardtanh_backward.grad_input(out.mul_((zeta - gamma) / temperature), gates, 0.0, 1.0, grad_input=out)
 
 
-def _slope(gates: Tensor, temperature: float, gamma: float, zeta: float) -> Tensor:
+@functools.lru_cache(maxsize=16)
+def _constant(value: float, dtype: torch.dtype) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.tensor(value, dtype=dtype, device="cpu")
+
+
+def _number(value: float, like: Tensor) -> Tensor:
+    return _constant(value, like.dtype)
+
+
+def _slope(gates: Tensor, constants: Constants) -> Tensor:
     """dz/dlogα as a function of z: (z − γ)(ζ − z)/((ζ − γ)β) inside, 0 at the clamps."""
+    temperature, gamma, zeta = constants
     slope = (gates - gamma) * (zeta - gates) / ((zeta - gamma) * temperature)
     return torch.where((gates > 0) & (gates < 1), slope, 0.0)
 
 
-def sampled(
-    log_alpha: Tensor,
-    noise: Tensor,
-    temperature: float = TEMPERATURE,
-    gamma: float = GAMMA,
-    zeta: float = ZETA,
-) -> Tensor:
+def sampled(log_alpha: Tensor, noise: Stream, constants: Constants, examples: int | None = None) -> Tensor:
     """``sample(log_alpha, noise)``, fused.
 
     Parameters
     ----------
     log_alpha : Tensor, float32 or float64
-    noise : Tensor, dtype of ``log_alpha``, its shape or with more axes in front, uniform in [0, 1]
-    temperature, gamma, zeta : float
+    noise : Stream
+    constants : Constants
+    examples : int, optional
+        How many independent samples; they become the first axis.
 
     Returns
     -------
-    Tensor, dtype and shape of ``noise``
+    Tensor, dtype and shape of ``log_alpha``, ``examples`` in front if given
 
     Examples
     --------
-    >>> sampled(torch.tensor([9.0, -9.0]), torch.full((3, 2), 0.5))[0]
+    >>> from l0hooks.streams import stream
+    >>> noise = stream(0, 6, torch.device("cpu"))
+    >>> sampled(torch.tensor([30.0, -30.0]), noise, Constants(), examples=3)[0]
     tensor([1., 0.])
     """
-    gates: Tensor = _Sampled.apply(log_alpha, noise, temperature, gamma, zeta)  # type: ignore[no-untyped-call]
+    gates: Tensor = _Sampled.apply(log_alpha, noise, constants, examples)  # type: ignore[no-untyped-call]
     return gates
 
 
-def gated_weight(
-    weight: Tensor,
-    log_alpha: Tensor,
-    noise: Tensor,
-    temperature: float = TEMPERATURE,
-    gamma: float = GAMMA,
-    zeta: float = ZETA,
-) -> Tensor:
-    """``weight * sample(log_alpha, noise)``, fused: one gate per weight, ``noise`` is **overwritten**.
+def gated_weight(weight: Tensor, log_alpha: Tensor, noise: Stream, constants: Constants) -> Tensor:
+    """``weight * sample(log_alpha, noise)``, fused: one gate per weight.
 
     Parameters
     ----------
     weight : Tensor, any floating dtype
     log_alpha : Tensor, float32 or float64, shape of ``weight``
-    noise : Tensor, dtype and shape of ``log_alpha``, uniform in [0, 1]
-        Consumed as scratch memory.
-    temperature, gamma, zeta : float
+    noise : Stream
+    constants : Constants
 
     Returns
     -------
@@ -170,11 +208,35 @@ def gated_weight(
 
     Examples
     --------
-    >>> gated_weight(torch.ones(2), torch.tensor([9.0, -9.0]), torch.full((2,), 0.5))
+    >>> from l0hooks.streams import stream
+    >>> noise = stream(0, 2, torch.device("cpu"))
+    >>> gated_weight(torch.ones(2), torch.tensor([30.0, -30.0]), noise, Constants())
     tensor([1., 0.])
     """
-    gated: Tensor = _GatedWeight.apply(weight, log_alpha, noise, temperature, gamma, zeta)[0]  # type: ignore[no-untyped-call]
+    gated: Tensor = _GatedWeight.apply(weight, log_alpha, noise, constants)  # type: ignore[no-untyped-call]
     return gated
+
+
+def expected_count(log_alpha: Tensor, constants: Constants) -> Tensor:
+    """``keep_prob(log_alpha).sum()``, fused.
+
+    Parameters
+    ----------
+    log_alpha : Tensor, float32 or float64
+    constants : Constants
+
+    Returns
+    -------
+    Tensor, dtype of ``log_alpha``, shape ()
+
+    Examples
+    --------
+    >>> expected_count(torch.tensor([30.0, -30.0]), Constants())
+    tensor(1.)
+    """
+    shift = closing_point(*constants)
+    count: Tensor = _ExpectedCount.apply(log_alpha, shift)  # type: ignore[no-untyped-call]
+    return count
 
 
 def held_weight(weight: Tensor, log_alpha: Tensor, gates: Tensor) -> Tensor:

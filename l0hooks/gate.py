@@ -10,11 +10,12 @@ from torch import Tensor, nn
 
 from l0hooks.errors import InvalidValueError, explain, near_names
 from l0hooks.families import Family, FamilyName, HardConcreteFamily, initial_log_alpha, make_family
-from l0hooks.fused import is_traced, sampled
+from l0hooks.fused import Constants, expected_count, is_traced, sampled
 from l0hooks.hard_concrete import GAMMA, ZETA, check_constants
 from l0hooks.noise import Door, NoiseSource
 from l0hooks.schedules import Schedule
 from l0hooks.stepping import Rule, gate_of, register
+from l0hooks.streams import Stream
 
 Estimator = Literal["median", "paper", "mean"]
 
@@ -132,8 +133,14 @@ class Gate(nn.Module):
 
         With ``examples``, a first axis of that length: independent noise for each.
         """
-        like = self.log_alpha if examples is None else self.log_alpha.new_empty((examples, *self.log_alpha.shape))
-        return self._door.uniform(self._index, like)
+        return self._door.uniform(self._index, self._like(examples))
+
+    def stream(self, examples: int | None = None) -> Stream:
+        """The same noise, for who draws it piece by piece."""
+        return self._door.stream(self._index, self._like(examples))
+
+    def _like(self, examples: int | None) -> Tensor:
+        return self.log_alpha if examples is None else self.log_alpha.new_empty((examples, *self.log_alpha.shape))
 
     def sample(self, examples: int | None = None) -> Tensor:
         """Gates with the noise of the running forward, differentiable; for each example if ``examples`` is given.
@@ -143,10 +150,11 @@ class Gate(nn.Module):
         if self.rule is not None and self.rule.finished:
             held = self.final() + 0 * self.log_alpha  # distributed training wants to see every parameter used
             return held if examples is None else held.expand(examples, *held.shape)
-        family, noise = self.family, self.noise(examples)
+        family = self.family
         if type(family) is HardConcreteFamily and not is_traced():
-            return sampled(self.log_alpha, noise, self.temperature, family.gamma, family.zeta)
-        return family.sample(self.log_alpha, noise, self.temperature)
+            constants = Constants(self.temperature, family.gamma, family.zeta)
+            return sampled(self.log_alpha, self.stream(examples), constants, examples)
+        return family.sample(self.log_alpha, self.noise(examples), self.temperature)
 
     def value(self, log_alpha: Tensor | None = None, *, support: Tensor | None = None) -> Tensor:
         """The test-time gates, differentiable, exactly zero outside :meth:`support`.
@@ -203,6 +211,9 @@ class Gate(nn.Module):
 
     def expected_l0(self) -> Tensor:
         """The expected number of gates that are not zero, differentiable, shape ()."""
+        family = self.family
+        if isinstance(family, HardConcreteFamily) and not is_traced():
+            return expected_count(whole(self.log_alpha), Constants(self.temperature, family.gamma, family.zeta))
         return self.keep_prob().sum()
 
     @torch.no_grad()

@@ -213,6 +213,17 @@ def keep_prob(
     return torch.sigmoid(log_alpha - temperature * _logit_bounds(gamma, zeta)[0])
 
 
+def closing_point(temperature: float = TEMPERATURE, gamma: float = GAMMA, zeta: float = ZETA) -> float:
+    r"""The log-odds \(\beta\ln(-\gamma/\zeta)\) at which a gate is closed half of the time.
+
+    Examples
+    --------
+    >>> round(closing_point(), 4)
+    -1.5986
+    """
+    return temperature * _logit_bounds(gamma, zeta)[0]
+
+
 @_full_precision
 def prob_one(
     log_alpha: Tensor, temperature: float | Tensor = TEMPERATURE, gamma: float = GAMMA, zeta: float = ZETA

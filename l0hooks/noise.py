@@ -27,6 +27,7 @@ from torch.torch_version import TorchVersion
 from torch.utils.hooks import RemovableHandle
 
 from l0hooks.errors import StateError, explain
+from l0hooks.streams import Stream, stream
 
 _MEMORY = 4096  # forwards that can still be recomputed; a ticket is some 200 bytes
 _GOLDEN = 0x9E3779B97F4A7C15
@@ -186,11 +187,17 @@ class Door:
 
         Outside every forward each call is a forward of its own. The result is fresh memory.
         """
-        ticket = self._read() if self.source.owner is None else self.source.ticket
         if torch.compiler.is_compiling():
-            drawn: Tensor = torch.ops.l0hooks.uniform(ticket, index, like.detach())
+            drawn: Tensor = torch.ops.l0hooks.uniform(self._ticket(), index, like.detach())
             return drawn
-        return _uniform(ticket, index, like)
+        return _uniform(self.stream(index, like), like)
+
+    def stream(self, index: int, like: Tensor) -> Stream:
+        """The same noise, not drawn yet."""
+        return _stream(self._ticket(), index, like)
+
+    def _ticket(self) -> Tensor:
+        return self._read() if self.source.owner is None else self.source.ticket
 
     def _read(self) -> Tensor:
         ticket = self._open()
@@ -226,11 +233,13 @@ def _owner_of(hook: object) -> object:
     return hook.__self__ if isinstance(hook, types.MethodType) else None
 
 
-def _uniform(ticket: Tensor, index: int, like: Tensor) -> Tensor:
-    # torch's Mersenne Twister reads the low 32 bits of a seed: hand it the best mixed ones of the product
-    seed = ((int(ticket) ^ (index * _GOLDEN)) * _GOLDEN >> 32) & 0xFFFFFFFF
-    generator = torch.Generator(device=like.device).manual_seed(seed)
-    return torch.empty_like(like, requires_grad=False).uniform_(generator=generator)
+def _uniform(noise: Stream, like: Tensor) -> Tensor:
+    return noise.uniform_(torch.empty_like(like, requires_grad=False, memory_format=torch.contiguous_format))
+
+
+def _stream(ticket: Tensor, index: int, like: Tensor) -> Stream:
+    seed = ((int(ticket) ^ (index * _GOLDEN)) * _GOLDEN) & 0xFFFFFFFFFFFFFFFF
+    return stream(seed, like.numel(), like.device)
 
 
 @torch.library.custom_op("l0hooks::open_forward", mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,))
@@ -245,7 +254,7 @@ def _(unique: Tensor, source: int, door: str, recorded: bool) -> Tensor:
 
 @torch.library.custom_op("l0hooks::uniform", mutates_args=())
 def _uniform_op(ticket: Tensor, index: int, like: Tensor) -> Tensor:
-    return _uniform(ticket, index, like)
+    return _uniform(_stream(ticket, index, like), like)
 
 
 @_uniform_op.register_fake
@@ -268,5 +277,6 @@ def _run_eagerly(*functions: Callable[..., object]) -> None:
             frames.set_code_exec_strategy(code, frames._FrameExecStrategy(action.SKIP, action.DEFAULT))
 
 
-_run_eagerly(Door.enter, Door.leave, Door.uniform, Door._read, Door._open, _uniform, _draw_ticket)
+_run_eagerly(Door.enter, Door.leave, Door.uniform, Door.stream, Door._ticket, Door._read, Door._open)
+_run_eagerly(_uniform, _stream, _draw_ticket)
 _run_eagerly(NoiseSource.open, NoiseSource.close, NoiseSource._replay, NoiseSource._find, NoiseSource._refuse_twice)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from l0hooks.families import HardConcreteFamily
-from l0hooks.fused import gated_weight, held_weight, is_traced
+from l0hooks.fused import Constants, gated_weight, held_weight, is_traced
 from l0hooks.gate import Gate
 from l0hooks.layers import GateLayout, Granularity
 from l0hooks.stepping import steps_taken
@@ -120,7 +120,8 @@ class GatedWeight(Gating):
         if gate.rule is not None and gate.rule.finished and self.layout.pattern is None and not is_traced():
             return held_weight(weight, gate.log_alpha, gate.final())
         if self.layout.pattern is None and type(family) is HardConcreteFamily and not is_traced():
-            return gated_weight(weight, gate.log_alpha, gate.noise(), gate.temperature, family.gamma, family.zeta)
+            constants = Constants(gate.temperature, family.gamma, family.zeta)
+            return gated_weight(weight, gate.log_alpha, gate.stream(), constants)
         return super()._sampled(weight)
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 FLOORS = {
-    0: ["errors"],
+    0: ["errors", "memory", "streams"],
     1: ["hard_concrete", "layers", "noise", "schedules", "extras", "rows", "quadratics", "subset"],
     2: ["distribution", "families", "fused", "stepping", "tracing"],
     3: ["structure", "gate", "comparison", "constants"],

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pytest
@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
 from l0hooks import hard_concrete as hc
-from l0hooks.fused import gated_weight, sampled
+from l0hooks.fused import Constants, expected_count, gated_weight, sampled
+from l0hooks.memory import PIECE
 
 CONSTANTS = [(2 / 3, -0.1, 1.1), (0.25, -0.1, 1.1), (1.5, -0.5, 1.3)]
 # dtypes of the weight and of the gates, and the tolerance the weight's dtype allows
@@ -37,6 +38,24 @@ def problem(dtype: torch.dtype, gate_dtype: torch.dtype, shape: tuple[int, ...] 
         noise,
         cotangent.to(dtype),
     )
+
+
+class Given:
+    """A stream of given uniform numbers."""
+
+    def __init__(self, noise: Tensor) -> None:
+        self.left = noise.flatten()
+
+    def uniform_(self, out: Tensor) -> Tensor:
+        taken, self.left = self.left.split([out.numel(), self.left.numel() - out.numel()])
+        return out.copy_(taken.view_as(out))
+
+    def logistic_(self, out: Tensor, scale: float) -> Tensor:
+        return self.uniform_(out).logit_().mul_(scale)
+
+
+def fused(weight: Tensor, log_alpha: Tensor, noise: Tensor, *constants: float) -> Tensor:
+    return gated_weight(weight, log_alpha, Given(noise), Constants(*constants))
 
 
 def plain(weight: Tensor, log_alpha: Tensor, noise: Tensor, *constants: float) -> Tensor:
@@ -71,7 +90,7 @@ def test_value_and_gradients_are_those_of_the_plain_product(
     weight, log_alpha, noise, cotangent = problem(dtype, gate_dtype)
     expected = plain(weight, log_alpha, noise, *constants)
     expected_slopes = torch.autograd.grad(expected, (weight, log_alpha), cotangent)
-    ours = gated_weight(weight, log_alpha, noise, *constants)
+    ours = fused(weight, log_alpha, noise, *constants)
     slopes = torch.autograd.grad(ours, (weight, log_alpha), cotangent)
     assert (ours.dtype, slopes[0].dtype, slopes[1].dtype) == (dtype, dtype, gate_dtype)
     for got, want in zip((ours, *slopes), (expected, *expected_slopes), strict=True):
@@ -88,13 +107,13 @@ def test_the_problem_has_gates_of_every_kind() -> None:
 @pytest.mark.parametrize("shape", [(), (3,), (2, 3, 2, 2)], ids=str)
 def test_any_shape(shape: tuple[int, ...]) -> None:
     weight, log_alpha, noise, _ = problem(torch.float64, torch.float64, shape)
-    torch.testing.assert_close(plain(weight, log_alpha, noise), gated_weight(weight, log_alpha, noise.clone()))
+    torch.testing.assert_close(plain(weight, log_alpha, noise), fused(weight, log_alpha, noise))
 
 
 def test_a_transposed_weight() -> None:
     weight, log_alpha, noise, cotangent = problem(torch.float64, torch.float64)
     expected = torch.autograd.grad(plain(weight.t(), log_alpha.t(), noise.t()), (weight, log_alpha), cotangent.t())
-    ours = torch.autograd.grad(gated_weight(weight.t(), log_alpha.t(), noise.t()), (weight, log_alpha), cotangent.t())
+    ours = torch.autograd.grad(fused(weight.t(), log_alpha.t(), noise.t()), (weight, log_alpha), cotangent.t())
     torch.testing.assert_close(ours, expected)
 
 
@@ -102,11 +121,11 @@ def test_a_transposed_weight() -> None:
 def test_first_and_second_gradients(constants: tuple[float, float, float]) -> None:
     weight, log_alpha, noise, _ = problem(torch.float64, torch.float64, (3, 4))
 
-    def fused(w: Tensor, a: Tensor) -> Tensor:
-        return gated_weight(w, a, noise.clone(), *constants)
+    def product(w: Tensor, a: Tensor) -> Tensor:
+        return fused(w, a, noise, *constants)
 
-    assert gradcheck(fused, (weight, log_alpha))
-    assert gradgradcheck(fused, (weight, log_alpha))
+    assert gradcheck(product, (weight, log_alpha))
+    assert gradgradcheck(product, (weight, log_alpha))
 
 
 @pytest.mark.parametrize("trained", [0, 1], ids=["weight only", "log_alpha only"])
@@ -115,43 +134,21 @@ def test_a_frozen_argument_gets_no_gradient(trained: int) -> None:
     arguments = [weight, log_alpha]
     (expected,) = torch.autograd.grad(plain(weight, log_alpha, noise), arguments[trained], cotangent)
     arguments[1 - trained].requires_grad_(False)
-    gated_weight(weight, log_alpha, noise).backward(cotangent)
+    fused(weight, log_alpha, noise).backward(cotangent)
     assert arguments[1 - trained].grad is None
     torch.testing.assert_close(arguments[trained].grad, expected)
 
 
 def test_nothing_is_recorded_when_nothing_is_trained() -> None:
     weight, log_alpha, noise, _ = problem(torch.float64, torch.float64)
-    assert not gated_weight(weight.detach(), log_alpha.detach(), noise).requires_grad
-
-
-def test_torch_func_grad_agrees_with_autograd() -> None:
-    weight, log_alpha, noise, cotangent = problem(torch.float64, torch.float64)
-    expected = torch.autograd.grad(plain(weight, log_alpha, noise), (weight, log_alpha), cotangent)
-
-    def loss(w: Tensor, a: Tensor) -> Tensor:
-        return (gated_weight(w, a, noise.clone()) * cotangent).sum()
-
-    torch.testing.assert_close(torch.func.grad(loss, argnums=(0, 1))(weight.detach(), log_alpha.detach()), expected)
-
-
-def test_torch_func_grad_twice_agrees_with_the_plain_product() -> None:
-    weight, log_alpha, noise, cotangent = (t.detach() for t in problem(torch.float64, torch.float64, (5,)))
-
-    def curvature(product: Callable[..., Tensor]) -> Tensor:
-        def loss(a: Tensor) -> Tensor:
-            return ((product(weight, a, noise.clone()) - cotangent) ** 2).sum()
-
-        return torch.func.grad(lambda a: torch.func.grad(loss)(a).sum())(log_alpha)
-
-    torch.testing.assert_close(curvature(gated_weight), curvature(plain))
+    assert not fused(weight.detach(), log_alpha.detach(), noise).requires_grad
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_backward_saves_one_array_beyond_the_parameters(dtype: torch.dtype) -> None:
     weight, log_alpha, noise, _ = problem(dtype, torch.float32)
     with packed() as saved:
-        gated_weight(weight, log_alpha, noise)
+        fused(weight, log_alpha, noise)
     assert storage_bytes(saved, beyond=(weight, log_alpha)) == log_alpha.numel() * log_alpha.element_size()
 
 
@@ -163,19 +160,10 @@ def test_the_plain_product_saves_several() -> None:
     assert storage_bytes(saved, beyond=(weight, log_alpha)) >= 3 * weight.numel() * weight.element_size()
 
 
-def test_the_gates_take_the_place_of_the_noise() -> None:
-    weight, log_alpha, noise, _ = problem(torch.float32, torch.float32)
-    gates = hc.sample(log_alpha.detach(), noise)
-    with packed() as saved:
-        gated_weight(weight, log_alpha, noise)
-    torch.testing.assert_close(noise, gates)
-    assert storage_bytes(saved, beyond=(weight, log_alpha, noise)) == 0
-
-
 def test_clamped_gates_pass_no_gradient_to_log_alpha_and_open_ones_all_of_it_to_the_weight() -> None:
     weight, log_alpha, noise, cotangent = problem(torch.float64, torch.float64)
     gates = hc.sample(log_alpha.detach(), noise)
-    by_weight, by_alpha = torch.autograd.grad(gated_weight(weight, log_alpha, noise), (weight, log_alpha), cotangent)
+    by_weight, by_alpha = torch.autograd.grad(fused(weight, log_alpha, noise), (weight, log_alpha), cotangent)
     inside = (gates > 0) & (gates < 1)
     assert torch.equal(by_alpha != 0, inside)
     assert not by_weight[gates == 0].any()
@@ -187,7 +175,7 @@ def test_clamped_gates_pass_no_gradient_to_log_alpha_and_open_ones_all_of_it_to_
 def test_noise_of_exactly_zero_and_one_closes_and_opens(location: float, temperature: float) -> None:
     weight = torch.tensor([2.0, 3.0], requires_grad=True)
     log_alpha = torch.full((2,), location, requires_grad=True)
-    gated = gated_weight(weight, log_alpha, torch.tensor([0.0, 1.0]), temperature)
+    gated = fused(weight, log_alpha, torch.tensor([0.0, 1.0]), temperature)
     by_weight, by_alpha = torch.autograd.grad(gated.sum(), (weight, log_alpha), create_graph=True)
     (curvature,) = torch.autograd.grad(by_weight.sum() + by_alpha.sum(), log_alpha)
     assert gated.tolist() == [0, 3]
@@ -206,11 +194,10 @@ def test_sampled_gates_and_their_gradients_are_those_of_the_formula(
 ) -> None:
     log_alpha = torch.randn(16, 24, dtype=dtype).requires_grad_()
     noise = torch.rand(*examples, 16, 24, dtype=dtype)
-    before, cotangent = noise.clone(), torch.randn(*examples, 16, 24, dtype=dtype)
+    cotangent = torch.randn(*examples, 16, 24, dtype=dtype)
     expected = hc.sample(log_alpha, noise, *constants)
-    ours = sampled(log_alpha, noise, *constants)
+    ours = sampled(log_alpha, Given(noise), Constants(*constants), *examples)
     torch.testing.assert_close(ours, expected)
-    assert torch.equal(noise, before)
     slopes = [torch.autograd.grad(z, log_alpha, cotangent)[0] for z in (ours, expected)]
     torch.testing.assert_close(*slopes)
 
@@ -221,7 +208,7 @@ def test_sampled_gates_have_first_and_second_derivatives(constants: tuple[float,
     noise = torch.rand(3, 4, dtype=torch.float64) * 0.9 + 0.05
 
     def gates(location: Tensor) -> Tensor:
-        return sampled(location, noise, *constants).square()
+        return sampled(location, Given(noise), Constants(*constants), 3).square()
 
     assert gradcheck(gates, (log_alpha,))
     assert gradgradcheck(gates, (log_alpha,))
@@ -230,5 +217,86 @@ def test_sampled_gates_have_first_and_second_derivatives(constants: tuple[float,
 def test_sampling_saves_the_gates_and_nothing_else() -> None:
     log_alpha = torch.randn(64, 64).requires_grad_()
     with packed() as saved:
-        gates = sampled(log_alpha, torch.rand(64, 64))
+        gates = sampled(log_alpha, Given(torch.rand(64, 64)), Constants())
     assert storage_bytes(saved, (log_alpha,)) == gates.nbytes
+
+
+# --- in pieces --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("trained", [(True, True), (False, True), (True, False)], ids=str)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.bfloat16, 1e-2)], ids=str)
+def test_an_array_of_many_pieces_is_gated_as_a_whole(
+    dtype: torch.dtype, tolerance: float, trained: tuple[bool, bool]
+) -> None:
+    weight, log_alpha, noise, cotangent = problem(dtype, torch.float64, (3, PIECE // 2 + 1, 3))
+    arguments = [t.requires_grad_(wanted) for t, wanted in zip((weight, log_alpha), trained, strict=True)]
+    wanted = [t for t in arguments if t.requires_grad]
+    ours, expected = fused(weight, log_alpha, noise), plain(weight, log_alpha, noise)
+    torch.testing.assert_close(ours, expected, rtol=tolerance, atol=tolerance)
+    slopes = [torch.autograd.grad(product, wanted, cotangent) for product in (ours, expected)]
+    torch.testing.assert_close(*slopes, rtol=tolerance, atol=tolerance)
+
+
+def test_gates_alone_in_many_pieces() -> None:
+    _, log_alpha, noise, cotangent = problem(torch.float64, torch.float64, (2 * PIECE + 5,))
+    ours, expected = sampled(log_alpha, Given(noise), Constants()), hc.sample(log_alpha, noise)
+    torch.testing.assert_close(ours, expected)
+    torch.testing.assert_close(*(torch.autograd.grad(z, log_alpha, cotangent) for z in (ours, expected)))
+
+
+def test_a_gated_weight_may_be_changed_in_place() -> None:
+    weight, log_alpha, noise, _ = problem(torch.float32, torch.float32, (16 * PIECE,))
+    product = fused(weight, log_alpha, noise)
+    product.mul_(2).sum().backward()
+    torch.testing.assert_close(weight.grad, 2 * hc.sample(log_alpha.detach(), noise))
+
+
+def test_gradients_are_added_where_they_lie() -> None:
+    """Memory that autograd may not add to is allocated anew at every step."""
+    _, log_alpha, noise, cotangent = problem(torch.float32, torch.float32, (16 * PIECE,))
+    addresses: list[int] = []
+
+    class Watched(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: object, location: Tensor) -> Tensor:
+            return location.view_as(location)
+
+        @staticmethod
+        def backward(ctx: object, grad: Tensor) -> Tensor:
+            addresses.append(grad.data_ptr())
+            return grad
+
+    watched = Watched.apply(log_alpha)
+    gates = sampled(watched, Given(noise), Constants())
+    count = expected_count(watched, Constants())
+    torch.autograd.backward([gates, count], [cotangent, torch.tensor(1.0)])
+    assert log_alpha.grad is not None
+    assert addresses == [log_alpha.grad.data_ptr()]
+
+
+# --- the expected count -----------------------------------------------------------------------------------------------
+
+
+@all_constants
+@pytest.mark.parametrize("shape", [(), (5, 3), (PIECE + 7,)], ids=str)
+def test_the_expected_count_is_the_sum_of_keep_probabilities(
+    constants: tuple[float, float, float], shape: tuple[int, ...]
+) -> None:
+    log_alpha = torch.randn(shape, dtype=torch.float64).mul_(3).requires_grad_()
+    ours, expected = expected_count(log_alpha, Constants(*constants)), hc.keep_prob(log_alpha, *constants).sum()
+    torch.testing.assert_close(ours, expected)
+    torch.testing.assert_close(*(torch.autograd.grad(3 * count, log_alpha) for count in (ours, expected)))
+
+
+def test_the_expected_count_of_a_transposed_array_and_its_second_derivative() -> None:
+    log_alpha = torch.randn(4, 3, dtype=torch.float64).requires_grad_()
+    assert gradcheck(lambda a: expected_count(a.t(), Constants()), (log_alpha,))
+    assert gradgradcheck(lambda a: expected_count(a.t(), Constants()).square(), (log_alpha,))
+
+
+def test_the_expected_count_saves_nothing() -> None:
+    log_alpha = torch.randn(64, 64).requires_grad_()
+    with packed() as saved:
+        expected_count(log_alpha, Constants())
+    assert storage_bytes(saved, (log_alpha,)) == 0

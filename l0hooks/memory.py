@@ -1,0 +1,76 @@
+"""Large arrays: fresh memory that costs little to touch first, and passes that stay in the cache."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+PIECE = 2**17  # elements: a few arrays of them lie in a processor's cache
+_LARGE = 2**22  # bytes from which NumPy asks for huge pages
+
+
+def fresh(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Uninitialised memory.
+
+    The first touch of a page of 4 KiB costs more than several passes over it. NumPy asks Linux for pages of 2 MiB;
+    torch's allocator on the CPU does not.
+
+    Parameters
+    ----------
+    shape : sequence of int
+    dtype : torch.dtype
+    device : torch.device
+
+    Returns
+    -------
+    Tensor, contiguous
+
+    Examples
+    --------
+    >>> fresh((2, 3), torch.bfloat16, torch.device("cpu")).shape
+    torch.Size([2, 3])
+    """
+    size = math.prod(shape) * dtype.itemsize
+    if device.type != "cpu" or size < _LARGE:
+        return torch.empty(tuple(shape), dtype=dtype, device=device)
+    # reshaped by resize_: autograd forbids to change some views in place, and to add to memory that others may see
+    return torch.frombuffer(np.empty(size, np.uint8), dtype=dtype).resize_(tuple(shape))
+
+
+def fresh_like(tensor: Tensor) -> Tensor:
+    """Uninitialised memory of the dtype, shape, device and strides of ``tensor``, like :func:`fresh` if contiguous."""
+    if tensor.is_contiguous():
+        return fresh(tensor.shape, tensor.dtype, tensor.device)
+    return torch.empty_like(tensor, requires_grad=False)
+
+
+def pieces(first: Tensor, *others: Tensor | None) -> Iterator[tuple[Any, ...]]:
+    """Corresponding pieces of arrays of one shape, small enough for the cache; whole where strides or device forbid.
+
+    Parameters
+    ----------
+    first, *others : Tensor or None
+        On one device, of one shape. None stays None.
+
+    Yields
+    ------
+    tuple of views or None
+
+    Examples
+    --------
+    >>> [piece.numel() for piece, _ in pieces(torch.empty(2, PIECE), None)]
+    [131072, 131072]
+    """
+    arrays = (first, *others)
+    if first.numel() <= PIECE or first.device.type != "cpu" or not all(t is None or t.is_contiguous() for t in arrays):
+        yield arrays
+    else:
+        count = -(-first.numel() // PIECE)
+        flat = (itertools.repeat(None, count) if t is None else torch.split(t.view(-1), PIECE) for t in arrays)
+        yield from zip(*flat, strict=True)
