@@ -16,6 +16,7 @@ from torch.utils.hooks import RemovableHandle
 
 from l0hooks.gate import Gate
 from l0hooks.structure import ChannelGroup, GroupSite
+from l0hooks.team import Team
 from l0hooks.weights import Gating
 
 Count = Callable[[int], Any]
@@ -108,6 +109,8 @@ class CoupledWeight(Gating):
         The parameter's name in the plan.
     shape : tuple of int
         The weight's.
+    team : Team, optional
+        All gates of the plan, to be sampled together; those of ``members`` if not given.
     example_noise : bool
         Draw one mask for each example and multiply it into the layer's input, rather than one for each step.
 
@@ -126,10 +129,12 @@ class CoupledWeight(Gating):
         name: str,
         shape: tuple[int, ...],
         *,
+        team: Team | None = None,
         positions: float | None = None,
         example_noise: bool = False,
     ) -> None:
         super().__init__("coupled", positions)
+        self._team = Team(tuple(members.values())) if team is None else team
         self.plan = plan
         self.name = name
         self.numbers = tuple(members)
@@ -153,7 +158,7 @@ class CoupledWeight(Gating):
 
     def mask(self, examples: int | None = None) -> Tensor:
         """Sampled gates of the input channels: float32, shape (channels,), or (examples, channels)."""
-        return self._assemble([gate.sample(examples) for gate in self.gates], 1.0)
+        return self._assemble([self._team.sample(gate, examples) for gate in self.gates], 1.0)
 
     def _assemble(self, values: Sequence[Tensor], rest: float) -> Tensor:
         if self.index is None:  # one group, its members in order
@@ -162,7 +167,9 @@ class CoupledWeight(Gating):
         return torch.cat([ungated, *values], dim=-1).index_select(-1, self.index)
 
     def _sampled(self, weight: Tensor) -> Tensor:
-        return weight if self.example_noise or self.call.on_input else super()._sampled(weight)
+        if self.example_noise or self.call.on_input:
+            return weight
+        return weight * self.mask().view(self._view).to(weight.dtype)
 
 
 def _index_of(plan: CoupledPlan, numbers: Sequence[int], name: str) -> tuple[npt.NDArray[np.int64], int]:

@@ -19,6 +19,7 @@ from l0hooks.layers import CONVOLUTIONS, TRANSPOSED, is_hugging_face_conv1d
 from l0hooks.spec import GateSpec, Pattern, is_excluded
 from l0hooks.structure import ChannelGroup, GroupSite, channel_groups
 from l0hooks.structure.ties import Tensors
+from l0hooks.team import Team
 
 
 @dataclass(frozen=True)
@@ -180,6 +181,8 @@ def build_readers(
         for site in group.readers:
             for name in site.names:
                 members.setdefault(name, {})[number] = gate
+    gates_of_plan: dict[int, Gate] = {n: gate for gates in members.values() for n, gate in gates.items()}
+    team = Team(tuple(gates_of_plan.values()))
     called = {name for name in members if _takes_mask(model, name, positions)}
     by_example = _drawn_by_example(chosen, members, called)
     readers = []
@@ -196,6 +199,7 @@ def build_readers(
             gates,
             name,
             weight.shape,
+            team=team,
             positions=positions.get(name),
             example_noise=name in by_example,
         )

@@ -8,9 +8,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from l0hooks.hard_concrete import GAMMA, TEMPERATURE, ZETA, closing_point
+from l0hooks.hard_concrete import GAMMA, TEMPERATURE, ZETA, closing_point, keep_prob
 from l0hooks.memory import fresh, fresh_like, pieces
 from l0hooks.streams import Stream
+
+_FEW = 2**15  # below, a call of a Python function costs more than the memory it saves
 
 
 class Constants(NamedTuple):
@@ -31,18 +33,24 @@ class _Sampled(torch.autograd.Function):
     """sample(log_alpha, noise); saves the gates only."""
 
     @staticmethod  # one method, for torch takes 20 µs to call a setup_context
-    def forward(ctx: Any, log_alpha: Tensor, noise: Stream, constants: Constants, examples: int | None) -> Tensor:
+    def forward(
+        ctx: Any, log_alpha: Tensor, noise: Stream, constants: Constants, examples: int | None, shared: bool
+    ) -> Tensor:
         shape = log_alpha.shape if examples is None else (examples, *log_alpha.shape)
         gates = fresh(shape, log_alpha.dtype, log_alpha.device)
         for location, z in pieces(log_alpha, gates) if examples is None else [(log_alpha, gates)]:
             _draw(z, location, noise, constants)
         ctx.constants = constants
-        ctx.save_for_backward(log_alpha, gates)
+        if shared:  # saved tensors are gone after the first backward pass
+            ctx.kept = log_alpha, gates.detach()
+        else:
+            ctx.save_for_backward(log_alpha, gates)
+            ctx.kept = None
         return gates
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        log_alpha, gates = ctx.saved_tensors
+        log_alpha, gates = ctx.kept or ctx.saved_tensors
         if torch.is_grad_enabled():
             gates = _reattach(gates.detach(), log_alpha, ctx.constants)
             slope = _slope(gates, ctx.constants) * grad
@@ -50,7 +58,7 @@ class _Sampled(torch.autograd.Function):
             slope = fresh_like(gates)
             for z, g, s in pieces(gates, grad, slope):
                 _slope_times(z, g, ctx.constants, out=s)
-        return slope.sum_to_size(log_alpha.shape), None, None, None
+        return slope.sum_to_size(log_alpha.shape), None, None, None, None
 
 
 class _GatedWeight(torch.autograd.Function):
@@ -166,7 +174,9 @@ def _slope(gates: Tensor, constants: Constants) -> Tensor:
     return torch.where((gates > 0) & (gates < 1), slope, 0.0)
 
 
-def sampled(log_alpha: Tensor, noise: Stream, constants: Constants, examples: int | None = None) -> Tensor:
+def sampled(
+    log_alpha: Tensor, noise: Stream, constants: Constants, examples: int | None = None, *, shared: bool = False
+) -> Tensor:
     """``sample(log_alpha, noise)``, fused.
 
     Parameters
@@ -176,6 +186,8 @@ def sampled(log_alpha: Tensor, noise: Stream, constants: Constants, examples: in
     constants : Constants
     examples : int, optional
         How many independent samples; they become the first axis.
+    shared : bool
+        Whether outputs with backward passes of their own may come from it: what it saved stays until the graph goes.
 
     Returns
     -------
@@ -188,7 +200,7 @@ def sampled(log_alpha: Tensor, noise: Stream, constants: Constants, examples: in
     >>> sampled(torch.tensor([30.0, -30.0]), noise, Constants(), examples=3)[0]
     tensor([1., 0.])
     """
-    gates: Tensor = _Sampled.apply(log_alpha, noise, constants, examples)  # type: ignore[no-untyped-call]
+    gates: Tensor = _Sampled.apply(log_alpha, noise, constants, examples, shared)  # type: ignore[no-untyped-call]
     return gates
 
 
@@ -234,8 +246,9 @@ def expected_count(log_alpha: Tensor, constants: Constants) -> Tensor:
     >>> expected_count(torch.tensor([30.0, -30.0]), Constants())
     tensor(1.)
     """
-    shift = closing_point(*constants)
-    count: Tensor = _ExpectedCount.apply(log_alpha, shift)  # type: ignore[no-untyped-call]
+    if log_alpha.numel() < _FEW:
+        return keep_prob(log_alpha, *constants).sum()
+    count: Tensor = _ExpectedCount.apply(log_alpha, closing_point(*constants))  # type: ignore[no-untyped-call]
     return count
 
 

@@ -139,6 +139,12 @@ class Gate(nn.Module):
         """The same noise, for who draws it piece by piece."""
         return self._door.stream(self._index, self._like(examples))
 
+    @property
+    def shared(self) -> dict[object, Any] | None:
+        """What the running forward computes once for several places; None outside every forward."""
+        source = self._door.source
+        return None if source.owner is None else source.shared
+
     def _like(self, examples: int | None) -> Tensor:
         return self.log_alpha if examples is None else self.log_alpha.new_empty((examples, *self.log_alpha.shape))
 
@@ -238,6 +244,7 @@ class Gate(nn.Module):
     def end_forward(self) -> None:
         """No forward runs across an optimiser's step: one that was interrupted is over."""
         self._door.source.owner = None
+        self._door.source.shared.clear()
 
     def get_extra_state(self) -> Tensor:
         """The temperature, its schedule's step and the rule's state, so that a checkpoint resumes with them."""

@@ -20,6 +20,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -56,10 +57,13 @@ class NoiseSource:
         Name of the door whose forward is running.
     ticket : Tensor, int64, shape ()
         The ticket of that forward.
+    shared : dict
+        What that forward computes once for several places; it ends with the forward.
     """
 
     def __init__(self) -> None:
         self.owner: str | None = None
+        self.shared: dict[object, Any] = {}
         self.ticket = torch.zeros((), dtype=torch.int64, device="cpu")
         self._covers: dict[str, frozenset[str]] = {}
         self._log: deque[_Draw] = deque(maxlen=_MEMORY)
@@ -83,6 +87,7 @@ class NoiseSource:
 
     def open(self, door: str, *, recorded: bool, compiled: bool = False) -> Tensor:
         """The ticket of a forward that begins at ``door``: a new one, or the old one if the forward is repeated."""
+        self.shared.clear()
         if torch._C._current_graph_task_id() != -1:
             replayed = self._replay(door)
             if replayed is not None:
@@ -93,6 +98,7 @@ class NoiseSource:
 
     def close(self) -> None:
         """The forward that drew last has ended."""
+        self.shared.clear()
         if self._log and self._log[-1].end is None:
             self._log[-1].end = torch._C._autograd._get_sequence_nr()
 

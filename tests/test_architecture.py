@@ -14,7 +14,7 @@ FLOORS = {
     1: ["hard_concrete", "layers", "noise", "schedules", "extras", "rows", "quadratics", "subset"],
     2: ["distribution", "families", "fused", "stepping", "tracing"],
     3: ["structure", "gate", "comparison", "constants"],
-    4: ["spec", "weights", "optim"],
+    4: ["spec", "weights", "optim", "team"],
     5: ["coupled"],
     6: ["penalties", "coupling"],
     7: ["summary", "shrink", "sizes", "planning", "control"],

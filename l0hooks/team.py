@@ -1,0 +1,109 @@
+"""Gates that one forward reads at many places, sampled once for all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from l0hooks.families import HardConcreteFamily
+from l0hooks.fused import Constants, is_traced, sampled
+from l0hooks.gate import Gate, is_sharded
+from l0hooks.memory import fresh
+from l0hooks.streams import Stream
+
+
+class _Chain:
+    """The streams of several gates, one after the other along the last axis."""
+
+    def __init__(self, streams: Sequence[Stream], sizes: list[int]) -> None:
+        self._streams = streams
+        self._sizes = sizes
+
+    def uniform_(self, out: Tensor) -> Tensor:
+        for stream, part in self._parts(out):
+            part.copy_(stream.uniform_(fresh(part.shape, part.dtype, part.device)))
+        return out
+
+    def logistic_(self, out: Tensor, scale: float) -> Tensor:
+        for stream, part in self._parts(out):
+            part.copy_(stream.logistic_(fresh(part.shape, part.dtype, part.device), scale))
+        return out
+
+    def _parts(self, out: Tensor) -> Iterable[tuple[Stream, Tensor]]:
+        return zip(self._streams, torch.split(out, self._sizes, -1), strict=True)
+
+
+class _Sample(NamedTuple):
+    """A gate's share, and what it was drawn from."""
+
+    log_alpha: Tensor
+    version: int
+    temperature: float
+    gates: Tensor
+
+
+class Team:
+    """Gates with one source of noise, sampled together.
+
+    The first reader in a forward samples all of them, in one node of the graph; the others take their share. A reader
+    samples for itself wherever the graph could not be shared: in recomputation, under hooks for saved tensors (as
+    activation checkpointing sets them), in a compiled graph, and outside every forward. The noise is the same.
+
+    Parameters
+    ----------
+    gates : sequence of Gate
+    """
+
+    def __init__(self, gates: Sequence[Gate]) -> None:
+        self._gates = tuple(gates)
+
+    def sample(self, gate: Gate, examples: int | None = None) -> Tensor:
+        """``gate.sample(examples)``, shared where it can be."""
+        shared = gate.shared
+        if is_traced() or shared is None or not _is_recorded_once():
+            return gate.sample(examples)
+        key = (id(self), examples, torch.is_grad_enabled(), torch.is_inference_mode_enabled())
+        if key not in shared:
+            shared[key] = self._draw(examples)
+        share: _Sample | None = shared[key].get(id(gate))
+        if share is None or not (
+            share.log_alpha is gate.log_alpha
+            and share.version == gate.log_alpha._version
+            and share.temperature == gate.temperature
+        ):
+            return gate.sample(examples)
+        return share.gates
+
+    def _draw(self, examples: int | None) -> dict[int, _Sample]:
+        """Samples of the gates that are of one kind, by the gates' ids."""
+        kinds: dict[tuple[Constants, torch.device], list[Gate]] = {}
+        for gate in self._gates:
+            family, location = gate.family, gate.log_alpha
+            fixed = gate.rule is not None and gate.rule.finished
+            if not (fixed or is_sharded(location) or location.is_inference()) and type(family) is HardConcreteFamily:
+                constants = Constants(gate.temperature, family.gamma, family.zeta)
+                kinds.setdefault((constants, location.device), []).append(gate)
+        shares: dict[int, _Sample] = {}
+        for (constants, _), gates in kinds.items():
+            shares |= _sample(gates, constants, examples)
+        return shares
+
+
+def _is_recorded_once() -> bool:
+    """Whether what autograd records now is recorded once and saved as it is."""
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
+    return hooks is None and torch._C._current_graph_task_id() == -1
+
+
+def _sample(gates: Sequence[Gate], constants: Constants, examples: int | None) -> dict[int, _Sample]:
+    sizes = [len(gate.log_alpha) for gate in gates]
+    noise = _Chain([gate.stream(examples) for gate in gates], sizes)
+    together = torch.cat([gate.log_alpha for gate in gates])
+    values = torch.split(sampled(together, noise, constants, examples, shared=True), sizes, -1)
+    return {
+        id(gate): _Sample(gate.log_alpha, gate.log_alpha._version, gate.temperature, value)
+        for gate, value in zip(gates, values, strict=True)
+    }
