@@ -1,10 +1,13 @@
 """``SparseCalibrationWeights`` beside ``Calibrator`` and a bare gate."""
 
+import itertools
+
 import l0
 import numpy as np
 import pytest
 import torch
 from scipy import sparse
+from scipy.optimize import nnls
 
 from l0hooks import Gate, penalty
 from l0hooks.calibration import Calibrator
@@ -58,6 +61,23 @@ def test_at_a_price_theirs_is_no_cheaper():
     }
     assert 0 < ours.active < 300
     assert cost["ours"] <= cost["theirs"]
+
+
+def test_the_cheapest_of_a_path_is_close_to_the_cheapest_of_all():
+    """By all subsets of ten households; their objective, where their descent ends at twice that and more."""
+    rng = np.random.default_rng(0)
+    matrix, price = rng.random((5, 10)), 0.01
+    y = matrix @ rng.lognormal(2, 0.5, 10)
+    scale = 1 / (y + 1)
+    subsets = [s for k in range(1, 11) for s in itertools.combinations(range(10), k)]
+    best = min(nnls(matrix[:, s] * scale[:, None], y * scale)[1] ** 2 + price * len(s) for s in subsets)
+
+    def cost(weights):
+        return relative_loss(matrix, y, weights) + price * (weights > 0).sum()
+
+    path = Calibrator(progress=False).fit_path(matrix, y, ks=range(1, 6))
+    assert min(cost(result.weights) for result in path.values()) < 1.1 * best
+    assert best < cost(numbers(trained(sparse.csr_matrix(matrix), y, price))) / 2
 
 
 def test_no_gates_is_plain_calibration():
