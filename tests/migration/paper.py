@@ -37,12 +37,9 @@ def mean(log_alpha: Any, beta: float = BETA) -> Any:
     return np.array([gate_at(u, one, beta).mean() for one in np.ravel(log_alpha)]).reshape(np.shape(log_alpha))
 
 
-def test_time(log_alpha: Any) -> Any:
+def at_test_time(log_alpha: Any) -> Any:
     """Equation 13, which does not know β."""
     return np.clip(logistic(log_alpha) * (ZETA - GAMMA) + GAMMA, 0, 1)
-
-
-test_time.__test__ = False  # a name of the paper's, not a test
 
 
 def expected(cost: Any, keep: Any) -> float:
@@ -56,7 +53,7 @@ def expected(cost: Any, keep: Any) -> float:
 
 def dense(x: Any, weights: Any, bias: Any, log_alpha: Any) -> Any:
     """``L0Dense`` in evaluation: gates on the inputs, ``weights`` input by output."""
-    return (x * test_time(log_alpha)) @ weights + bias
+    return (x * at_test_time(log_alpha)) @ weights + bias
 
 
 def convolution(x: Any, weights: Any, bias: Any) -> Any:
@@ -71,4 +68,4 @@ def convolution(x: Any, weights: Any, bias: Any) -> Any:
 
 def gated_convolution(x: Any, weights: Any, bias: Any, log_alpha: Any) -> Any:
     """``L0Conv2d`` in evaluation: gates on the feature maps, after the bias."""
-    return convolution(x, weights, bias) * test_time(log_alpha)[:, None, None]
+    return convolution(x, weights, bias) * at_test_time(log_alpha)[:, None, None]

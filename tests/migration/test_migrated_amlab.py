@@ -88,7 +88,7 @@ def test_gates_between_the_two_rules_are_closed_here_and_open_there(rng):
     sparsify(layer, GateSpec(granularity="input", **PAPER))
     layer.load_state_dict(from_amlab(tensors(state), layer))
     (gate,) = (gate for _, gate in iter_gates(layer))
-    theirs, ours = paper.test_time(state["qz_loga"]), gate.eval()().detach().numpy()
+    theirs, ours = paper.at_test_time(state["qz_loga"]), gate.eval()().detach().numpy()
     assert (theirs[between] > 0).all()
     assert (ours[between] == 0).all()
     np.testing.assert_allclose(ours[~between], theirs[~between], atol=1e-6)

@@ -5,13 +5,10 @@ import numpy as np
 import paper
 import pytest
 import torch
-from conversion import from_page
-from test_migrated_layers import LAYERS, MLP, pair, trained
+from counterparts import LAYERS, MLP, from_l0_python, pair, trained
 from torch import nn
 
 from l0hooks import GateSpec, iter_gates, penalty, sparsify, summary
-
-from_l0_python = from_page("migration.md", "from_l0_python")
 
 
 def both(**options):

@@ -26,10 +26,9 @@ def test_half_of_the_inputs_dropped_are_a_sixth():
 
 def test_no_dropping_is_taken_for_one_half():
     """``droprate_init=0.`` becomes 0.5, also as the default of ``BasicBlock``."""
-    asked = 0.0
-    assert (asked if asked != 0.0 else 0.5) == 0.5  # their line
+    assert paper.keep_prob(math.log(1 - 0.5) - math.log(0.5)) < 0.84  # where all were to be kept
     with pytest.raises(L0HooksError, match="strictly between 0 and 1"):
-        Gate(1, init_keep_prob=1 - asked)
+        Gate(1, init_keep_prob=1.0)
 
 
 def test_a_convolutions_bias_is_there_in_evaluation_only():

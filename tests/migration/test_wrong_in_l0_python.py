@@ -9,7 +9,7 @@ import paper
 import pytest
 import scipy.sparse as sp
 import torch
-from test_migrated_layers import pair, trained
+from counterparts import pair, trained
 from torch import nn
 
 import l0hooks
