@@ -24,6 +24,7 @@ def with_code() -> list[Path]:
 
 
 @pytest.mark.filterwarnings("ignore:Sparse (CSR|BSR) tensor support:UserWarning")  # torch says so once a process
+@pytest.mark.filterwarnings("ignore:Sparse invariant checks:UserWarning")  # and so, of l0-python's sparse tensors
 @pytest.mark.filterwarnings("ignore:.*(LeafSpec|does not have many workers|Found .* module)")  # lightning's own
 @pytest.mark.parametrize("page", with_code(), ids=lambda page: page.name)
 def test_the_blocks_of_a_page_run_in_order(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
