@@ -4,22 +4,26 @@ from __future__ import annotations
 
 import itertools
 import math
+import weakref
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 PIECE = 2**17  # elements: a few arrays of them lie in a processor's cache
-_LARGE = 2**22  # bytes from which NumPy asks for huge pages
+_LARGE = 2**20  # bytes
+_KEPT = 2**26  # bytes that are kept for the next array of the same size; larger ones lie on huge pages
+_free: dict[int, list[npt.NDArray[np.uint8]]] = {}
 
 
 def fresh(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Uninitialised memory.
 
-    The first touch of a page of 4 KiB costs more than several passes over it. NumPy asks Linux for pages of 2 MiB;
-    torch's allocator on the CPU does not.
+    The first touch of a page of 4 KiB costs more than several passes over it, and torch's allocator on the CPU hands
+    pages back as soon as they are free. Here 64 MiB are kept, and NumPy asks Linux for pages of 2 MiB.
 
     Parameters
     ----------
@@ -40,7 +44,25 @@ def fresh(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Ten
     if device.type != "cpu" or size < _LARGE:
         return torch.empty(tuple(shape), dtype=dtype, device=device)
     # reshaped by resize_: autograd forbids to change some views in place, and to add to memory that others may see
-    return torch.frombuffer(np.empty(size, np.uint8), dtype=dtype).resize_(tuple(shape))
+    return torch.frombuffer(_lend(size), dtype=dtype).resize_(tuple(shape))
+
+
+def _lend(size: int) -> npt.NDArray[np.uint8]:
+    """Memory that comes back when the last tensor that uses it has gone."""
+    blocks = _free.get(size)
+    block = blocks.pop() if blocks else np.empty(size, np.uint8)
+    lent = block[:]  # the tensor's storage holds this view alone
+    weakref.finalize(lent, _take_back, block).atexit = False
+    return lent
+
+
+def _take_back(block: npt.NDArray[np.uint8]) -> None:
+    if block.size > _KEPT // 4:
+        return
+    kept = list(_free.items())  # the collector may run this function at any time
+    if sum(size * len(blocks) for size, blocks in kept) + block.size > _KEPT:
+        _free.clear()  # of a model that is no longer trained, perhaps
+    _free.setdefault(block.size, []).append(block)
 
 
 def fresh_like(tensor: Tensor) -> Tensor:

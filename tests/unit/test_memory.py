@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import gc
+from collections.abc import Callable
+
 import pytest
 import torch
 
+from l0hooks import memory
 from l0hooks.memory import PIECE, fresh, fresh_like, pieces
 
 CPU = torch.device("cpu")
@@ -27,6 +31,43 @@ def test_two_are_never_the_same_memory() -> None:
     one, other = (fresh((2**21,), torch.float32, CPU).fill_(n) for n in (1, 2))
     assert float(one.min()) == 1
     assert float(other.max()) == 2
+
+
+COUNT = 2**19 + 64  # of a size of its own
+
+
+@pytest.mark.parametrize(
+    "hold",
+    [
+        lambda tensor: tensor,
+        lambda tensor: tensor[5:],
+        lambda tensor: tensor.view(torch.int32),
+        lambda tensor: tensor.untyped_storage(),
+        lambda tensor: tensor.numpy(),
+        lambda tensor: torch.utils.dlpack.to_dlpack(tensor),
+        lambda tensor: (torch.ones(COUNT, requires_grad=True) * tensor).grad_fn,
+    ],
+    ids=["tensor", "slice", "other dtype", "storage", "NumPy", "DLPack", "saved for backward"],
+)
+def test_memory_is_used_again_when_nobody_holds_it_and_not_before(hold: Callable[[torch.Tensor], object]) -> None:
+    memory._free.clear()
+    holder = hold(fresh((COUNT,), torch.float32, CPU))
+    gc.collect()
+    assert 4 * COUNT not in memory._free
+    del holder
+    gc.collect()
+    ((block,),) = (blocks for size, blocks in memory._free.items() if size == 4 * COUNT)
+    again = fresh((COUNT,), torch.float32, CPU)
+    assert again.data_ptr() == block.ctypes.data
+    assert not memory._free[4 * COUNT]
+
+
+def test_little_memory_is_kept() -> None:
+    memory._free.clear()
+    for count in (2**24, *(2**20 + 64 * n for n in range(40))):
+        fresh((count,), torch.float32, CPU)
+        assert sum(size * len(blocks) for size, blocks in memory._free.items()) <= memory._KEPT
+    assert 4 * 2**24 not in memory._free
 
 
 @pytest.mark.parametrize("shape", [(4, 6), (2**11, 2**11)])
