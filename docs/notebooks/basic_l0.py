@@ -143,8 +143,9 @@ def squared_error(columns: tuple[int, ...]) -> float:
 place, excess = {}, {}
 for k in (2, 3, 4):
     chosen = choose(k)
-    losses = sorted(squared_error(columns) for columns in itertools.combinations(range(10), k))
-    place[k], excess[k] = losses.index(squared_error(chosen)) + 1, squared_error(chosen) / losses[0] - 1
+    losses = {columns: squared_error(columns) for columns in itertools.combinations(range(10), k)}
+    ranking = sorted(losses, key=losses.__getitem__)
+    place[k], excess[k] = ranking.index(chosen) + 1, losses[chosen] / losses[ranking[0]] - 1
     names = ", ".join(data.columns[j] for j in chosen)
     print(f"{k} inputs: {names}. Number {place[k]} of {len(losses)} subsets, {excess[k]:.1%} above the best")
 
