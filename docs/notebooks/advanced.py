@@ -236,7 +236,7 @@ for name, strengths in (("No price on borders", {}), ("Borders cost 0.02", {"bor
 # %% [markdown]
 # ## The picture
 #
-# The two sensors over the average digit, and how the budgets of section 3 were met.
+# The two sensors over the average digit (grey pixels are not read), and how the budgets of section 3 were met.
 
 # %%
 figure = plt.figure(figsize=(6, 6.2))

@@ -169,7 +169,7 @@ above.plot([], color="#0f8b8d", label="has an effect")
 above.plot([], color="#e08214", label="has none")
 above.axhline(0.5, color="0.5", linewidth=0.8, linestyle="--")
 above.set(title="60 gates decide", xlabel="step", ylabel="keep probability", ylim=(-0.02, 1.02))
-above.legend(loc="center right")
+above.legend(loc="lower right", bbox_to_anchor=(1.0, 0.97), ncols=2)
 
 places = np.arange(p)
 below.vlines(places, 0, everything, color="#e08214", linewidth=1.5, alpha=0.7, label="least squares, all inputs")
