@@ -148,7 +148,7 @@ def sparse(scale: Scale) -> list[Table]:
                 | {c: found.get(sparsity) for c, found in all_of.items()}
                 for sparsity in SPARSITIES
             ]
-            panel = Panel("lines", tuple(FORMATS), "time over dense", x="weights kept, %", log=True, reference=1.0)
+            panel = Panel("lines", tuple(FORMATS), "time over dense", x="weights kept, %", log="xy", reference=1.0)
             tables.append(Table(f"Sparse weights over dense: {title}", rows, panel))
     note = f"sparsities tried: {', '.join(f'{100 * s:g}' for s in reversed(SPARSITIES))} %"
     remark = f"MKL, whose sparse products torch calls: {torch.backends.mkl.is_available()}"

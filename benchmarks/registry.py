@@ -30,14 +30,17 @@ class Aim:
 
 @dataclass(frozen=True)
 class Panel:
-    """How a table is drawn: bars for every row, or lines over the column ``x``, one for each of ``y`` and of ``by``."""
+    """How a table is drawn: bars for every row, or lines over the column ``x``, one for each of ``y`` and of ``by``.
+
+    ``log`` names the logarithmic axes.
+    """
 
     kind: Literal["bars", "lines"]
     y: tuple[str, ...]
     label: str
     x: str = ""
     by: str = ""
-    log: bool = False
+    log: Literal["", "x", "y", "xy"] = ""
     reference: float | None = None
 
 

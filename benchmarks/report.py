@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe and Ito
 MARKERS = "osD^vPX"
+PLAIN = 1000  # ticks up to here are written out, larger ones as powers of ten
 
 
 def written(cell: Cell) -> str:
@@ -96,9 +97,9 @@ def _bars(axes: Axes, rows: list[Row], panel: Panel) -> None:
         axes.bar_label(bars, [written(value) for _, value in given], padding=2, fontsize=8)
     axes.set_yticks(range(len(rows)), [str(next(iter(row.values()))) for row in rows])
     axes.invert_yaxis()
-    axes.margins(x=0.12)
+    axes.margins(x=0.12, y=0.02)
     axes.set_xlabel(panel.label)
-    if panel.log:
+    if "x" in panel.log:
         axes.set_xscale("log")
     if panel.reference is not None:
         axes.axvline(panel.reference, color="0.4", ls="--", lw=1)
@@ -107,6 +108,8 @@ def _bars(axes: Axes, rows: list[Row], panel: Panel) -> None:
 
 
 def _lines(axes: Axes, rows: list[Row], panel: Panel) -> None:
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
     groups = list(dict.fromkeys(row.get(panel.by) for row in rows)) if panel.by else [None]
     for g, group in enumerate(groups):
         own = [row for row in rows if not panel.by or row[panel.by] == group]
@@ -116,9 +119,17 @@ def _lines(axes: Axes, rows: list[Row], panel: Panel) -> None:
             colour = (g if len(groups) > 1 else n) % len(COLOURS)
             style: dict[str, Any] = {"color": COLOURS[colour], "marker": MARKERS[colour], "ms": 4, "label": label}
             axes.plot(*zip(*given, strict=True), ls=("-", "--", ":")[n % 3] if len(groups) > 1 else "-", **style)
-    if panel.log:
-        axes.set(xscale="log", yscale="log")
+    for letter, axis in {"x": axes.xaxis, "y": axes.yaxis}.items():
+        if letter not in panel.log:
+            if letter == "y" and axis.get_view_interval()[0] < axis.get_view_interval()[1] / 2:
+                axes.set_ylim(bottom=0)
+            continue
+        axes.set(**{f"{letter}scale": "log"})
+        if axis.get_view_interval()[1] < PLAIN:
+            axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+            axis.set_minor_formatter(NullFormatter())
     axes.set(xlabel=panel.x, ylabel=panel.label)
     if panel.reference is not None:
         axes.axhline(panel.reference, color="0.4", ls="--", lw=1)
-    axes.legend(fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
+    axes.legend(fontsize=8, framealpha=0.7, loc="best")

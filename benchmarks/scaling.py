@@ -60,7 +60,7 @@ def weights(scale: Scale) -> list[Table]:
             aims.append(Aim(f"extra over l0-python's, {count:.1e} weights", row["extra / peer's"], ASKED[count]))
         gc.collect()
     names = tuple(name for name in (rows[0] if rows else {}) if name.endswith("extra ns/weight"))
-    panel = Panel("lines", names, "extra ns a weight", x="weights", log=True)
+    panel = Panel("lines", names, "extra ns a weight", x="weights", log="x")
     return [Table(f"One layer, batch {BATCH}: training step over dense", rows, panel, aims, missing)]
 
 
@@ -72,5 +72,5 @@ def layers(scale: Scale) -> list[Table]:
         seconds = of_layers([(SMALL, SMALL)] * count, scale.repeats(max(30, 600 // count)))
         rows.append({"layers": float(count)} | over_dense(seconds, count * 1e-6, "extra µs/gate"))
     names = tuple(name for name in rows[0] if name.endswith("extra µs/gate"))
-    panel = Panel("lines", names, "extra µs a gated layer", x="layers", log=True)
+    panel = Panel("lines", names, "extra µs a gated layer", x="layers", log="x")
     return [Table(f"Layers of {SMALL} × {SMALL} in a row, batch {BATCH}: training step", rows, panel, notes=notes())]

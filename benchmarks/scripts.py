@@ -159,6 +159,6 @@ def calibration(found: dict[str, Any]) -> list[Table]:
     for part in found["comparison"]:
         rows = [{column: line.get(column) for column in columns} for line in part["lines"]]
         notes = ["ours / l0-python: " + ", ".join(f"{name} {value:.3g}" for name, value in part["ratios"].items())]
-        panel = Panel("bars", ("error %",), "mean |relative error|, %", log=True)
+        panel = Panel("bars", ("error %",), "mean |relative error|, %", log="x")
         tables.append(Table(part["problem"], rows, panel, notes=notes))
     return tables

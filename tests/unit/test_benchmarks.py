@@ -79,7 +79,7 @@ def test_markdown_and_text_hold_all_cells(capsys: pytest.CaptureFixture[str]) ->
 
 def test_plots_of_bars_and_lines_are_written(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    panel = Panel("lines", ("ms",), "ms", x="size", by="who", log=True, reference=1.0)
+    panel = Panel("lines", ("ms",), "ms", x="size", by="who", log="xy", reference=1.0)
     lines = Table("Growth", [{"size": n, "who": w, "ms": 2 * n} for n in (1.0, 9.0) for w in "ab"], panel)
     assert report.plot([TABLE, lines, Table("no panel", [{"x": 1.0}])], tmp_path / "new" / "plot.svg")
     assert "<svg" in (tmp_path / "new" / "plot.svg").read_text()
