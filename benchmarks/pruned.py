@@ -149,7 +149,8 @@ def sparse(scale: Scale) -> list[Table]:
                 for sparsity in SPARSITIES
             ]
             panel = Panel("lines", tuple(FORMATS), "time over dense", x="weights kept, %", log="xy", reference=1.0)
-            tables.append(Table(f"Sparse weights over dense: {title}", rows, panel))
+            cut_off = f"–: not measured, for it was {HOPELESS} times dense or more with fewer weights already"
+            tables.append(Table(f"Sparse weights over dense: {title}", rows, panel, notes=[cut_off]))
     note = f"sparsities tried: {', '.join(f'{100 * s:g}' for s in reversed(SPARSITIES))} %"
     remark = f"MKL, whose sparse products torch calls: {torch.backends.mkl.is_available()}"
     return [
