@@ -28,7 +28,7 @@ def of_layers(shapes: list[tuple[int, int]], repeats: int) -> dict[str, list[flo
     """CPU seconds of the contenders' training steps."""
     x = torch.randn(BATCH, shapes[0][0])
     steps = {name: training_step(contender, x) for name, contender in linears(shapes).items()}
-    return rounds(steps, repeats=repeats, clock=time.process_time)
+    return rounds(steps, repeats=repeats, warmup=3 if repeats > 7 else 1, clock=time.process_time)
 
 
 def over_dense(seconds: dict[str, list[float]], unit: float, called: str) -> Row:
@@ -52,7 +52,7 @@ def weights(scale: Scale) -> list[Table]:
         if count * BYTES / 2**30 > available_gib():
             missing.append(f"{count:.1e} weights: too little memory is free")
             continue
-        repeats = scale.repeats(max(7, min(200, 40_000_000 // count)))
+        repeats = scale.repeats(max(5, min(200, 120_000_000 // count)))
         side = math.isqrt(count)
         row = over_dense(of_layers([(side, side)], repeats), side**2 * 1e-9, "extra ns/weight")
         rows.append({"weights": float(side**2), "rounds": float(repeats)} | row)
