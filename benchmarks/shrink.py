@@ -1,15 +1,13 @@
-"""How well coupled groups shrink: exactness beside Torch-Pruning, and what cutting, training and tracing cost.
+"""How well coupled groups shrink: exactness beside Torch-Pruning, and what tracing costs.
 
 pip install "l0hooks[dev]" && pip install --no-deps "torch-pruning==1.6.*"
-python -m benchmarks.shrink --json shrink.json                 # all parts, one thread, a few minutes
-python -m benchmarks.shrink --parts zoo tracing                # some of them
+python -m benchmarks.shrink --json shrink.json                 # both parts, one thread, a few minutes
+python -m benchmarks.shrink --parts tracing                    # one of them
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
-import functools
 import json
 import logging
 import signal
@@ -24,21 +22,16 @@ import torch
 from torch import nn
 
 import l0hooks
-from benchmarks.timing import medians
+from benchmarks.pruned import CLOSED, bert, parameters, resnet
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "zoo"))
 from structure_models import HUGGING_FACE, ZOO
 from structure_oracle import TOLERANCE, close, gap, outputs, positions
 
-CLOSED, OPEN = -4.0, 4.0
 PATIENCE = 20  # seconds
 
 
 # --- the zoo, beside Torch-Pruning ------------------------------------------------------------------------------------
-
-
-def parameters(model):
-    return sum(p.numel() for p in model.parameters())
 
 
 def with_ours(entry):
@@ -163,102 +156,7 @@ def _cell(cell):
     return f"{cell['result']:8} {removed:14}"
 
 
-# --- speed ------------------------------------------------------------------------------------------------------------
-
-
-def resnet(**options):
-    from transformers import ResNetConfig, ResNetForImageClassification
-
-    return ResNetForImageClassification(ResNetConfig(**options)).eval()
-
-
-def bert(**options):
-    from transformers import BertConfig, BertModel
-
-    return BertModel(BertConfig(**options)).eval()
-
-
-def half_resnet():
-    """ResNet-50 with every width halved, by its configuration."""
-    return resnet(embedding_size=32, hidden_sizes=[128, 256, 512, 1024])
-
-
-def half_bert(config_of):
-    """BERT-base with half the heads, hidden neurons and pooled features, its layers put in by hand."""
-    model = bert(intermediate_size=1536)
-    for layer in model.encoder.layer:
-        attention = layer.attention.self
-        attention.query, attention.key, attention.value = (nn.Linear(768, 384) for _ in range(3))
-        attention.num_attention_heads, attention.all_head_size = 6, 384
-        layer.attention.output.dense = nn.Linear(384, 768)
-    if config_of.pooler is not None:
-        model.pooler.dense = nn.Linear(768, config_of.pooler.dense.out_features)
-    return model.eval()
-
-
-def every_second(model, inputs):
-    """The model pruned with every second member of each group closed."""
-    gated = copy.deepcopy(model)
-    l0hooks.sparsify(gated, "coupled", example_inputs=inputs)
-    with torch.no_grad():
-        for _, gate in l0hooks.iter_gates(gated):
-            gate.log_alpha.fill_(OPEN)[::2] = CLOSED
-    return l0hooks.prune(gated, example_inputs=inputs).eval()
-
-
-def shapes(model):
-    return {name: tuple(p.shape) for name, p in model.named_parameters()}
-
-
-@torch.no_grad()
-def speed():
-    print("speed: every second member closed; against the same shapes built by hand (fresh weights), and dense")
-    found = {}
-    image, words = (torch.randn(1, 3, 224, 224),), (torch.randint(30_000, (1, 128)),)
-    for name, dense, inputs, by_hand in (
-        ("ResNet-50", resnet(), image, lambda _: half_resnet()),
-        ("BERT-base", bert(), words, half_bert),
-    ):
-        pruned = every_second(dense, inputs)
-        hand = by_hand(pruned)
-        same = shapes(pruned) == shapes(hand)
-        models = {"dense": dense, "pruned": pruned, "hand": hand}
-        ms = medians({key: functools.partial(m, *inputs) for key, m in models.items()}, repeats=25)
-        found[name] = {
-            "milliseconds": {key: 1e3 * value for key, value in ms.items()},
-            "parameters": {key: parameters(m) for key, m in models.items()},
-            "same_shapes": same,
-            "pruned_over_hand": ms["pruned"] / ms["hand"],
-            "speed_up": ms["dense"] / ms["pruned"],
-        }
-        print(f"{name}: {json.dumps(found[name])}", flush=True)
-    return found
-
-
-def training():
-    """A step of SGD on a ResNet-18-like network, dense and with coupled gates."""
-    print("training: ResNet-18-like, 16 images of 64 x 64, forward + backward + SGD; over dense")
-    x, y = torch.randn(16, 3, 64, 64), torch.randint(10, (16,))
-    steps = {}
-    for name in ("dense", "step", "example"):
-        torch.manual_seed(0)
-        model = resnet(hidden_sizes=[64, 128, 256, 512], depths=[2, 2, 2, 2], layer_type="basic", num_labels=10).train()
-        if name != "dense":
-            spec = l0hooks.GateSpec(granularity="coupled", noise=name)
-            l0hooks.sparsify(model, spec, example_inputs=(x[:2],))
-        optimizer = torch.optim.SGD(model.parameters(), 1e-3)
-        steps[name] = functools.partial(_train_step, model, optimizer, x, y)
-    ms = medians(steps, repeats=40, clock=time.process_time)
-    ratios = {f"{name}_over_dense": ms[name] / ms["dense"] for name in ("step", "example")}
-    found = {"milliseconds": {key: 1e3 * value for key, value in ms.items()}, **ratios}
-    print(json.dumps(found), flush=True)
-    return found
-
-
-def _train_step(model, optimizer, x, y):
-    optimizer.zero_grad()
-    nn.functional.cross_entropy(model(x).logits, y).backward()
-    optimizer.step()
+# --- tracing ---------------------------------------------------------------------------------------------------------
 
 
 def tracing():
@@ -283,7 +181,7 @@ def tracing():
     return found
 
 
-PARTS = {"zoo": zoo, "speed": speed, "training": training, "tracing": tracing}
+PARTS = {"zoo": zoo, "tracing": tracing}
 
 
 def main():

@@ -1,0 +1,81 @@
+"""Seconds of ``sparsify`` and ``prune`` against a model's size: eight Linear layers, random weights.
+
+``--large`` adds 4·10⁸ and 10⁹ parameters; what does not fit into the memory that is free is left out. l0-python has
+nothing to compare with: its layers are built, not attached.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+import statistics
+import time
+
+import torch
+from torch import nn
+
+import l0hooks
+from benchmarks.contenders import PEER
+from benchmarks.machine import available_gib
+from benchmarks.registry import Panel, Row, Scale, Table, register
+
+DEPTH = 8
+BYTES = {
+    "weight": (12, 36),
+    "output": (6, 28),
+    "coupled": (9, 24),
+}  # a parameter at the peak: sparsify, prune; found by trial
+SPARE = 3  # GiB that are left to others
+
+
+def seconds(granularity: str, count: int, *, prune: bool) -> tuple[float, float, float]:
+    """Parameters, CPU seconds of ``sparsify`` and, half of the gates closed, of ``prune`` (NaN if not asked for)."""
+    width = math.isqrt(count // DEPTH)
+    model = nn.Sequential(*(nn.Linear(width, width) for _ in range(DEPTH))).eval()
+    inputs = (torch.randn(2, width),)
+    start = time.process_time()
+    l0hooks.sparsify(model, granularity, example_inputs=inputs)
+    attached = time.process_time()
+    if not prune:
+        return DEPTH * width**2, attached - start, math.nan
+    with torch.no_grad():
+        for _, gate in l0hooks.iter_gates(model):
+            gate.log_alpha.fill_(4.0).view(-1)[::2] = -4.0
+    before = time.process_time()
+    l0hooks.prune(model, example_inputs=inputs)
+    return DEPTH * width**2, attached - start, time.process_time() - before
+
+
+def on_meta() -> str:
+    """What ``sparsify`` says to a model on the meta device."""
+    try:
+        l0hooks.sparsify(nn.Sequential(nn.Linear(8, 8, device="meta")), "weight")
+    except l0hooks.L0HooksError as error:
+        return f"on the meta device sparsify refuses: {str(error).splitlines()[0]}"
+    return "sparsify works on the meta device"
+
+
+@register("model_size", "seconds of sparsify and prune against parameters, 10⁵ to 10⁸ (--large: 10⁹)")
+def measure(scale: Scale) -> list[Table]:
+    """For gates on weights, outputs and coupled groups; the median of several where it takes less than a second."""
+    rows: list[Row] = []
+    notes = [on_meta(), f"{PEER} cannot gate a model that exists"]
+    for count in scale.of([10**5], [10**5, 10**6, 10**7, 10**8], [4 * 10**8, 10**9]):
+        for granularity in BYTES:
+            free = available_gib() - SPARE
+            attaching, pruning = (count * size / 2**30 for size in BYTES[granularity])
+            if pruning > free:
+                notes.append(
+                    f"{count:.0e} parameters, {granularity}: prune needs {pruning:.0f} GiB, {free:.0f} are free"
+                )
+            if attaching > free:
+                notes.append(f"{count:.0e} parameters, {granularity}: sparsify needs {attaching:.0f} GiB")
+                continue
+            repeats = scale.repeats(5) if count < 10**8 else 1
+            times = [seconds(granularity, count, prune=pruning <= free) for _ in range(repeats)]
+            parameters, attach, cut = (statistics.median(column) for column in zip(*times, strict=True))
+            row: Row = {"parameters": float(parameters), "gates": granularity, "sparsify s": attach}
+            rows.append(row | {"prune s": None if math.isnan(cut) else cut})
+            gc.collect()
+    panel = Panel("lines", ("sparsify s", "prune s"), "CPU seconds", x="parameters", by="gates", log="xy")
+    return [Table(f"{DEPTH} Linear layers, batch 2", rows, panel, notes=notes)]
