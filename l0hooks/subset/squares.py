@@ -16,9 +16,9 @@ import numpy as np
 from l0hooks.subset.problem import TINY, SquaresProblem
 
 GAIN = 1e-9  # an exchange counts if it gains this part of yᵀy
-WIDTH = 2  # columns of the first working set for each item of the largest support
+WIDTH = 3  # columns of the first working set for each item of the largest support
 LEAST, MOST = 48, 200  # its least size, and the most that the number of columns alone makes it
-REACH, LEAST_REACH = 0.1, 3  # how far beyond the sizes of interest the passes go
+REACH = 3  # how far beyond the sizes of interest the passes go
 LOOK = 24  # columns that are tried in exchanges before all are
 PASSES = 3  # up and down through the sizes, while it helps
 ROUNDS = 12  # comparisons with all columns
@@ -50,8 +50,8 @@ class SubsetSearch:
         self.problem = problem
         self.sizes = sorted(set(sizes))
         first, last = self.sizes[0], self.sizes[-1]
-        self.top = min(problem.n_items, last + LEAST_REACH + int(REACH * last))
-        self._low = max(0, first - LEAST_REACH - int(REACH * first))
+        self.top = min(problem.n_items, last + REACH)
+        self._low = max(0, first - REACH)
         gains = problem.first_gains()
         order = np.argsort(-gains, kind="stable")
         wide = min(problem.n_items, max(LEAST, WIDTH * self.top, min(problem.n_items // 25, MOST)))
