@@ -60,7 +60,10 @@ def test_the_support_has_exactly_k_columns(k: int) -> None:
         assert not model.coef_[..., ~model.support_].any()
 
 
-@pytest.mark.parametrize("options", [{}, {"k": "cv"}, {"k": "cv", "one_standard_error": True}, {"k": "ric"}, {"l0": 0.05}])
+RULES: list[dict[str, Any]] = [{}, {"k": "ric"}, {"k": "cv"}, {"k": "cv", "one_standard_error": True}, {"l0": 0.05}]
+
+
+@pytest.mark.parametrize("options", RULES)
 @pytest.mark.parametrize("as_sparse", [False, True])
 def test_the_size_is_found(options: dict[str, Any], as_sparse: bool) -> None:
     x, y = data()
