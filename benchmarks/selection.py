@@ -160,6 +160,7 @@ METHODS = {
     "abess at k": abess(support_size="k"),
     "abess tuned at k": abess(support_size="k", important_search=0, splicing_type=1, max_iter=100, exchange_num="k"),
     "l0hooks ebic": scikit(lambda data: L0Regressor()),
+    "l0hooks ric": scikit(lambda data: L0Regressor(k="ric", random_state=data.seed)),
     "l0hooks cv5": scikit(lambda data: L0Regressor(k="cv", random_state=data.seed)),
     "l0hooks cv5 1se": scikit(lambda data: L0Regressor(k="cv", one_standard_error=True, random_state=data.seed)),
     "abess cv5": abess(cv=5),
@@ -198,6 +199,7 @@ def summary(rows):
         ("l0hooks at k", "abess at k"),
         ("l0hooks at k", "abess tuned at k"),
         ("l0hooks ebic", "abess cv5"),
+        ("l0hooks ric", "abess cv5"),
         ("l0hooks cv5", "abess cv5"),
         ("l0hooks cv5 1se", "abess cv5"),
     ]:
@@ -213,6 +215,7 @@ def summary(rows):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, default=20)
+    parser.add_argument("--first", type=int, default=0, help="the first seed")
     parser.add_argument("--settings", nargs="*", default=[",".join(map(str, s)) for s in GRID])
     parser.add_argument("--methods", nargs="*", default=[""], help="beginnings of the names of methods")
     parser.add_argument("--sparse", action="store_true")
@@ -227,7 +230,7 @@ def main():
     for text in options.settings:
         numbers = [float(v) for v in text.split(",")]
         setting = (int(numbers[0]), int(numbers[1]), int(numbers[2]), numbers[3], numbers[4])
-        for seed in range(options.seeds):
+        for seed in range(options.first, options.first + options.seeds):
             data = Instance(setting, seed, options.sparse)
             for method in methods:
                 rows.append({"method": method, "setting": setting, "seed": seed, **METHODS[method](data)})

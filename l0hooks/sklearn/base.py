@@ -19,9 +19,11 @@ from l0hooks.subset.choice import (
     fit_path,
     held_out,
     largest_size,
+    ric_places,
     with_ebic,
     with_held_out,
     with_price,
+    with_ric,
 )
 from l0hooks.subset.design import Floats, Ints
 from l0hooks.subset.path import Subset, SubsetPath
@@ -81,10 +83,9 @@ class L0LinearModel(BaseEstimator):  # type: ignore[misc]  # scikit-learn has no
 
     def _check_parameters(self) -> None:
         where = type(self).__name__
-        if not (self.k in ("ebic", "cv") if isinstance(self.k, str) else _whole(self.k)):
-            raise InvalidValueError(
-                explain(where, "k must be a size or a rule.", expected='int >= 0, "ebic" or "cv"', got=repr(self.k))
-            )
+        if not (self.k in ("ebic", "cv", "ric") if isinstance(self.k, str) else _whole(self.k)):
+            rules = 'int >= 0, "ebic", "ric" or "cv"'
+            raise InvalidValueError(explain(where, "k must be a size or a rule.", expected=rules, got=repr(self.k)))
         if self.l0 is not None and self.k != "ebic":
             must = "the price l0 replaces k: leave k as it is."
             raise InvalidValueError(explain(where, must, got=f"k={self.k!r}, l0={self.l0!r}"))
@@ -133,7 +134,13 @@ class L0LinearModel(BaseEstimator):  # type: ignore[misc]  # scikit-learn has no
             path = with_ebic(path, task, total)
         elif self.k == "cv":
             path = with_held_out(path, self._held_out(x, y, weight, task, path.k, strata))
-        place = chosen(path, one_standard_error=self.k == "cv" and self.one_standard_error) if len(path) > 1 else 0
+        if self.k == "ric":
+            places = ric_places(path, task, total)
+            place = int(places[0])
+            if len(places) > 1:
+                path, place = with_ric(path, places, self._held_out(x, y, weight, task, path.k[places], strata))
+        else:
+            place = chosen(path, one_standard_error=self.k == "cv" and self.one_standard_error) if len(path) > 1 else 0
         subset: Subset = path[place]
         self.path_: SubsetPath = path
         self.k_ = subset.k

@@ -27,9 +27,10 @@ class L0Regressor(RegressorMixin, L0LinearModel):  # type: ignore[misc]  # sciki
 
     Parameters
     ----------
-    k : int >= 0, "ebic" or "cv"
+    k : int >= 0, "ebic", "ric" or "cv"
         The number of features, or of groups. "ebic" takes the size of least extended BIC, "cv" that of least
-        held-out loss. An int above the number of features means all of them.
+        held-out loss, "ric" chooses by held-out loss among the few sizes that the risk inflation criterion with
+        1.5 to 2.5 times log p proposes. An int above the number of features means all of them.
     loss : "squared" or "poisson"
     l0 : float >= 0, optional
         Instead of k, a price: the size that minimises ``loss + l0·k``.
@@ -40,7 +41,7 @@ class L0Regressor(RegressorMixin, L0LinearModel):  # type: ignore[misc]  # sciki
     max_k : int >= 0, optional
         The largest size looked at when k is not an int. Without it about n/(1.5·log p), at most n/3 and 100.
     cv : int or scikit-learn splitter
-        Folds for ``k="cv"``; an int means that many, shuffled by ``random_state``.
+        Folds for ``k="cv"`` and "ric"; an int means that many, shuffled by ``random_state``.
     one_standard_error : bool
         With ``k="cv"``: the smallest size within one standard error of the least held-out loss.
     fit_intercept : bool
@@ -83,7 +84,8 @@ class L0Regressor(RegressorMixin, L0LinearModel):  # type: ignore[misc]  # sciki
 
     References
     ----------
-    Hazimeh & Mazumder (2020), Operations Research 68(5), for the problem; Chen & Chen (2008) for extended BIC.
+    Hazimeh & Mazumder (2020), Operations Research 68(5), for the problem; Chen & Chen (2008) for extended BIC; Foster
+    & George (1994) for the risk inflation criterion.
     """
 
     def __init__(
@@ -166,9 +168,10 @@ class L0Classifier(ClassifierMixin, L0LinearModel):  # type: ignore[misc]
 
     Parameters
     ----------
-    k : int >= 0, "ebic" or "cv"
+    k : int >= 0, "ebic", "ric" or "cv"
         The number of features, or of groups. "ebic" takes the size of least extended BIC, "cv" that of least
-        held-out loss. An int above the number of features means all of them.
+        held-out loss, "ric" chooses by held-out loss among the few sizes that the risk inflation criterion with
+        1.5 to 2.5 times log p proposes. An int above the number of features means all of them.
     l0 : float >= 0, optional
         Instead of k, a price: the size that minimises ``loss + l0·k``.
     alpha : float >= 0

@@ -17,6 +17,8 @@ from l0hooks.subset.refit import squares_path
 LossName = Literal["squared", "logistic", "multinomial", "poisson"]
 LOSSES: dict[str, Loss] = {"logistic": Logistic(), "multinomial": Multinomial(), "poisson": Poisson()}
 MOST = 100  # sizes that are looked at unless more are asked for
+LEAST_RIC, MOST_RIC, PRICES = 1.5, 2.5, 41  # RIC has 2
+BACK = 0.5  # standard errors of the held-out loss that a larger size may lose
 
 
 @dataclass(frozen=True)
@@ -118,13 +120,77 @@ def with_ebic(path: SubsetPath, task: Task, total: float, gamma: float | None = 
         Without it, that of :func:`ebic_gamma`.
     """
     items = path[0].support.size if task.groups is None else len(task.groups)
-    parameters = path.support.sum(1)
-    if task.loss == "multinomial":
-        parameters = parameters * (path[0].coef.shape[0] - 1)
     deviance = np.array([s.deviance for s in path])
     weight = ebic_gamma(total, items) if gamma is None else gamma
-    values = ebic(deviance, path.k, parameters, total, items, weight)
+    values = ebic(deviance, path.k, _parameters(path, task), total, items, weight)
     return SubsetPath([replace(s, criterion=float(v)) for s, v in zip(path, values, strict=True)])
+
+
+def ric_places(path: SubsetPath, task: Task, total: float) -> Ints:
+    """The places of the sizes that minimise deviance + k·c·log p + 2·(parameters − k) for some c from 1.5 to 2.5.
+
+    c = 2 is the risk inflation criterion: of p useless columns the best lowers the deviance by about 2·log p. A
+    further parameter of the same item costs 2, as in AIC; an item never costs less than log n, as in BIC.
+
+    Parameters
+    ----------
+    path : SubsetPath
+        By rising size.
+    task : Task
+    total : float
+        The number of samples.
+
+    Returns
+    -------
+    int64 array, ascending
+
+    References
+    ----------
+    Foster & George (1994), Annals of Statistics 22(4), section 3.
+    """
+    items = path[0].support.size if task.groups is None else len(task.groups)
+    further = _parameters(path, task) - path.k
+    deviance = np.array([s.deviance for s in path])
+    prices = np.maximum(np.linspace(LEAST_RIC, MOST_RIC, PRICES) * np.log(max(items, 2)), np.log(max(total, 2.0)))
+    return np.unique([smallest(deviance + price * path.k + 2 * further) for price in prices])
+
+
+def with_ric(path: SubsetPath, places: Ints, folds: Sequence[tuple[Floats, float]]) -> tuple[SubsetPath, int]:
+    """The path with held-out losses at some places, and the place that these choose.
+
+    It is the largest size whose held-out loss is within half a standard error of the least one: the standard error of
+    the difference, fold by fold.
+
+    Parameters
+    ----------
+    path : SubsetPath
+    places : int64 array, ascending
+    folds : sequence of (losses, weight)
+        What :func:`held_out` returned for each fold, for these sizes.
+
+    Examples
+    --------
+    >>> path, _, _ = fit_path(np.eye(4), np.arange(4.0), None, Task("squared"), [0, 1, 2])
+    >>> folds = [(np.array([3.0, 2.1]), 2.0), (np.array([3.0, 1.9]), 2.0)]
+    >>> path, place = with_ric(path, np.array([0, 2]), folds)
+    >>> path.criterion.tolist(), place
+    ([3.0, nan, 2.0], 2)
+    """
+    some = with_held_out(SubsetPath([path[int(i)] for i in places]), folds)
+    filled = dict(zip(places.tolist(), some, strict=True))
+    losses, mass = np.array([fold for fold, _ in folds]), np.array([m for _, m in folds])
+    best = int(np.argmin(some.criterion))
+    known = np.isfinite(some.criterion)
+    lost = losses[:, known] - losses[:, [best]]
+    mean = mass @ lost / mass.sum()
+    error = np.sqrt(mass @ (lost - mean) ** 2 / mass.sum() / max(len(folds) - 1, 1))
+    place = int(places[known][np.flatnonzero(mean <= BACK * error)[-1]]) if known[best] else int(places[0])
+    return SubsetPath([filled.get(i, s) for i, s in enumerate(path)]), place
+
+
+def _parameters(path: SubsetPath, task: Task) -> Ints:
+    parameters = path.support.sum(1)
+    return np.asarray(parameters * (path[0].coef.shape[0] - 1) if task.loss == "multinomial" else parameters)
 
 
 def held_out(path: SubsetPath, x: Any, y: Floats, sample_weight: Floats | None, task: Task) -> tuple[Floats, float]:

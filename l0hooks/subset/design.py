@@ -155,13 +155,14 @@ class Design:
             result = self._sparse_gram(columns, others) - np.outer(self.mean[columns], mean)
         else:
             # centring one side is enough; the rest repairs the rounding of the mean itself
-            left = self.weighted(self.x[:, columns] - self.mean[columns])
-            result = left.T @ (self.x if others is None else self.x[:, others])
+            left = self.weighted(self.x.take(columns, 1) - self.mean[columns])
+            result = left.T @ (self.x if others is None else self.x.take(others, 1))
             if self.center:
                 result -= np.outer(left.sum(0), mean)
         result /= np.outer(self.scale[columns], scale)
-        result[~self.usable[columns]] = 0
-        result[:, ~self.usable[where]] = 0
+        if not self.usable.all():
+            result[~self.usable[columns]] = 0
+            result[:, ~self.usable[where]] = 0
         return result
 
     def _sparse_gram(self, columns: Ints, others: Ints | None) -> Floats:

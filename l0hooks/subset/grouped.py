@@ -104,6 +104,9 @@ class GroupTableau(Tableau):
                     self._add_column(int(column))
         self._refresh()
 
+    def _columns(self, items: list[int]) -> Ints:
+        return np.concatenate([self.groups[i] for i in items])
+
     def _blocks(self, items: Ints | slice) -> tuple[Floats, Floats]:
         i, real = self.index[items], self.real[items]
         blocks = self._t[i[:, :, None], i[:, None, :]] * (real[:, :, None] * real[:, None, :])

@@ -6,13 +6,13 @@ from collections.abc import Iterable, Sequence
 from itertools import pairwise
 
 import numpy as np
-from scipy.linalg import cho_solve
 
 from l0hooks.subset.design import Design, Floats, Ints
 from l0hooks.subset.grouped import GroupTableau, block_gains, group_swap_gains, pad
-from l0hooks.subset.tableau import DEPENDENT, Tableau, quotient, swap_gains
+from l0hooks.subset.tableau import Tableau, inverse, quotient, squares, swap_gains
 
 TINY = 1e-300
+FIRST = 4  # times as many items as are asked for are looked at before all are
 
 
 class SquaresProblem:
@@ -58,10 +58,16 @@ class SquaresProblem:
             return np.fromiter(items, dtype=np.int64)
         return np.concatenate([np.zeros(0, np.int64), *(self.groups[i] for i in items)])
 
-    def gram(self, columns: Ints) -> Floats:
-        """The Gram matrix of a few columns, with the ridge."""
+    def gram(self, columns: Ints, known: Floats | None = None) -> Floats:
+        """The Gram matrix of a few columns, with the ridge; ``known`` is that of the first of them."""
+        old = 0 if known is None else len(known)
         if (self._row_of[columns] >= 0).all():
             gram = np.asarray(self._rows[np.ix_(self._row_of[columns], columns)])
+        elif old:
+            gram = np.empty((len(columns),) * 2)
+            gram[old:] = self.design.gram(columns[old:], columns)
+            gram[:old, old:] = gram[old:, :old].T
+            gram[:old, :old] = known
         else:
             gram = self.design.gram(columns, columns)
         gram[np.arange(len(columns)), np.arange(len(columns))] = self.whole[columns]
@@ -79,10 +85,17 @@ class SquaresProblem:
             self._count = need
         return self._rows[self._row_of[columns]]
 
-    def tableau(self, items: list[int]) -> Tableau:
-        """The tableau over some items, which it numbers in their order."""
+    def tableau(self, items: list[int], known: Tableau | None = None) -> Tableau:
+        """The tableau over some items, which it numbers in their order.
+
+        Parameters
+        ----------
+        items : list of int
+        known : Tableau, optional
+            The one over the first of these items: its part of the Gram matrix is not formed again.
+        """
         columns = self.columns(items)
-        gram, cross = self.gram(columns), self.cross[columns]
+        gram, cross = self.gram(columns, None if known is None else known.gram), self.cross[columns]
         if self.groups is None:
             return Tableau(gram, cross, self.square)
         ends = np.cumsum([0] + [len(self.groups[i]) for i in items])
@@ -92,12 +105,31 @@ class SquaresProblem:
     def first_gains(self) -> Floats:
         """What each item would gain as the only one, shape (n_items,)."""
         if self.groups is None:
-            return quotient((self.cross**2).sum(1), self.whole, np.maximum(self.whole, 1.0))
+            return quotient(squares(self.cross), self.whole, np.maximum(self.whole, 1.0))
         return block_gains(self._blocks, self.cross[self._index] * self._real[:, :, None], self._most)
 
-    def exchange_gains(self, items: Sequence[int]) -> Floats:
-        """For each item of the whole problem, the best gain of its entering for one of ``items``, shape (n_items,)."""
-        return np.asarray(self.exchanges(items).max(0))
+    def entering(self, items: Sequence[int], most: int, least: float) -> tuple[Ints, Floats]:
+        """Items to enter for one of ``items``, ``most`` of them, and their best gains; none if none gains ``least``.
+
+        No exchange gains more than what enters would gain by being added: the items that add the most are looked at
+        first, and the others where none of these gains. Those that gain nothing now may after the first exchanges.
+        """
+        if self.groups is not None:
+            return _most(np.arange(self.n_items), self.exchanges(items).max(0), most, least)
+        fitted, a, b, rows, h, r = self._outside(items)
+        left, whole, diagonal = self.whole - np.einsum("ij,ij->j", h, rows), np.maximum(self.whole, TINY), np.diag(a)
+        add = quotient(squares(r), left, whole)
+        add[list(items)] = -np.inf
+        outside = self.n_items - len(items)
+        first = min(FIRST * most, outside)
+        order = np.argpartition(-add, sorted({first - 1, outside - 1}))[:outside]
+        for part in (order[:first], order[first:]):
+            gains = swap_gains(h.take(part, 1), left[part], whole[part], r[part], diagonal, b).max(0, initial=-np.inf)
+            if len(fitted) < len(items):  # one that is counted and not fitted leaves at no cost
+                gains = np.maximum(gains, add[part])
+            if (gains > least).any():
+                break
+        return _most(part, gains, most, least)
 
     def exchanges(self, items: Sequence[int]) -> Floats:
         """The gain of each exchange, leaving by row, entering by column; −inf for what is inside, not empty.
@@ -109,7 +141,7 @@ class SquaresProblem:
             left = self.whole - np.einsum("ij,ij->j", h, rows)
             gains = swap_gains(h, left, np.maximum(self.whole, TINY), r, np.diag(a), b)
             if len(fitted) < len(items):
-                gains = np.vstack([gains, quotient((r * r).sum(1), left, np.maximum(self.whole, TINY))])
+                gains = np.vstack([gains, quotient(squares(r), left, np.maximum(self.whole, TINY))])
         else:
             gains = self._group_exchange(items, fitted, a, b, h, rows, r)
         gains[:, list(items)] = -np.inf
@@ -120,7 +152,7 @@ class SquaresProblem:
         _, _, _, rows, h, r = self._outside(items)
         if self.groups is None:
             whole = np.maximum(self.whole, TINY)
-            gains = quotient((r * r).sum(1), self.whole - np.einsum("ij,ij->j", h, rows), whole)
+            gains = quotient(squares(r), self.whole - np.einsum("ij,ij->j", h, rows), whole)
         else:
             gains = block_gains(*self._opened(h, rows, r), self._most)
         gains[list(items)] = -np.inf
@@ -129,15 +161,14 @@ class SquaresProblem:
     def _outside(self, items: Sequence[int]) -> tuple[Ints, Floats, Floats, Floats, Floats, Floats]:
         """The fitted columns of ``items``, A, b, their Gram rows, A times these, and what y keeps with every column."""
         fitted = self.columns(items)
-        gram = self.gram(fitted)
-        a = _inverse(gram)
+        rows = self.rows(fitted)
+        a = inverse(self.gram(fitted))
         if a is None:  # dependent columns: find those that count
             tableau = self.tableau(list(items))
             tableau.load(list(range(len(items))))
             keep = np.flatnonzero(tableau.swept)
-            fitted, a = fitted[keep], tableau.inverse(keep)
+            fitted, a, rows = fitted[keep], tableau.inverse(keep), rows[keep]
         b = a @ self.cross[fitted]
-        rows = self.rows(fitted)
         return fitted, a, b, rows, a @ rows, self.cross - rows.T @ b
 
     def _opened(self, h: Floats, rows: Floats, r: Floats) -> tuple[Floats, Floats]:
@@ -158,12 +189,9 @@ class SquaresProblem:
         return group_swap_gains(hg, a, b, inside, *self._opened(h, rows, r), self._most)
 
 
-def _inverse(gram: Floats) -> Floats | None:
-    """The inverse of a Gram matrix, or None where columns depend on each other."""
-    try:
-        factor = np.linalg.cholesky(gram)
-    except np.linalg.LinAlgError:
-        return None
-    if (np.diag(factor) ** 2 <= DEPENDENT * np.diag(gram)).any():
-        return None
-    return np.asarray(cho_solve((factor, True), np.eye(len(gram))))
+def _most(items: Ints, gains: Floats, most: int, least: float) -> tuple[Ints, Floats]:
+    """The ``most`` items of largest gain, if any gains more than ``least``."""
+    top = np.argpartition(gains, -most)[-most:] if most < len(gains) else np.arange(len(gains))
+    if not (gains[top] > least).any():
+        top = top[:0]
+    return items[top], gains[top]

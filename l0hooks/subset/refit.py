@@ -13,6 +13,7 @@ from l0hooks.subset.squares import best_subsets
 
 SINGULAR = 1e-13  # eigenvalues below this part of the largest, times their number, are 0
 REFINEMENTS = 2
+SETTLED = 1e-13  # a refinement below this part of every coefficient is rounding
 
 
 def on_columns(design: Design, columns: Ints, b: Floats, offset: Floats) -> tuple[Floats, Floats]:
@@ -43,7 +44,10 @@ def refit_squares(problem: SquaresProblem, y: Floats, items: Sequence[int]) -> S
         free = values > SINGULAR * len(values) * max(float(values[-1]), 0.0)
         inverse = (vectors[:, free] / values[free]) @ vectors[:, free].T / np.outer(size, size)
         for _ in range(1 + REFINEMENTS):
-            b = b + inverse @ (design.cross(residual, columns) - problem.ridge[columns, None] * b)
+            step = inverse @ (design.cross(residual, columns) - problem.ridge[columns, None] * b)
+            if (np.abs(step) <= SETTLED * np.abs(b)).all():  # each by itself: units may be very unlike
+                break
+            b = b + step
             residual = centred - design.times(columns, b)
     rss = float(design.average(residual * residual).sum())
     coef, intercept = on_columns(design, columns, b, offset)

@@ -16,12 +16,13 @@ import numpy as np
 from l0hooks.subset.problem import TINY, SquaresProblem
 
 GAIN = 1e-9  # an exchange counts if it gains this part of yᵀy
-WIDTH = 2  # columns of the first working set for each item of the largest support
+WIDTH = 3  # columns of the first working set for each item of the largest support
 LEAST, MOST = 48, 200  # its least size, and the most that the number of columns alone makes it
-REACH, LEAST_REACH = 0.25, 3  # how far beyond the sizes of interest the passes go
+REACH = 3  # how far beyond the sizes of interest the passes go
 LOOK = 24  # columns that are tried in exchanges before all are
 PASSES = 3  # up and down through the sizes, while it helps
 ROUNDS = 12  # comparisons with all columns
+MANY = 8  # columns, beyond one for each item, that join the working set for one size
 FEW = 1000  # supports of a size that are all looked at
 _RAISED = 1e-9  # of the diagonal: dependent columns have a solution, too
 
@@ -49,8 +50,8 @@ class SubsetSearch:
         self.problem = problem
         self.sizes = sorted(set(sizes))
         first, last = self.sizes[0], self.sizes[-1]
-        self.top = min(problem.n_items, last + LEAST_REACH + int(REACH * last))
-        self._low = max(0, first - LEAST_REACH - int(REACH * first))
+        self.top = min(problem.n_items, last + REACH)
+        self._low = max(0, first - REACH)
         gains = problem.first_gains()
         order = np.argsort(-gains, kind="stable")
         wide = min(problem.n_items, max(LEAST, WIDTH * self.top, min(problem.n_items // 25, MOST)))
@@ -60,6 +61,7 @@ class SubsetSearch:
         self.tableau = problem.tableau(self.working)
         self.best: dict[int, tuple[float, tuple[int, ...]]] = {}  # size -> loss, items by working number
         self._certified: dict[int, tuple[int, ...]] = {}  # supports that no single exchange improves
+        self._settled: set[frozenset[int]] = set()  # those that none within the working set does
         self.exchanges = 0
         self._least = GAIN * problem.square
         number = {item: i for i, item in enumerate(self.working)}
@@ -114,8 +116,14 @@ class SubsetSearch:
     def _descend(self, most: int = LOOK) -> None:
         """Exchanges, the steepest first, until none gains."""
         while 0 < len(self.tableau.items) < len(self.working):
-            gain, out, item = self.tableau.best_swap(most)
+            support = frozenset(self.tableau.items)
+            if support in self._settled:
+                return
+            gain, out, item = self.tableau.best_swap(LOOK)
+            if gain <= self._least and most > LOOK:
+                gain, out, item = self.tableau.best_swap(most)
             if gain <= self._least:
+                self._settled.add(support)
                 return
             self.tableau.swap(out, item)
             self.exchanges += 1
@@ -159,16 +167,13 @@ class SubsetSearch:
             items = self.best[size][1]
             if not 0 < size < self.problem.n_items or self._certified.get(size) == items:
                 continue
-            gains = self.problem.exchange_gains([self.working[i] for i in items])
-            most = min(8 + size, len(gains))
-            top = np.argpartition(-gains, most - 1)[:most]
-            top = top[gains[top] > self._least]
-            if not len(top):
+            found, gains = self.problem.entering([self.working[i] for i in items], MANY + size, self._least)
+            if not len(found):
                 self._certified[size] = items
                 continue
             improvable.append(size)
-            for item in top:
-                gaining[int(item)] = max(gaining.get(int(item), 0.0), float(gains[item]))
+            for item, gain in zip(found.tolist(), gains.tolist(), strict=True):
+                gaining[item] = max(gaining.get(item, 0.0), gain)
         self._work_on(improvable, gaining)
         return bool(improvable)
 
@@ -178,7 +183,8 @@ class SubsetSearch:
             del gaining[item]
         if gaining:
             self.working += sorted(gaining, key=lambda item: -gaining[item])[: max(LEAST, 2 * self.top)]
-            self.tableau = self.problem.tableau(self.working)
+            self.tableau = self.problem.tableau(self.working, self.tableau)
+            self._settled.clear()
         for size in sizes:
             self.tableau.load(list(self.best[size][1]))
             self._descend(len(self.working))

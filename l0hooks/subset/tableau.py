@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
-from scipy.linalg import blas
+from scipy.linalg import blas, lapack
 
 from l0hooks.subset.design import Floats, Ints
 
@@ -14,7 +14,18 @@ STALE = 400  # pivots after which the tableau is formed again, against the growt
 def quotient(numerator: Floats, left: Floats, whole: Floats) -> Floats:
     """``numerator/left``, or 0 where nothing of ``whole`` is left."""
     free = left > DEPENDENT * whole
-    return np.asarray(np.where(free, numerator / np.where(free, left, 1.0), 0.0))
+    return np.divide(numerator, left, out=np.zeros(free.shape), where=free)
+
+
+def inverse(gram: Floats) -> Floats | None:
+    """The inverse of a Gram matrix, or None where columns depend on each other."""
+    if len(gram) == 0:
+        return gram
+    factor, failed = lapack.dpotrf(gram, lower=1)
+    if failed or (np.diag(factor) ** 2 <= DEPENDENT * np.diag(gram)).any():
+        return None
+    lower = np.tril(lapack.dpotri(factor, lower=1)[0])
+    return np.asarray(lower + np.tril(lower, -1).T)
 
 
 def swap_gains(h: Floats, left: Floats, whole: Floats, r: Floats, a: Floats, b: Floats) -> Floats:
@@ -43,7 +54,7 @@ def swap_gains(h: Floats, left: Floats, whole: Floats, r: Floats, a: Floats, b: 
         numerator += r[:, 0]
         numerator *= numerator
     else:
-        numerator = (r * r).sum(1) + ratio * (2 * (b @ r.T) + ratio * (b * b).sum(1)[:, None])
+        numerator = squares(r) + ratio * (2 * (b @ r.T) + ratio * squares(b)[:, None])
     ratio *= h
     ratio += left
     tight = ratio <= DEPENDENT * whole
@@ -51,8 +62,13 @@ def swap_gains(h: Floats, left: Floats, whole: Floats, r: Floats, a: Floats, b: 
         numerator[tight] = 0
         ratio[tight] = 1
     numerator /= ratio
-    numerator -= ((b * b).sum(1) / a)[:, None]
+    numerator -= (squares(b) / a)[:, None]
     return numerator
+
+
+def squares(v: Floats) -> Floats:
+    """The sum of squares of each row."""
+    return np.asarray(v[:, 0] * v[:, 0] if v.shape[1] == 1 else (v * v).sum(1))
 
 
 class Tableau:
@@ -90,6 +106,11 @@ class Tableau:
         self._pivots = 0
 
     @property
+    def gram(self) -> Floats:
+        """The Gram matrix as it was given, shape (m, m)."""
+        return self._start[: self.m, : self.m]
+
+    @property
     def loss(self) -> float:
         """The residual square of the support's fit, summed over responses."""
         return self.square + float(np.trace(self._t[self.m :, self.m :]))
@@ -110,8 +131,28 @@ class Tableau:
         self._t = self._start.copy()
         self.items, self._pivots = [], 0
         self.swept[:] = False
+        if items and self._sweep(self._columns(items)):
+            self.items = list(items)
+            return
         for item in items:
             self.enter(item)
+
+    def _columns(self, items: list[int]) -> Ints:
+        return np.array(items, dtype=np.int64)
+
+    def _sweep(self, columns: Ints) -> bool:
+        """All pivots at once, unless columns depend on each other."""
+        a = inverse(self._start[columns[:, None], columns])
+        if a is None:
+            return False
+        side = self._start[columns]
+        h = a @ side
+        self._t -= side.T @ h
+        self._t[columns] = h
+        self._t[:, columns] = h.T
+        self._t[columns[:, None], columns] = -a
+        self.swept[columns] = True
+        return True
 
     def enter(self, item: int) -> None:
         """Add an item to the support; one that depends on those inside is counted and not fitted."""
@@ -123,10 +164,12 @@ class Tableau:
         self.items.remove(item)
         if self.swept[item]:
             self._pivot(item)
-            for other in self.items:  # one that depended on it may be of use now
-                if not self.swept[other]:
-                    self._add_column(other)
+            for other in self._unfitted():  # one that depended on it may be of use now
+                self._add_column(other)
         self._refresh()
+
+    def _unfitted(self) -> list[int]:
+        return [] if self.swept.sum() == len(self.items) else [i for i in self.items if not self.swept[i]]
 
     def _refresh(self) -> None:
         if self._pivots > STALE:
@@ -162,8 +205,7 @@ class Tableau:
 
     def add_gains(self) -> Floats:
         """The fall of the loss for each item that would enter; 0 inside the support, shape (m,)."""
-        r = self._t[: self.m, self.m :]
-        gains = quotient((r * r).sum(1), np.diagonal(self._t)[: self.m], self.whole)
+        gains = quotient(squares(self._t[: self.m, self.m :]), np.diagonal(self._t)[: self.m], self.whole)
         gains[self.items] = 0
         return gains
 
@@ -171,7 +213,7 @@ class Tableau:
         """The rise of the loss for each item of the support that would leave, shape (s,)."""
         items = np.array(self.items, dtype=np.int64)
         b, swept = self._t[items, self.m :], self.swept[items]
-        return np.where(swept, (b * b).sum(1) / np.where(swept, -self._t[items, items], 1.0), 0.0)
+        return np.where(swept, squares(b) / np.where(swept, -self._t[items, items], 1.0), 0.0)
 
     def best_swap(self, most: int) -> tuple[float, int, int]:
         """The best gain, the item that leaves and the one that enters, among the ``most`` that add the most.
@@ -179,10 +221,8 @@ class Tableau:
         No exchange gains more than what enters would gain by being added, so that is the order to look in.
         """
         add = self.add_gains()
-        add[self.items] = -1.0
-        enter = np.flatnonzero(add > 0)
-        if len(enter) > most:
-            enter = enter[np.argpartition(-add[enter], most)[:most]]
+        enter = np.argpartition(add, -most)[-most:] if most < len(add) else np.arange(len(add))
+        enter = enter[add[enter] > 0]
         if len(enter) == 0:
             return 0.0, -1, -1
         gains = self.swap_gains(enter)
@@ -197,4 +237,4 @@ class Tableau:
         swept = self.swept[items]
         if not swept.all():
             a, b = np.where(swept, a, np.inf), np.where(swept[:, None], b, 0.0)
-        return swap_gains(t[items[:, None], enter], t[enter, enter], self.whole[enter], t[enter, m:], a, b)
+        return swap_gains(t[items].take(enter, 1), np.diagonal(t)[enter], self.whole[enter], t[enter, m:], a, b)

@@ -23,7 +23,7 @@ from l0hooks.errors import InvalidValueError
 from l0hooks.sklearn import L0Classifier, L0Regressor
 
 QUICK = [L0Regressor(), L0Regressor(k=2), L0Classifier(k=2)]
-SLOW = [L0Regressor(k="cv"), L0Regressor(loss="poisson"), L0Classifier(), L0Classifier(k="cv")]
+SLOW = [L0Regressor(k="cv"), L0Regressor(k="ric"), L0Regressor(loss="poisson"), L0Classifier(), L0Classifier(k="cv")]
 
 
 @pytest.mark.filterwarnings("ignore")  # the checks' own
@@ -60,7 +60,10 @@ def test_the_support_has_exactly_k_columns(k: int) -> None:
         assert not model.coef_[..., ~model.support_].any()
 
 
-@pytest.mark.parametrize("options", [{}, {"k": "cv"}, {"k": "cv", "one_standard_error": True}, {"l0": 0.05}])
+RULES: list[dict[str, Any]] = [{}, {"k": "ric"}, {"k": "cv"}, {"k": "cv", "one_standard_error": True}, {"l0": 0.05}]
+
+
+@pytest.mark.parametrize("options", RULES)
 @pytest.mark.parametrize("as_sparse", [False, True])
 def test_the_size_is_found(options: dict[str, Any], as_sparse: bool) -> None:
     x, y = data()
@@ -77,6 +80,18 @@ def test_one_standard_error_never_takes_more() -> None:
     plain, sparing = (L0Regressor("cv", one_standard_error=o, random_state=0).fit(x, y) for o in (False, True))
     assert sparing.k_ <= plain.k_
     assert sparing.path_.criterion == pytest.approx(plain.path_.criterion)
+
+
+def test_ric_gives_held_out_losses_of_the_sizes_it_compared_and_no_others() -> None:
+    x, y = data(1, n=60)
+    one, two = (L0Regressor("ric", random_state=5).fit(x, y) for _ in range(2))
+    known = np.isfinite(one.path_.criterion)
+    whole = L0Regressor("cv", random_state=5).fit(x, y)
+    assert one.support_.tolist() == two.support_.tolist()
+    assert one.path_.k.tolist() == whole.path_.k.tolist()
+    assert 1 < known.sum() < len(known)
+    assert known[one.k_]
+    assert one.path_.criterion[known].min() >= one.path_.criterion[one.k_] - one.path_.spread[known].max()
 
 
 def test_the_price_is_a_price() -> None:

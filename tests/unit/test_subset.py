@@ -10,7 +10,16 @@ import pytest
 from scipy import sparse
 
 from l0hooks.errors import InvalidValueError
-from l0hooks.subset.choice import Task, ebic_gamma, fit_path, largest_size, with_ebic, with_price
+from l0hooks.subset.choice import (
+    Task,
+    ebic_gamma,
+    fit_path,
+    largest_size,
+    ric_places,
+    with_ebic,
+    with_price,
+    with_ric,
+)
 from l0hooks.subset.design import Design
 from l0hooks.subset.path import smallest
 from l0hooks.subset.problem import SquaresProblem
@@ -117,6 +126,36 @@ def test_gains_of_the_tableau_are_differences_of_losses() -> None:
     tableau.leave(4)
     tableau.leave(6)
     assert tableau.loss - before == pytest.approx(costs[1], abs=1e-12)
+
+
+def test_a_tableau_that_grows_and_sweeps_at_once_is_the_one_made_anew_by_pivots() -> None:
+    x, y = data(7, n=50, p=20)
+    problem = SquaresProblem(Design(x), y[:, None], alpha=0.05)
+    part = problem.tableau([3, 8, 1, 15])
+    grown, whole = problem.tableau([3, 8, 1, 15, 0, 19], part), problem.tableau([3, 8, 1, 15, 0, 19])
+    grown.load([0, 2, 4, 5])  # formed in one step
+    for item in (0, 2, 4, 5):
+        whole.enter(item)
+    assert grown.loss == pytest.approx(whole.loss, rel=1e-12)
+    assert grown.coefficients() == pytest.approx(whole.coefficients(), rel=1e-9)
+    assert grown.swap_gains(np.array([1, 3])) == pytest.approx(whole.swap_gains(np.array([1, 3])), abs=1e-10)
+    assert grown.drop_costs() == pytest.approx(whole.drop_costs(), rel=1e-9)
+    assert grown.swept.tolist() == whole.swept.tolist()
+
+
+@pytest.mark.parametrize("dependent", [False, True])
+def test_what_enters_is_what_gains_most_by_any_exchange(dependent: bool) -> None:
+    x, y = data(8, n=60, p=80)
+    if dependent:
+        x[:, 5] = x[:, 2]
+    problem = SquaresProblem(Design(x), y[:, None])
+    items = [2, 5, 40]
+    best = problem.exchanges(items).max(0)
+    found, gains = problem.entering(items, 4, 1e-9)
+    assert gains == pytest.approx(best[found], abs=1e-12)
+    assert gains.max() == pytest.approx(best.max(), abs=1e-12)
+    none, _ = problem.entering(items, 4, float(best.max()) + 1e-9)
+    assert len(none) == 0
 
 
 def test_a_tableau_stays_exact_over_many_pivots() -> None:
@@ -294,6 +333,47 @@ def test_a_price_takes_the_size_of_least_loss_and_price() -> None:
 def test_ebic_is_bic_with_few_columns_and_strict_with_many() -> None:
     assert ebic_gamma(10_000, 5) == 0
     assert 0.55 < ebic_gamma(500, 1000) < ebic_gamma(500, 100_000) < 1
+
+
+class TestRic:
+    @pytest.mark.parametrize("seed", range(5))
+    def test_the_sizes_proposed_minimise_the_criterion_for_some_price(self, seed: int) -> None:
+        x, y = data(seed, n=60, p=200)
+        path, task = path_of(x, y, range(12)), Task("squared")
+        places = ric_places(path, task, 60.0)
+        rss = 2 * path.loss
+        risk = {int(np.argmin(60 * np.log(rss) + c * path.k * np.log(200))) for c in np.linspace(1.5, 2.5, 41)}
+        assert places.tolist() == sorted(risk)
+
+    def test_with_few_columns_the_price_is_that_of_bic(self) -> None:
+        x, y = data(1, n=2000, p=6)
+        path = path_of(x, y, range(7))
+        bic = 2000 * np.log(2 * path.loss) + path.k * np.log(2000)
+        assert ric_places(path, Task("squared"), 2000.0).tolist() == [int(np.argmin(bic))]
+
+    def test_further_columns_of_a_group_cost_two_each(self) -> None:
+        x, y = data(2, n=80, p=60)
+        groups = tuple(np.arange(3 * g, 3 * g + 3) for g in range(20))
+        path = path_of(x, y, range(5), groups=groups)
+        places = ric_places(path, Task("squared", groups=groups), 80.0)
+        value = 80 * np.log(2 * path.loss) + path.k * (2 * np.log(20) + 2 * 2)
+        assert int(np.argmin(value)) in places
+
+    def test_the_largest_size_that_loses_at_most_half_a_standard_error(self) -> None:
+        path = path_of(*data(3), range(5))
+        steps = np.array([[3.0, 1.0, 1.0 + a, 1.5] for a in (-0.02, 0.0, 0.01, 0.02, 0.01)])  # mean .004, error .0068
+        folds = [(row, 10.0) for row in steps]
+        chosen, place = with_ric(path, np.array([0, 2, 3, 4]), folds)
+        assert place == 2
+        assert chosen.criterion[[0, 2, 3, 4]] == pytest.approx(steps.mean(0))
+        assert np.isnan(chosen.criterion[1])
+        steps[:, 2] -= 0.001  # mean .003
+        assert with_ric(path, np.array([0, 2, 3, 4]), [(row, 10.0) for row in steps])[1] == 3
+
+    def test_a_fold_that_cannot_be_predicted_rules_its_size_out(self) -> None:
+        path = path_of(*data(3), range(3))
+        folds = [(np.array([2.0, 1.0, np.inf]), 5.0), (np.array([2.0, 1.1, 1.0]), 5.0)]
+        assert with_ric(path, np.array([0, 1, 2]), folds)[1] == 1
 
 
 @pytest.mark.parametrize(("n", "p", "expected"), [(500, 1000, 48), (1e6, 10_000, 100), (5, 50, 1), (9, 2, 2)])
