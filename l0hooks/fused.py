@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import weakref
 from typing import Any, NamedTuple
 
 import torch
@@ -27,6 +28,28 @@ def is_traced() -> bool:
     """Whether the plain formulas must run: in a graph being built, or under a torch.func transform."""
     building = torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
     return building or torch._C._functorch.maybe_current_level() is not None
+
+
+class LastSample:
+    """The autograd node that sampled a gate last, for as long as its graph lives; a copy of the gate has none."""
+
+    def __init__(self) -> None:
+        self._node: weakref.ref[Any] | None = None
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return LastSample, ()
+
+    def __deepcopy__(self, memo: dict[int, object]) -> LastSample:
+        return LastSample()
+
+    @property
+    def node(self) -> weakref.ref[Any] | None:
+        """The node."""
+        return self._node
+
+    def note(self, gated: Tensor) -> None:
+        """``gated`` was sampled now."""
+        self._node = None if gated.grad_fn is None else weakref.ref(gated.grad_fn)
 
 
 class _Sampled(torch.autograd.Function):
@@ -71,6 +94,7 @@ class _GatedWeight(torch.autograd.Function):
             _draw(z, location, noise, constants)
             torch.mul(w, z.to(w.dtype), out=p)
         ctx.constants = constants
+        ctx.debt = _Debt()
         ctx.save_for_backward(weight, log_alpha, gates)
         return product
 
@@ -78,17 +102,22 @@ class _GatedWeight(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         weight, log_alpha, gates = ctx.saved_tensors
         by_weight, by_location = ctx.needs_input_grad[:2]
+        owed = ctx.debt.take()
         if torch.is_grad_enabled():  # a graph of the gradient is wanted: let z depend on log_alpha again
             gates = _reattach(gates, log_alpha, ctx.constants)
             grad_location = (grad * weight).to(gates.dtype) * _slope(gates, ctx.constants)
             return grad * gates.to(weight.dtype), grad_location, None, None
         grad_weight = fresh_like(weight) if by_weight else None
         grad_location = fresh_like(gates) if by_location else None
-        for g, w, z, to_weight, to_location in pieces(grad, weight, gates, grad_weight, grad_location):
+        for g, w, location, z, to_weight, to_location in pieces(
+            grad, weight, log_alpha, gates, grad_weight, grad_location
+        ):
             if to_weight is not None:
                 torch.mul(g, z.to(g.dtype), out=to_weight)
             if to_location is not None:
                 _slope_times(z, g * w, ctx.constants, out=to_location)
+                for count, shift in owed:
+                    to_location.add_(_count_slope(location, shift, count))
         return grad_weight, grad_location, None, None
 
 
@@ -109,26 +138,61 @@ class _HeldWeight(torch.autograd.Function):
         return torch.mul(grad, gates.to(grad.dtype), out=fresh_like(grad)), none, None
 
 
+class _Debt:
+    """Gradients of expected counts, which the node that samples the gates adds to its own in the same pass."""
+
+    def __init__(self) -> None:
+        self._task = -1
+        self._paid = -1
+        self._owed: list[tuple[Tensor, float]] = []
+
+    def add(self, node: torch.autograd.graph.Node, grad: Tensor, shift: float) -> bool:
+        """Leave ``grad`` to ``node``, if that is still to come in this backward pass."""
+        task = torch._C._current_graph_task_id()
+        if self._paid == task or not torch._C._will_engine_execute_node(node):
+            return False
+        if self._task != task:  # what a pass that failed has left
+            self._task, self._owed = task, []
+        self._owed.append((grad, shift))
+        return True
+
+    def take(self) -> list[tuple[Tensor, float]]:
+        """What is owed in this backward pass."""
+        task = torch._C._current_graph_task_id()
+        owed = self._owed if self._task == task else []
+        self._paid, self._task, self._owed = task, -1, []
+        return owed
+
+
 class _ExpectedCount(torch.autograd.Function):
     """Σ σ(log_alpha − shift); saves nothing, for a second pass costs less than memory for the first."""
 
     @staticmethod
-    def forward(ctx: Any, log_alpha: Tensor, shift: float) -> Tensor:
-        ctx.shift = shift
+    def forward(ctx: Any, log_alpha: Tensor, shift: float, sampler: weakref.ref[Any] | None) -> Tensor:
+        ctx.shift, ctx.sampler = shift, sampler
         ctx.save_for_backward(log_alpha)
         return torch.stack([torch.sub(location, shift).sigmoid_().sum() for (location,) in pieces(log_alpha)]).sum()
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None]:
         (log_alpha,) = ctx.saved_tensors
         if torch.is_grad_enabled():
             p = torch.sigmoid(log_alpha - ctx.shift)
-            return grad * p * (1 - p), None
+            return grad * p * (1 - p), None, None
+        node = None if ctx.sampler is None else ctx.sampler()
+        if node is not None and node.debt.add(node, grad, ctx.shift):
+            return None, None, None
         slope = fresh_like(log_alpha)
         for location, out in pieces(log_alpha, slope):
-            p = torch.sub(location, ctx.shift, out=out).sigmoid_()
-            torch.ops.aten.sigmoid_backward.grad_input(grad.expand_as(p), p, grad_input=out)
-        return slope, None
+            _count_slope(location, ctx.shift, grad, out=out)
+        return slope, None, None
+
+
+def _count_slope(log_alpha: Tensor, shift: float, grad: Tensor, out: Tensor | None = None) -> Tensor:
+    """``grad`` · p(1 − p) with p = σ(log_alpha − shift)."""
+    p = torch.sub(log_alpha, shift, out=out).sigmoid_()
+    slope: Tensor = torch.ops.aten.sigmoid_backward.grad_input(grad.expand_as(p), p, grad_input=p)
+    return slope
 
 
 def _draw(gates: Tensor, log_alpha: Tensor, noise: Stream, constants: Constants) -> None:
@@ -229,13 +293,15 @@ def gated_weight(weight: Tensor, log_alpha: Tensor, noise: Stream, constants: Co
     return gated
 
 
-def expected_count(log_alpha: Tensor, constants: Constants) -> Tensor:
-    """``keep_prob(log_alpha).sum()``, fused.
+def expected_count(log_alpha: Tensor, constants: Constants, sampler: weakref.ref[Any] | None = None) -> Tensor:
+    """``keep_prob(log_alpha).sum()``, fused; its gradient is computed in the pass of the node that samples the gates.
 
     Parameters
     ----------
     log_alpha : Tensor, float32 or float64
     constants : Constants
+    sampler : weak reference to an autograd node, optional
+        Who multiplied a weight with these gates; asked only if it takes part in the same backward pass.
 
     Returns
     -------
@@ -248,7 +314,7 @@ def expected_count(log_alpha: Tensor, constants: Constants) -> Tensor:
     """
     if log_alpha.numel() < _FEW:
         return keep_prob(log_alpha, *constants).sum()
-    count: Tensor = _ExpectedCount.apply(log_alpha, closing_point(*constants))  # type: ignore[no-untyped-call]
+    count: Tensor = _ExpectedCount.apply(log_alpha, closing_point(*constants), sampler)  # type: ignore[no-untyped-call]
     return count
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from l0hooks.errors import InvalidValueError, explain, near_names
 from l0hooks.families import Family, FamilyName, HardConcreteFamily, initial_log_alpha, make_family
-from l0hooks.fused import Constants, expected_count, is_traced, sampled
+from l0hooks.fused import Constants, LastSample, expected_count, is_traced, sampled
 from l0hooks.hard_concrete import GAMMA, ZETA, check_constants
 from l0hooks.noise import Door, NoiseSource
 from l0hooks.schedules import Schedule
@@ -54,6 +54,8 @@ class Gate(nn.Module):
         Who decides which gates stay; None for the gate alone.
     multipliers : Parameter or None
         The Lagrange multipliers of a budget, at the first of its gates.
+    last_sample : LastSample
+        Which node of the graph multiplied a weight with the gates last.
     schedule, scheduled_steps : Schedule or None, int
         What the temperature follows, and how many steps of the optimiser it has taken.
 
@@ -112,6 +114,7 @@ class Gate(nn.Module):
         self.rule: Rule | None = None
         self.mask: Tensor | None = None  # the rule's: which gates stay, and, once they are fixed, their values
         self.held: Tensor | None = None
+        self.last_sample = LastSample()
         self._key = register(self)
 
     @property
@@ -219,7 +222,8 @@ class Gate(nn.Module):
         """The expected number of gates that are not zero, differentiable, shape ()."""
         family = self.family
         if isinstance(family, HardConcreteFamily) and not is_traced():
-            return expected_count(whole(self.log_alpha), Constants(self.temperature, family.gamma, family.zeta))
+            constants = Constants(self.temperature, family.gamma, family.zeta)
+            return expected_count(whole(self.log_alpha), constants, self.last_sample.node)
         return self.keep_prob().sum()
 
     @torch.no_grad()

@@ -121,7 +121,9 @@ class GatedWeight(Gating):
             return held_weight(weight, gate.log_alpha, gate.final())
         if self.layout.pattern is None and type(family) is HardConcreteFamily and not is_traced():
             constants = Constants(gate.temperature, family.gamma, family.zeta)
-            return gated_weight(weight, gate.log_alpha, gate.stream(), constants)
+            gated = gated_weight(weight, gate.log_alpha, gate.stream(), constants)
+            gate.last_sample.note(gated)
+            return gated
         return super()._sampled(weight)
 
 

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
+from torch.utils.checkpoint import checkpoint
 
 from l0hooks import fused as fused_module
 from l0hooks import hard_concrete as hc
+from l0hooks import iter_gates, penalty, sparsify
 from l0hooks.fused import Constants, expected_count, gated_weight, sampled
 from l0hooks.memory import PIECE
 
@@ -302,3 +306,164 @@ def test_the_expected_count_saves_nothing() -> None:
     with packed() as saved:
         expected_count(log_alpha, Constants())
     assert storage_bytes(saved, (log_alpha,)) == 0
+
+
+# --- the gradient of a count, computed by the node that samples -------------------------------------------------------
+
+SIDE = 200  # 40,000 gates: above the size from which the count is fused
+
+
+class Pair(torch.nn.Module):
+    """Two gated layers, one of them used twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = (torch.nn.Linear(SIDE, SIDE, bias=False) for _ in range(2))
+        sparsify(self, "weight")
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden: Tensor = self.two(self.one(x).tanh()).tanh()
+        return self.one(hidden)
+
+    @property
+    def gates(self) -> list[torch.nn.Parameter]:
+        return [gate.log_alpha for _, gate in iter_gates(self)]
+
+
+@pytest.fixture
+def pair() -> Pair:
+    torch.manual_seed(0)
+    return Pair()
+
+
+def apart(pair: Pair, seed: int = 1, strength: float = 1.0) -> list[Tensor]:
+    """The gradients of a loss and of a penalty, each from a backward pass of its own, added."""
+    torch.manual_seed(seed)
+    slopes = torch.autograd.grad(loss_of(pair), pair.gates)
+    counts = torch.autograd.grad(strength * penalty(pair, l0=1.0), pair.gates)
+    return [a + b for a, b in zip(slopes, counts, strict=True)]
+
+
+def loss_of(pair: Pair) -> Tensor:
+    x = torch.randn(3, SIDE, generator=torch.Generator().manual_seed(2))
+    return pair(x).square().sum() * 100
+
+
+def count_dense(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """A list that grows whenever a count computes an array of its own."""
+    calls: list[int] = []
+    original = fused_module._count_slope
+
+    def counted(*args: Any, out: Tensor | None = None) -> Tensor:
+        if out is not None:
+            calls.append(1)
+        return original(*args, out=out)
+
+    monkeypatch.setattr(fused_module, "_count_slope", counted)
+    return calls
+
+
+def test_a_penalty_in_the_loss_is_left_to_the_gates(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = apart(pair, strength=3.0)
+    calls = count_dense(monkeypatch)
+    torch.manual_seed(1)
+    (loss_of(pair) + 3.0 * penalty(pair, l0=1.0)).backward()
+    torch.testing.assert_close([a.grad for a in pair.gates], expected)
+    assert not calls
+
+
+@pytest.mark.parametrize("only_gates", [True, False])
+def test_gradients_that_are_asked_for_by_name(pair: Pair, only_gates: bool) -> None:
+    expected = apart(pair)
+    torch.manual_seed(1)
+    loss = loss_of(pair) + penalty(pair, l0=1.0)
+    wanted = pair.gates if only_gates else [*pair.gates, *pair.parameters()]
+    torch.testing.assert_close(list(torch.autograd.grad(loss, wanted))[:2], expected)
+
+
+def test_a_penalty_alone_pays_for_itself(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = count_dense(monkeypatch)
+    expected = apart(pair)
+    assert len(calls) == 2
+    torch.manual_seed(1)
+    loss, price = loss_of(pair), penalty(pair, l0=1.0)
+    price.backward(retain_graph=True)
+    loss.backward()
+    torch.testing.assert_close([a.grad for a in pair.gates], expected)
+
+
+def test_a_penalty_computed_before_the_forward_or_between_two(pair: Pair) -> None:
+    pair(torch.randn(2, SIDE))
+    expected = [a + b for a, b in zip(apart(pair, 1), apart(pair, 5, 0.0), strict=True)]
+    early = penalty(pair, l0=0.5)
+    torch.manual_seed(1)
+    first = loss_of(pair)
+    between = penalty(pair, l0=0.5)
+    torch.manual_seed(5)
+    (first + early + between + loss_of(pair)).backward()
+    torch.testing.assert_close([a.grad for a in pair.gates], expected)
+
+
+def test_a_graph_that_is_kept_may_go_back_twice(pair: Pair) -> None:
+    expected = apart(pair)
+    torch.manual_seed(1)
+    loss = loss_of(pair) + penalty(pair, l0=1.0)
+    for _ in range(2):
+        loss.backward(retain_graph=True)
+    torch.testing.assert_close([a.grad for a in pair.gates], [2 * slope for slope in expected])
+
+
+def test_what_a_failed_pass_owed_is_forgotten(pair: Pair) -> None:
+    expected = apart(pair)
+    torch.manual_seed(1)
+    x = torch.randn(3, SIDE, generator=torch.Generator().manual_seed(2))
+    outputs = pair(x)
+
+    def fail(grad: Tensor) -> None:
+        raise KeyError("once")
+
+    handle = outputs.register_hook(fail)
+    loss = outputs.square().sum() * 100 + penalty(pair, l0=1.0)
+    with pytest.raises(KeyError, match="once"):
+        loss.backward(retain_graph=True)
+    handle.remove()
+    pair.zero_grad()
+    loss.backward()
+    torch.testing.assert_close([a.grad for a in pair.gates], expected)
+
+
+def test_a_graph_of_the_gradients_holds_the_penalty(pair: Pair) -> None:
+    expected = apart(pair)
+    torch.manual_seed(1)
+    slopes = torch.autograd.grad(loss_of(pair) + penalty(pair, l0=1.0), pair.gates, create_graph=True)
+    torch.testing.assert_close([s.detach() for s in slopes], expected)
+    sum(s.square().sum() for s in slopes).backward()
+    assert all(a.grad is not None and a.grad.isfinite().all() for a in pair.gates)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_a_checkpointed_forward_beside_a_penalty(pair: Pair, reentrant: bool) -> None:
+    expected = apart(pair)
+    x = torch.randn(3, SIDE, generator=torch.Generator().manual_seed(2)).requires_grad_()
+    torch.manual_seed(1)
+    loss = checkpoint(pair, x, use_reentrant=reentrant).square().sum() * 100
+    (loss + penalty(pair, l0=1.0)).backward()
+    torch.testing.assert_close([a.grad for a in pair.gates], expected)
+
+
+def test_frozen_gates_owe_nothing(pair: Pair) -> None:
+    for location in pair.gates:
+        location.requires_grad_(False)
+    (loss_of(pair) + penalty(pair, l0=1.0)).backward()
+    assert all(location.grad is None for location in pair.gates)
+
+
+def test_a_copy_does_not_know_the_graph_of_its_original(pair: Pair) -> None:
+    loss = loss_of(pair)
+    twin = copy.deepcopy(pair)
+    (loss + penalty(twin, l0=1.0)).backward()
+    for ours, theirs in zip(pair.gates, twin.gates, strict=True):
+        p = torch.sigmoid(theirs.detach() - hc.closing_point())
+        torch.testing.assert_close(theirs.grad, p * (1 - p))
+        assert ours.grad is not None
+        assert not torch.equal(ours.grad, theirs.grad)
