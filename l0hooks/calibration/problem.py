@@ -12,7 +12,7 @@ rows of a few units are one slice.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -100,6 +100,15 @@ class Problem:
         """Mean \\|relative error\\| over the targets, for scaled misses."""
         count = len(self.denominators)
         return float(np.mean(np.abs(misses[:count]) / self.scale[:count] / self.denominators))
+
+    def only(self, units: Integers) -> Problem:
+        """The same problem with the columns of ``units`` alone, all others empty; for most of them, itself."""
+        if len(units) > self.size // 2:
+            return self
+        part, ends = self.columns[units], np.zeros(self.size + 1, self.columns.indptr.dtype)
+        ends[units + 1] = np.diff(part.indptr)
+        columns = sparse.csr_array((part.data, part.indices, np.cumsum(ends, out=ends)), shape=self.columns.shape)
+        return replace(self, columns=columns)
 
     def weights(self, g: Floats, units: Integers) -> Floats:
         """One weight for each household: float64, shape (n_households,), zero for all that are not in ``units``."""

@@ -112,6 +112,8 @@ class Solver:
     options : Options
     before : Selection, optional
         The result for a larger K, from which this one may be reached by pruning.
+    frugal : bool
+        Whether ``problem`` gives up the columns of all units that are in no selection before the polish.
 
     Attributes
     ----------
@@ -132,8 +134,10 @@ class Solver:
     (6, True)
     """
 
-    def __init__(self, problem: Problem, options: Options, before: Selection | None = None) -> None:
-        self.options, self._before = options, before
+    def __init__(
+        self, problem: Problem, options: Options, before: Selection | None = None, *, frugal: bool = False
+    ) -> None:
+        self.options, self._before, self._frugal = options, before, frugal
         self.problem = _with_floor(problem, options.keep)
         self.candidates: list[Candidate] = []
         self._pending: list[Pending] = []
@@ -259,6 +263,8 @@ class Solver:
 
     def _polish(self) -> Progress:
         """Polish the most promising selection, and forget those that are too far behind it."""
+        if self._frugal and not self.candidates:
+            self.problem = self.problem.only(np.unique(np.concatenate([one.selection.units for one in self._pending])))
         self._pending.sort(key=lambda one: one.norm)
         first, options = self._pending[0], self.options
         polished = polish(

@@ -186,6 +186,17 @@ def test_auto_is_never_worse_than_the_simple_methods_and_k_is_exact(keep, feasib
     assert best.feasible or best.error <= 1.02 * min(one.error for one in others)
 
 
+@pytest.mark.parametrize("keep", [8, 20])
+def test_a_frugal_solver_finds_the_same_with_less(keep) -> None:
+    problem = small()
+    usual, frugal = (Solver(problem, Options(keep=keep, epochs=30), frugal=one) for one in (False, True))
+    first, second = usual.run(), frugal.run()
+    np.testing.assert_array_equal(first.polished.selection.units, second.polished.selection.units)
+    np.testing.assert_array_equal(first.polished.selection.g, second.polished.selection.g)
+    assert usual.problem.columns.nnz == problem.columns.nnz
+    assert frugal.problem.columns.nnz < problem.columns.nnz
+
+
 def test_targets_that_can_be_met_are_met_nearest_to_the_design_weights() -> None:
     problem = small(households=400, dtype="float64")
     done = polish(problem, Selection(np.arange(400), np.ones(400)))
