@@ -9,6 +9,7 @@ import pytest
 import torch
 from scipy import optimize, sparse
 
+from l0hooks import hard_concrete
 from l0hooks.calibration import Calibrator
 from l0hooks.calibration.distance import nearest_weights
 from l0hooks.calibration.gates import GateStage
@@ -115,13 +116,12 @@ def test_the_gradient_over_open_units_is_autograds(monkeypatch, few) -> None:
     problem = small(dtype="float64")
     stage = GateStage(problem, 20, epochs=20)
     x = np.where(np.arange(problem.size) % 3 == 0, 0.5, 0.0).astype(np.float32)
-    gradient, misses, factor, active = stage._gradient(x)
+    open_units = np.flatnonzero(x)
+    slope, misses, factor = stage._slope(open_units, x[open_units])
     leaf = torch.tensor(x, dtype=torch.float64, requires_grad=True)
     product = torch.from_numpy(problem.columns.toarray()).T @ leaf
     (0.5 * (factor * product - torch.from_numpy(problem.lower)).square().sum()).backward()
-    open_units = x > 0
-    np.testing.assert_allclose(gradient[open_units], leaf.grad.numpy()[open_units], rtol=1e-4, atol=1e-6)
-    assert active == open_units.sum()
+    np.testing.assert_allclose(slope, leaf.grad.numpy()[open_units], rtol=1e-4, atol=1e-6)
     np.testing.assert_allclose(misses, factor * product.detach().numpy() - problem.lower, atol=1e-9)
 
 
@@ -184,6 +184,28 @@ def test_auto_is_never_worse_than_the_simple_methods_and_k_is_exact(keep, feasib
         polish(solver.problem, finish(SwapStage(solver.problem, finish(GreedyStage(solver.problem, keep))))),
     ]
     assert best.feasible or best.error <= 1.02 * min(one.error for one in others)
+
+
+@pytest.mark.parametrize("kept", [(), (3, 5)])
+def test_the_slopes_of_an_epoch_are_those_of_autograd(kept) -> None:
+    problem = small(dtype="float64", keep=kept)
+    stage = GateStage(problem, 60, epochs=50)
+    for _ in range(5):
+        stage.advance()
+    theta, odds = (one.detach().double().requires_grad_() for one in (stage.theta, stage.gate.log_alpha))
+    stage._noise.epoch = stage.epoch
+    z = torch.ones(problem.size, dtype=torch.float64)
+    z[torch.from_numpy(stage._free)] = hard_concrete.sample(odds, stage.gate.noise().double())
+    p = torch.from_numpy(problem.columns.T.toarray()) @ (z * theta.exp())
+    target = torch.from_numpy(problem.lower)
+    factor = ((p @ target) / (p @ p)).detach()
+    (((factor * p - target) ** 2).sum() / 2).backward()  # at its optimum the factor has no share in the gradient
+    wanted = [theta.grad.numpy(), odds.grad.numpy()]
+    found = []
+    stage._step = lambda factor: found.extend([stage.theta.grad.numpy(), stage.gate.log_alpha.grad.numpy()])
+    stage.advance()
+    for one, other in zip(found, wanted, strict=True):
+        np.testing.assert_allclose(one, other, rtol=2e-3, atol=1e-4 * np.abs(other).max())
 
 
 @pytest.mark.parametrize("keep", [8, 20])
