@@ -60,8 +60,12 @@ class Calibrator(Settings):
         A target is met if its relative error is not larger.
     max_epochs : int, > 0
         Of the gates.
+    patience : int, > 0, optional
+        Early stopping: gates that are down to their final number, and swaps, end after so many steps in which the error
+        did not fall by a hundredth. The fit goes on with what they have. Without it gates take all their epochs, and
+        swaps go on while they gain.
     device : "cpu"
-        Where the fit runs.
+        Where the fit runs; there is no other yet, and any other is refused.
     dtype : "float32" or "float64"
         In which the fit holds the matrix; sums are taken in float64.
     random_state : int, >= 0
@@ -261,6 +265,7 @@ class Calibrator(Settings):
             distance=self.distance,
             tolerance=self.tolerance,
             random_state=int(self.random_state),
+            patience=None if self.patience is None else int(self.patience),
         )
         checkpoint = None
         if self.checkpoint is not None:

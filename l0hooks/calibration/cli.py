@@ -143,6 +143,7 @@ def _add_fit(group: Any) -> None:
         "--tolerance", metavar="X", type=float, default=1e-6, help="relative error of a target met (1e-6)"
     )
     group.add_argument("--max-epochs", metavar="N", type=int, default=200, help="of the gates (200)")
+    group.add_argument("--patience", metavar="N", type=int, help="end a search after N steps without a better error")
     group.add_argument("--dtype", choices=get_args(Precision), default="float32", help="of the matrix in the fit")
     group.add_argument("--random-state", metavar="N", type=int, default=0)
     group.add_argument("--checkpoint", metavar="FILE", type=Path, help="state of a long fit: the same command goes on")
@@ -176,6 +177,7 @@ def _calibrate(options: argparse.Namespace, told: Sequence[warnings.WarningMessa
         hierarchy=None if options.hierarchy is None else _hierarchy(read_table(options.hierarchy)),
         tolerance=options.tolerance,
         max_epochs=options.max_epochs,
+        patience=options.patience,
         dtype=options.dtype,
         random_state=options.random_state,
         checkpoint=options.checkpoint,

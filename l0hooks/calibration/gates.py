@@ -182,6 +182,11 @@ class GateStage:
         return self.epoch >= self.epochs
 
     @property
+    def settled(self) -> bool:
+        """Whether the expected size is the final one, so that errors of epochs can be compared."""
+        return self.epoch >= max(_SHRINK, _DECAY) * self.epochs
+
+    @property
     def resumable(self) -> bool:
         """Whether :meth:`state` may be called now: after every tenth epoch."""
         return self.epoch % _SAVED == 0

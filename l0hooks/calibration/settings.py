@@ -51,6 +51,7 @@ class Settings:
         importance: object = None,
         tolerance: float = 1e-6,
         max_epochs: int = 200,
+        patience: int | None = None,
         device: str = "cpu",
         dtype: Precision = "float32",
         random_state: int = 0,
@@ -64,7 +65,7 @@ class Settings:
         self.distance, self.loss, self.method, self.objective = distance, loss, method, objective
         self.groups, self.group_multipliers, self.normalize_groups = groups, group_multipliers, normalize_groups
         self.hierarchy, self.consistency, self.importance = hierarchy, consistency, importance
-        self.tolerance, self.max_epochs = tolerance, max_epochs
+        self.tolerance, self.max_epochs, self.patience = tolerance, max_epochs, patience
         self.device, self.dtype, self.random_state = device, dtype, random_state
         self.checkpoint, self.checkpoint_interval = checkpoint, checkpoint_interval
         self.callbacks = tuple(callbacks)
@@ -105,9 +106,10 @@ class Settings:
             raise InvalidValueError(
                 explain("device", "the fit runs on the CPU.", expected="'cpu'", got=repr(self.device))
             )
-        for name in ("max_epochs", "random_state"):
-            least = 1 if name == "max_epochs" else 0
+        for name, least in (("max_epochs", 1), ("random_state", 0), ("patience", 1)):
             value = vars(self)[name]
+            if value is None and name == "patience":
+                continue
             if isinstance(value, bool) or not isinstance(value, Integral) or int(value) < least:
                 raise InvalidValueError(explain(name, f"it must be an integer >= {least}.", got=repr(value)))
         for name, value in (("l0", self.l0), ("tolerance", self.tolerance)):

@@ -14,7 +14,7 @@ from l0hooks.calibration.gates import GateStage
 from l0hooks.calibration.greedy import GreedyStage, worth_their_price
 from l0hooks.calibration.polish import Objective, Polished, polish
 from l0hooks.calibration.problem import Floats, Problem
-from l0hooks.calibration.stage import Progress, Selection, Stage, State, refit
+from l0hooks.calibration.stage import Patience, Progress, Selection, Stage, State, refit
 from l0hooks.calibration.swaps import PruneStage, SwapStage
 
 Method = Literal["auto", "gates", "greedy", "dense"]
@@ -52,6 +52,8 @@ class Options:
     objective, distance, tolerance
         As in :func:`polish`.
     random_state : int, >= 0
+    patience : int, > 0, optional
+        Gates, once they are down to their final number, and swaps end after so many steps without a better error.
     """
 
     keep: int | None = None
@@ -62,6 +64,7 @@ class Options:
     distance: Distance = "chi_square"
     tolerance: float = 1e-6
     random_state: int = 0
+    patience: int | None = None
 
 
 @dataclass(frozen=True)
@@ -145,6 +148,7 @@ class Solver:
         self._candidate = self._leg = 0
         self._stage: Stage | None = None
         self._selection: Selection | None = None
+        self._patience = None if options.patience is None else Patience(options.patience)
 
     @property
     def done(self) -> bool:
@@ -198,7 +202,14 @@ class Solver:
         told = self._stage.advance()
         if self._stage.done:
             self._end_leg()
+        elif self._patience is not None and self._may_end() and self._patience.is_over(told):
+            self.end_stage()
         return told
+
+    def _may_end(self) -> bool:
+        """Whether errors of the stage that runs can be compared from step to step, and it may end at any of them."""
+        stage = self._stage
+        return isinstance(stage, SwapStage) or (isinstance(stage, GateStage) and stage.settled)
 
     def end_stage(self) -> None:
         """End gates or swaps with what they have; a stage that has not its K units yet goes on."""
@@ -249,6 +260,8 @@ class Solver:
                 # gates of units that can stand in for each other may all close at once
                 self._selection = worth_their_price(self.problem, self.options.l0)
         self._stage, self._leg = None, self._leg + 1
+        if self._patience is not None:
+            self._patience.begin()
 
     def _put_by(self, name: str) -> Progress:
         """A selection is made: whether it is polished depends on the others."""
@@ -294,6 +307,7 @@ class Solver:
             "selection": None if self._selection is None else asdict(self._selection),
             "pending": [asdict(one) for one in self._pending],
             "candidates": [{"name": c.name, "polished": asdict(c.polished)} for c in self.candidates],
+            "patience": None if self._patience is None else self._patience.state(),
         }
 
     def resume(self, state: State) -> None:
@@ -307,6 +321,8 @@ class Solver:
         self._pending = [
             Pending(one["name"], Selection(**one["selection"]), float(one["norm"])) for one in state["pending"]
         ]
+        if self._patience is not None:
+            self._patience.resume(state["patience"])
         self._stage = None
         if state["stage"] is not None:
             self._stage = self._make(self._plan[self._candidate][self._leg])

@@ -208,6 +208,45 @@ def test_the_slopes_of_an_epoch_are_those_of_autograd(kept) -> None:
         np.testing.assert_allclose(one, other, rtol=2e-3, atol=1e-4 * np.abs(other).max())
 
 
+def rows_of(solver):
+    told = []
+    while not solver.done:
+        told.append(solver.advance())
+    return told
+
+
+@pytest.mark.parametrize(("method", "stage", "patience"), [("gates", "gates", 3), ("dense", "swaps", 1)])
+def test_patience_ends_a_search_that_gets_no_better(method, stage, patience) -> None:
+    problem = small(feasible=False)
+    options = Options(keep=20, epochs=100, method=method)
+    whole, short = (Solver(problem, replace(options, patience=one)) for one in (None, patience))
+    long_run, short_run = ([told.error for told in rows_of(one) if told.stage == stage] for one in (whole, short))
+    assert len(short_run) < len(long_run)
+    assert short_run == long_run[: len(short_run)]
+    watched = short_run[59:] if stage == "gates" else short_run  # gates: once they are down to K
+    assert min(watched[-patience:]) >= 0.99 * min(watched[:-patience])
+    assert len(short.best().polished.selection.units) == 20
+
+
+def test_patience_that_is_never_tried_changes_nothing() -> None:
+    problem = small(feasible=False)
+    found = [Solver(problem, Options(keep=20, epochs=30, patience=one)).run().polished for one in (None, 10_000)]
+    np.testing.assert_array_equal(found[0].selection.g, found[1].selection.g)
+
+
+def test_a_patient_solver_resumes_bit_by_bit() -> None:
+    problem, options = small(feasible=False), Options(keep=20, epochs=50, patience=4)
+    whole, first, second = (Solver(problem, options) for _ in range(3))
+    wanted = whole.run().polished
+    while not first.done:
+        first.advance()
+        if first.resumable:
+            second = Solver(problem, options)
+            second.resume(first.state())
+            first = second
+    np.testing.assert_array_equal(second.best().polished.selection.g, wanted.selection.g)
+
+
 @pytest.mark.parametrize("keep", [8, 20])
 def test_a_frugal_solver_finds_the_same_with_less(keep) -> None:
     problem = small()

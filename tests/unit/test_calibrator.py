@@ -246,6 +246,8 @@ def test_equal_random_states_give_equal_weights_and_torch_is_left_alone():
         ({"method": "best"}, "method: it must be known"),
         ({"distance": "kl"}, "distance: it must be known"),
         ({"max_epochs": 0}, "max_epochs: it must be an integer >= 1"),
+        ({"patience": 0}, "patience: it must be an integer >= 1"),
+        ({"patience": 2.5}, "patience: it must be an integer >= 1"),
         ({"random_state": -1}, "random_state: it must be an integer >= 0"),
         ({"random_state": 1.5}, "random_state"),
         ({"tolerance": float("nan")}, "tolerance: it must be positive"),
