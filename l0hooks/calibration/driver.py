@@ -50,7 +50,7 @@ class Outcome:
     rows: list[dict[str, Any]] = field(default_factory=list)
 
 
-def prepared(inputs: Inputs, *, loss: Loss, consistency: float) -> Problem:
+def prepared(inputs: Inputs, *, loss: Loss, consistency: float, offset: float = 1.0) -> Problem:
     """The problem that the stages work on, of the targets that count or have parents or children."""
     people = inputs.people
     counts = inputs.importance > 0
@@ -66,6 +66,7 @@ def prepared(inputs: Inputs, *, loss: Loss, consistency: float) -> Problem:
         design_weights=people.design,
         importance=np.maximum(inputs.importance[rows], _LEAST * inputs.importance.max()),
         loss=loss,
+        offset=offset,
         hierarchy=[(int(place[parent]), place[list(children)].tolist()) for parent, children in inputs.hierarchy],
         consistency=consistency,
         keep=people.keep,

@@ -1,7 +1,7 @@
 """The prepared problem: what every stage works on, in units in which all stages agree.
 
 Unit i (a household, or a cluster that shares one weight) gets the weight wᵢ = gᵢ·dᵢ, dᵢ its scaled design weight. With
-s the row scale (1/(\\|y\\| + 1) for the relative loss, times the square root of the target's importance)
+s the row scale (1/(\\|y\\| + offset) for the relative loss, times the square root of the target's importance)
 
     B = diag(s)·M·diag(d),  l = s·lower,  u = s·upper,  loss(g) = ½ Σ dist(B g, [l, u])²
 
@@ -44,7 +44,7 @@ class Problem:
     scale : float64, shape (Q,)
         s.
     denominators : float64, shape (T,)
-        \\|y\\| + 1 of the T <= Q targets that were given; the other rows are consistency conditions.
+        \\|y\\| + offset of the T <= Q targets that were given; the other rows are consistency conditions.
     low, high : float64, shape (n,)
         Bounds of g for a unit that is chosen.
     design : float64, shape (n,)
@@ -128,6 +128,7 @@ def prepare(
     bounds: tuple[float, float] = (0.0, np.inf),
     bounds_on: BoundsOn = "ratio",
     loss: Loss = "relative",
+    offset: float = 1.0,
     hierarchy: Sequence[tuple[int, Sequence[int]]] = (),
     consistency: float = 1.0,
     keep: ArrayLike = (),
@@ -154,8 +155,10 @@ def prepare(
     bounds_on : "ratio" or "weight"
         Whether they hold for weight / design weight, or for the weight.
     loss : "relative" or "squared"
-        Relative: errors are divided by \|y\| + 1, for an interval with the larger finite end. Squared: they are divided
-        by one number, the mean of \|y\| + 1, which only makes figures comparable.
+        Relative: errors are divided by \|y\| + ``offset``, for an interval with the larger finite end. Squared: they
+        are divided by one number, the mean of that, which only makes figures comparable.
+    offset : float, > 0
+        In the units of the targets.
     hierarchy : sequence of (parent, children)
         Row numbers; the estimates of the children are to add up to the parent's.
     consistency : float, >= 0
@@ -187,7 +190,7 @@ def prepare(
     low_target = np.asarray(lower, np.float64)
     high_target = low_target if upper is None else np.asarray(upper, np.float64)
     rows = sparse.csr_array(matrix)
-    denominators = larger_ends(low_target, high_target) + 1
+    denominators = larger_ends(low_target, high_target) + offset
     scale = 1 / denominators if loss == "relative" else np.full(len(denominators), 1 / denominators.mean())
     if importance is not None:
         given = np.asarray(importance, np.float64)

@@ -41,6 +41,7 @@ class Settings:
         bounds_on: BoundsOn = "ratio",
         distance: Distance = "chi_square",
         loss: Loss = "relative",
+        error_offset: float = 1.0,
         method: Method = "auto",
         objective: Objective = "auto",
         groups: object = None,
@@ -63,6 +64,7 @@ class Settings:
         self.k, self.l0 = k, l0
         self.bounds, self.bounds_on = bounds, bounds_on
         self.distance, self.loss, self.method, self.objective = distance, loss, method, objective
+        self.error_offset = error_offset
         self.groups, self.group_multipliers, self.normalize_groups = groups, group_multipliers, normalize_groups
         self.hierarchy, self.consistency, self.importance = hierarchy, consistency, importance
         self.tolerance, self.max_epochs, self.patience = tolerance, max_epochs, patience
@@ -112,8 +114,9 @@ class Settings:
                 continue
             if isinstance(value, bool) or not isinstance(value, Integral) or int(value) < least:
                 raise InvalidValueError(explain(name, f"it must be an integer >= {least}.", got=repr(value)))
-        for name, value in (("l0", self.l0), ("tolerance", self.tolerance)):
-            if value is not None and not (_real(value) and 0 < value < math.inf):
+        positive = {"tolerance": self.tolerance, "error_offset": self.error_offset}
+        for name, value in (positive if self.l0 is None else {**positive, "l0": self.l0}).items():
+            if not _real(value) or not 0 < value < math.inf:
                 raise InvalidValueError(explain(name, "it must be positive and finite.", got=repr(value)))
         if not _real(self.consistency) or not 0 <= self.consistency < math.inf:
             raise InvalidValueError(

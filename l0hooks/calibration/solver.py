@@ -13,6 +13,7 @@ from l0hooks.calibration.distance import Distance
 from l0hooks.calibration.gates import GateStage
 from l0hooks.calibration.greedy import GreedyStage, worth_their_price
 from l0hooks.calibration.polish import Objective, Polished, polish
+from l0hooks.calibration.priced import PricedSwapStage, cheapest
 from l0hooks.calibration.problem import Floats, Problem
 from l0hooks.calibration.stage import Patience, Progress, Selection, Stage, State, refit
 from l0hooks.calibration.swaps import PruneStage, SwapStage
@@ -25,6 +26,7 @@ _NEAR = 1e-2  # root mean square of the scaled misses of an unpolished selection
 _CLOSE = 1.1  # losses of unpolished selections whose square roots differ by no more are all polished
 _SAME = 1.06  # two starts that end as close as this have met the floor: a third is not tried
 _FEW, _MANY = 1.5, 2.0  # units a target: up to which the start matters; from which a random selection may do
+_SMALL = 200  # targets up to which greedy search one by one is cheap
 _CHEAP = 2000  # units up to which every start is tried all the same
 _RANDOM, _RANDOM_SWAPS, _GREEDY, _GATES = (
     ("random",),
@@ -32,7 +34,7 @@ _RANDOM, _RANDOM_SWAPS, _GREEDY, _GATES = (
     ("greedy", "swaps"),
     ("gates", "prune", "swaps"),
 )
-_PATH, _PRICED, _DENSE = ("path", "prune", "swaps"), ("gates",), ("all",)
+_PATH, _PRICED, _DENSE = ("path", "prune", "swaps"), ("gates", "swaps"), ("all",)
 
 
 @dataclass(frozen=True)
@@ -209,11 +211,11 @@ class Solver:
     def _may_end(self) -> bool:
         """Whether errors of the stage that runs can be compared from step to step, and it may end at any of them."""
         stage = self._stage
-        return isinstance(stage, SwapStage) or (isinstance(stage, GateStage) and stage.settled)
+        return isinstance(stage, (SwapStage, PricedSwapStage)) or (isinstance(stage, GateStage) and stage.settled)
 
     def end_stage(self) -> None:
         """End gates or swaps with what they have; a stage that has not its K units yet goes on."""
-        if isinstance(self._stage, (GateStage, SwapStage)):
+        if isinstance(self._stage, (GateStage, SwapStage, PricedSwapStage)):
             self._end_leg()
 
     def try_no_more(self) -> None:
@@ -248,6 +250,8 @@ class Solver:
         if leg == "greedy":
             return GreedyStage(problem, keep)
         selection = self._given("random") if self._selection is None else self._selection
+        if options.l0 is not None:
+            return PricedSwapStage(problem, selection, options.l0)
         return PruneStage(problem, selection, keep) if leg == "prune" else SwapStage(problem, selection)
 
     def _end_leg(self) -> None:
@@ -256,12 +260,16 @@ class Solver:
             self._selection = stage.leading(min(2 * keep, self.problem.size))
         elif stage is not None:
             self._selection = stage.selection()
-            if self.options.l0 is not None and not len(self._selection.units):
-                # gates of units that can stand in for each other may all close at once
-                self._selection = worth_their_price(self.problem, self.options.l0)
+            self._compare_with_greedy()
         self._stage, self._leg = None, self._leg + 1
         if self._patience is not None:
             self._patience.begin()
+
+    def _compare_with_greedy(self) -> None:
+        """With a price and few targets, or where gates that can stand in for each other all closed at once."""
+        price, found, few = self.options.l0, self._selection, self.problem.rows <= _SMALL
+        if price is not None and found is not None and (few or not len(found.units)):
+            self._selection = cheapest(self.problem, price, [found, worth_their_price(self.problem, price)])
 
     def _put_by(self, name: str) -> Progress:
         """A selection is made: whether it is polished depends on the others."""

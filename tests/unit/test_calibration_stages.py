@@ -15,6 +15,7 @@ from l0hooks.calibration.distance import nearest_weights
 from l0hooks.calibration.gates import GateStage
 from l0hooks.calibration.greedy import GreedyStage
 from l0hooks.calibration.polish import polish
+from l0hooks.calibration.priced import PricedSwapStage
 from l0hooks.calibration.problem import prepare
 from l0hooks.calibration.solver import Options, Solver, path, random_selection
 from l0hooks.calibration.stage import Selection, largest, refit
@@ -42,13 +43,14 @@ def make(name, problem):
         "gates": lambda: GateStage(problem, 20, epochs=40),
         "priced": lambda: GateStage(problem, l0=0.01, epochs=40),
         "greedy": lambda: GreedyStage(problem, 20, rounds=5),
+        "priced_swaps": lambda: PricedSwapStage(problem, random_selection(problem, 60, 0), 1e-3),
         "prune": lambda: PruneStage(problem, random_selection(problem, 60, 0), 20),
         "swaps": lambda: SwapStage(problem, start),
         "solver": lambda: Solver(problem, Options(keep=20, epochs=30)),
     }[name]()
 
 
-@pytest.mark.parametrize("name", ["gates", "priced", "greedy", "prune", "swaps"])
+@pytest.mark.parametrize("name", ["gates", "priced", "greedy", "prune", "swaps", "priced_swaps"])
 def test_a_stage_resumes_bit_by_bit(name) -> None:
     problem = small()
     whole, first, second = (make(name, problem) for _ in range(3))
@@ -206,6 +208,41 @@ def test_the_slopes_of_an_epoch_are_those_of_autograd(kept) -> None:
     stage.advance()
     for one, other in zip(found, wanted, strict=True):
         np.testing.assert_allclose(one, other, rtol=2e-3, atol=1e-4 * np.abs(other).max())
+
+
+def priced_cost(problem, selection, price):
+    misses = problem.misses(problem.estimates(selection.g, selection.units))
+    return float(misses @ misses) / 2 + price / 2 * len(selection.units)
+
+
+def test_priced_swaps_never_cost_more_and_keep_who_must_stay() -> None:
+    problem = small(feasible=False, keep=(3, 5))
+    stage = PricedSwapStage(problem, random_selection(problem, 60, 0), 1e-2)
+    costs = [stage.cost]
+    while not stage.done:
+        told = stage.advance()
+        costs.append(stage.cost)
+    assert costs == sorted(costs, reverse=True)
+    assert costs[-1] < 0.5 * costs[0]
+    found = stage.selection()
+    assert {3, 5} <= set(found.units.tolist())
+    assert told.active == len(found.units) < 60
+    assert stage.cost == pytest.approx(priced_cost(problem, found, 1e-2), rel=1e-4)
+
+
+@pytest.mark.parametrize("price", [1e-3, 1e-2, 1e-1])
+def test_with_a_price_the_choice_costs_no_more_than_the_best_of_all_choices_nearly(price) -> None:
+    rng = np.random.default_rng(3)
+    matrix = rng.random((5, 10))
+    problem = prepare(sparse.csr_array(matrix), matrix @ rng.lognormal(0, 1, 10), dtype="float64")
+    found = Solver(problem, Options(l0=price, epochs=60)).run().polished.selection
+    block = problem.columns.toarray()
+    best = min(
+        optimize.nnls(block[list(chosen)].T, problem.lower)[1] ** 2 / 2 + price / 2 * len(chosen)
+        for count in range(1, 6)
+        for chosen in itertools.combinations(range(10), count)
+    )
+    assert priced_cost(problem, found, price) <= 1.25 * best
 
 
 def rows_of(solver):
