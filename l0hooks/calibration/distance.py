@@ -21,7 +21,6 @@ from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import sparse
 
 from l0hooks.calibration.factor import Factor, factorised
 from l0hooks.calibration.problem import Floats, Sparse
@@ -135,7 +134,6 @@ class _Dual:
         self.rows, self.q, self.factor = len(lower), strength, factor
         self.low, self.high = low / factor, high / factor
         self.raking = distance == "raking"
-        self.squares = sparse.csr_array((block.data**2, block.indices, block.indptr), shape=block.shape)
         self.interval: NDArray[np.bool_] = lower < upper
         self.target = np.where(self.interval, 0.0, lower)
         # of the numbers within intervals: at first what the design weights give
@@ -235,7 +233,10 @@ class _Dual:
 
     def newton(self, gradient: Floats, curvature: Floats, ridge: Floats, accuracy: float) -> Floats:
         """−H⁻¹·gradient, H = B diag(curvature) Bᵀ + diag(ridge), by conjugate gradients."""
-        diagonal = self.squares.T @ curvature + ridge
+        squares = self.block.data**2
+        squares *= np.repeat(curvature, np.diff(self.block.indptr))
+        diagonal = np.bincount(self.block.indices, squares, minlength=self.rows) + ridge
+        del squares  # their memory is wanted
         goal = accuracy * float(np.linalg.norm(gradient))
         x, residual = np.zeros(self.rows), -gradient
         cheap = self.preconditioner or (lambda v: v / diagonal)

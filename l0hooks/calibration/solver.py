@@ -25,7 +25,8 @@ _EQUAL = 0.01  # errors that differ by less count as equal: the smaller design e
 _NEAR = 1e-2  # root mean square of the scaled misses of an unpolished selection that may yet meet all targets
 _CLOSE = 1.1  # losses of unpolished selections whose square roots differ by no more are all polished
 _SAME = 1.06  # two starts that end as close as this have met the floor: a third is not tried
-_FEW, _MANY = 1.5, 2.0  # units a target: up to which the start matters; from which a random selection may do
+_FEW, _SOME = 1.5, 5.0  # units a target: up to which gates may win, and greedy search
+_MANY = 2.0  # units a target from which a random selection may do
 _SMALL = 200  # targets up to which greedy search one by one is cheap
 _CHEAP = 2000  # units up to which every start is tried all the same
 _RANDOM, _RANDOM_SWAPS, _GREEDY, _GATES = (
@@ -79,11 +80,14 @@ class Pending:
     selection : Selection
     norm : float
         √Σ dist² after a short refit.
+    error : float
+        The mean relative error then, which another may have smaller.
     """
 
     name: str
     selection: Selection
     norm: float
+    error: float
 
 
 @dataclass(frozen=True)
@@ -105,11 +109,11 @@ class Solver:
     """Runs the candidates step by step and keeps the best.
 
     In ``"auto"`` these are greedy with swaps, a random selection with swaps, and gates with pruning and swaps, which
-    are left out where the first two end equally well. From one and a half times as many units as targets on all three
-    end within a few per cent of each other once they are polished, and above 2,000 units only the random selection with
-    swaps is made; from twice as many on a random selection is tried as it is. Those that come close to the best are
-    polished. The smallest mean relative error wins; of errors within 1 % of it, or of targets all met, the smallest
-    design effect.
+    are left out where the first two end equally well. Above 2,000 units gates are made up to one and a half times as
+    many units as targets, and greedy search up to five times as many; beyond, these starts end within a few per cent of
+    each other once they are polished. From twice as many on a random selection is tried as it is. Those that come close
+    to the best, in loss or in error, are polished. The smallest mean relative error wins; of errors within 1 % of it,
+    or of targets all met, the smallest design effect.
 
     Parameters
     ----------
@@ -278,7 +282,7 @@ class Solver:
         if len(self._plan) > 1:
             fitted = refit(self.problem, selection.units, selection.g, iterations=_ITERATIONS)
             norm, error = float(np.linalg.norm(fitted.misses)), self.problem.error(fitted.misses)
-        self._pending.append(Pending(name, selection, norm))
+        self._pending.append(Pending(name, selection, norm, error))
         self._selection, self._leg, self._candidate = None, 0, self._candidate + 1
         return Progress("choice", self._candidate, len(self._plan), error, len(selection.units))
 
@@ -301,7 +305,8 @@ class Solver:
         if polished.feasible:  # who may meet all targets, too, may have the smaller design effect
             edge = _NEAR * math.sqrt(self.problem.rows)
         also = "random" if polished.feasible else None
-        self._pending = [one for one in self._pending[1:] if one.norm <= edge or one.name == also]
+        least = _CLOSE * first.error
+        self._pending = [one for one in self._pending[1:] if one.norm <= edge or one.error <= least or one.name == also]
         return Progress("polish", 1, 1 + len(self._pending), polished.error, len(first.selection.units))
 
     # --- checkpoints -----------------------------------------------------------------------------------------------
@@ -327,7 +332,8 @@ class Solver:
             for c in state["candidates"]
         ]
         self._pending = [
-            Pending(one["name"], Selection(**one["selection"]), float(one["norm"])) for one in state["pending"]
+            Pending(one["name"], Selection(**one["selection"]), float(one["norm"]), float(one["error"]))
+            for one in state["pending"]
         ]
         if self._patience is not None:
             self._patience.resume(state["patience"])
@@ -389,4 +395,5 @@ def _plan(problem: Problem, options: Options, prunable: bool) -> list[tuple[str,
     last = [_RANDOM] if options.keep > _MANY * problem.rows else []
     if options.keep <= max(_FEW * problem.rows, _CHEAP):
         return [*first, _GREEDY, _RANDOM_SWAPS, *last, _GATES]
-    return [*first, _RANDOM_SWAPS, *last]
+    also = [_GREEDY] if options.keep <= _SOME * problem.rows else []
+    return [*first, _RANDOM_SWAPS, *also, *last]

@@ -337,11 +337,23 @@ def test_of_selections_that_meet_all_targets_the_smallest_design_effect_wins() -
 
 def test_many_units_take_one_start_and_the_polish_is_certified(monkeypatch) -> None:
     monkeypatch.setattr("l0hooks.calibration.solver._CHEAP", 0)
+    monkeypatch.setattr("l0hooks.calibration.solver._SOME", 1.6)  # 50 are 1.67 times as many as targets
     solver = Solver(small(feasible=False), Options(keep=50))
     best = solver.run()
     assert [one.name for one in solver.candidates] == ["random+swaps"]
     assert best.polished.converged
     assert best.polished.certificate <= 1e-6
+
+
+def test_greedy_search_is_polished_too_where_its_error_is_near_though_its_loss_is_not(monkeypatch) -> None:
+    monkeypatch.setattr("l0hooks.calibration.solver._CHEAP", 0)
+    solver = Solver(small(feasible=False), Options(keep=50))
+    while not solver._selected:
+        solver.advance()
+    first, other = solver._pending[0], solver._pending[1]
+    solver._pending = [replace(first, norm=1.0, error=0.1), replace(other, norm=9.0, error=0.05)]
+    solver.run()
+    assert {one.name for one in solver.candidates} == {"random+swaps", "greedy+swaps"}
 
 
 def test_a_path_goes_through_all_sizes() -> None:
