@@ -30,7 +30,8 @@ class Calibrator(Settings):
     k : int, optional
         How many households have a positive weight, exactly. Without ``k`` and ``l0`` all of them: plain calibration.
     l0 : float, > 0, optional
-        Instead of ``k``: what one household costs in the loss, as in the earlier library.
+        Instead of ``k``: what one household costs in the loss, as in the earlier library. Gates, and with up to 200
+        targets greedy search, begin; then households are added and dropped while loss and price together fall.
     bounds : (lo, hi)
         Of a chosen household's weight: numbers, or one for each household by name. ``hi`` may be infinite.
     bounds_on : "ratio" or "weight"
@@ -38,7 +39,10 @@ class Calibrator(Settings):
     distance : "chi_square" or "raking"
         From the design weights, where the targets leave a choice.
     loss : "relative" or "squared"
-        Errors are divided by \|y\| + 1 of each target, or by one number for all.
+        Errors are divided by \|y\| + ``error_offset`` of each target, or by one number for all.
+    error_offset : float, > 0
+        Relative errors are (estimate − y) / (\|y\| + ``error_offset``), in the units of the targets: 1 suits counts and
+        sums; targets far below 1, such as shares, want the size of an error that would still matter.
     method : "auto", "gates", "greedy" or "dense"
         How households are chosen: "auto" tries what may win and keeps the best.
     objective : "auto", "least_squares" or "distance"
@@ -60,8 +64,12 @@ class Calibrator(Settings):
         A target is met if its relative error is not larger.
     max_epochs : int, > 0
         Of the gates.
+    patience : int, > 0, optional
+        Early stopping: gates that are down to their final number, and swaps, end after so many steps in which the error
+        did not fall by a hundredth. The fit goes on with what they have. Without it gates take all their epochs, and
+        swaps go on while they gain.
     device : "cpu"
-        Where the fit runs.
+        Where the fit runs; there is no other yet, and any other is refused.
     dtype : "float32" or "float64"
         In which the fit holds the matrix; sums are taken in float64.
     random_state : int, >= 0
@@ -229,7 +237,7 @@ class Calibrator(Settings):
             weights = households.values(
                 dict(zip(known.names, weights.tolist(), strict=True)), "predict (fitted households)"
             )
-        return np.asarray(matrix.astype(np.float64) @ weights, np.float64)
+        return np.asarray(matrix.astype(np.float64, copy=False) @ weights, np.float64)
 
     def _read(
         self, matrix: object, y: object, lower: object, upper: object, k: int | None, data: Mapping[str, Any]
@@ -261,14 +269,17 @@ class Calibrator(Settings):
             distance=self.distance,
             tolerance=self.tolerance,
             random_state=int(self.random_state),
+            patience=None if self.patience is None else int(self.patience),
         )
         checkpoint = None
         if self.checkpoint is not None:
-            settings = f"{inputs.fingerprint()} {options} {self.loss} {self.consistency} {list(sizes)}"
+            settings = (
+                f"{inputs.fingerprint()} {options} {self.loss} {self.error_offset} {self.consistency} {list(sizes)}"
+            )
             checkpoint = Checkpoint(self.checkpoint, settings, interval=self.checkpoint_interval)
             checkpoint.read()  # one of other data is refused before any work
         driver = Driver(
-            prepared(inputs, loss=self.loss, consistency=self.consistency),
+            prepared(inputs, loss=self.loss, consistency=self.consistency, offset=self.error_offset),
             options,
             sizes,
             callbacks=self.callbacks,
@@ -289,4 +300,5 @@ class Calibrator(Settings):
             reason=outcome.reason,
             rows=outcome.rows,
             candidates=outcome.candidates,
+            offset=self.error_offset,
         )

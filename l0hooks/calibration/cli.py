@@ -142,7 +142,9 @@ def _add_fit(group: Any) -> None:
     group.add_argument(
         "--tolerance", metavar="X", type=float, default=1e-6, help="relative error of a target met (1e-6)"
     )
+    group.add_argument("--error-offset", metavar="X", type=float, default=1.0, help="errors are divided by |y| + X (1)")
     group.add_argument("--max-epochs", metavar="N", type=int, default=200, help="of the gates (200)")
+    group.add_argument("--patience", metavar="N", type=int, help="end a search after N steps without a better error")
     group.add_argument("--dtype", choices=get_args(Precision), default="float32", help="of the matrix in the fit")
     group.add_argument("--random-state", metavar="N", type=int, default=0)
     group.add_argument("--checkpoint", metavar="FILE", type=Path, help="state of a long fit: the same command goes on")
@@ -175,7 +177,9 @@ def _calibrate(options: argparse.Namespace, told: Sequence[warnings.WarningMessa
         normalize_groups=not options.no_normalize_groups,
         hierarchy=None if options.hierarchy is None else _hierarchy(read_table(options.hierarchy)),
         tolerance=options.tolerance,
+        error_offset=options.error_offset,
         max_epochs=options.max_epochs,
+        patience=options.patience,
         dtype=options.dtype,
         random_state=options.random_state,
         checkpoint=options.checkpoint,

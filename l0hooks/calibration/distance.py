@@ -21,9 +21,8 @@ from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import sparse
 
-from l0hooks.calibration.factor import factorised
+from l0hooks.calibration.factor import Factor, factorised
 from l0hooks.calibration.problem import Floats, Sparse
 
 Distance = Literal["chi_square", "raking"]
@@ -31,7 +30,7 @@ _GAP = 1e-5  # relative, where targets are intervals
 _FIRST, _FACTOR, _LAST = 1e-2, 10.0, 1e3  # τ per unit of strength: first, from one to the next, last
 _OUTER, _NEWTON = 30, 60  # steps at the most
 _FALLING, _STALLED = 0.3, 0.97  # share of the misses that a tenfold τ leaves: they can be met; they cannot
-_CHEAP, _STALE, _INNER = 60, 15, 500  # conjugate gradients: before a preconditioner is built, is renewed; at the most
+_CHEAP, _INNER = 60, 500  # conjugate gradients: before a preconditioner is built; at the most
 _DENSE = 6000  # targets up to which one is built
 _LARGEST = 30.0  # exponent of a raking weight: F(t) is linear beyond
 
@@ -135,7 +134,6 @@ class _Dual:
         self.rows, self.q, self.factor = len(lower), strength, factor
         self.low, self.high = low / factor, high / factor
         self.raking = distance == "raking"
-        self.squares = sparse.csr_array((block.data**2, block.indices, block.indptr), shape=block.shape)
         self.interval: NDArray[np.bool_] = lower < upper
         self.target = np.where(self.interval, 0.0, lower)
         # of the numbers within intervals: at first what the design weights give
@@ -144,7 +142,7 @@ class _Dual:
         self.dual, self.u = np.zeros(self.rows), np.zeros(self.rows)
         self.tau = _FIRST * float(strength.sum())
         self.steps = self.products = 0
-        self.preconditioner: Callable[[Floats], Floats] | None = None
+        self.preconditioner: Factor | None = None
 
     # --- the parts of the dual function -----------------------------------------------------------------------------
 
@@ -235,14 +233,18 @@ class _Dual:
 
     def newton(self, gradient: Floats, curvature: Floats, ridge: Floats, accuracy: float) -> Floats:
         """−H⁻¹·gradient, H = B diag(curvature) Bᵀ + diag(ridge), by conjugate gradients."""
-        diagonal = self.squares.T @ curvature + ridge
+        squares = self.block.data**2
+        squares *= np.repeat(curvature, np.diff(self.block.indptr))
+        diagonal = np.bincount(self.block.indices, squares, minlength=self.rows) + ridge
+        del squares  # their memory is wanted
         goal = accuracy * float(np.linalg.norm(gradient))
         x, residual = np.zeros(self.rows), -gradient
         cheap = self.preconditioner or (lambda v: v / diagonal)
-        limit = _CHEAP if self.preconditioner is None else _STALE
+        limit = _CHEAP if self.preconditioner is None else self.preconditioner.stale
         x, residual = self.conjugate(x, residual, curvature, ridge, cheap, goal, limit)
         if float(np.linalg.norm(residual)) > goal:
             if self.rows <= _DENSE:
+                self.preconditioner = None  # its memory is wanted
                 self.preconditioner = factorised(self.block, curvature, ridge, diagonal)
             x, _ = self.conjugate(x, residual, curvature, ridge, self.preconditioner or cheap, goal, _INNER)
         return x

@@ -50,7 +50,7 @@ class Outcome:
     rows: list[dict[str, Any]] = field(default_factory=list)
 
 
-def prepared(inputs: Inputs, *, loss: Loss, consistency: float) -> Problem:
+def prepared(inputs: Inputs, *, loss: Loss, consistency: float, offset: float = 1.0) -> Problem:
     """The problem that the stages work on, of the targets that count or have parents or children."""
     people = inputs.people
     counts = inputs.importance > 0
@@ -66,6 +66,7 @@ def prepared(inputs: Inputs, *, loss: Loss, consistency: float) -> Problem:
         design_weights=people.design,
         importance=np.maximum(inputs.importance[rows], _LEAST * inputs.importance.max()),
         loss=loss,
+        offset=offset,
         hierarchy=[(int(place[parent]), place[list(children)].tolist()) for parent, children in inputs.hierarchy],
         consistency=consistency,
         keep=people.keep,
@@ -74,10 +75,14 @@ def prepared(inputs: Inputs, *, loss: Loss, consistency: float) -> Problem:
         dtype=inputs.dtype,
     )
     low, high = weight_limits(people, on_weight=inputs.bounds_on == "weight")
-    first = np.full(problem.size, len(problem.members))
-    inside = np.flatnonzero(problem.members >= 0)
-    np.minimum.at(first, problem.members[inside], inside)  # a cluster's households have the same bounds
-    return replace(problem, low=low[first] / problem.design, high=high[first] / problem.design)
+    if people.clusters is not None or len(people.leave_out):
+        first = np.full(problem.size, len(problem.members))
+        inside = np.flatnonzero(problem.members >= 0)
+        np.minimum.at(first, problem.members[inside], inside)  # a cluster's households have the same bounds
+        low, high = low[first], high[first]
+    low /= problem.design
+    high /= problem.design
+    return replace(problem, low=low, high=high)
 
 
 class Driver:
@@ -105,7 +110,8 @@ class Driver:
         display: Display,
         checkpoint: Checkpoint | None = None,
     ) -> None:
-        self.problem, self.options, self.sizes = problem, options, list(sizes)
+        self.options, self.sizes = options, list(sizes)
+        self._problems = [problem] * len(self.sizes)  # each solver takes one: the last alone holds what it needs
         self.callbacks, self.display, self.checkpoint = callbacks, display, checkpoint
         self.outcomes: list[Outcome] = []
         self._rows: list[dict[str, Any]] = []
@@ -137,7 +143,8 @@ class Driver:
 
     def _solver(self) -> Solver:
         before = self.outcomes[-1].selection if self.outcomes else None
-        return Solver(self.problem, replace(self.options, keep=self.sizes[len(self.outcomes)]), before)
+        options = replace(self.options, keep=self.sizes[len(self.outcomes)])
+        return Solver(self._problems.pop(), options, before, frugal=True)
 
     def _solve(self, solver: Solver) -> Outcome:
         while not solver.done and not (self._stopped and solver.candidates):
@@ -184,4 +191,5 @@ class Driver:
     def _restore(self, saved: State) -> None:
         self.outcomes = [Outcome(**{**one, "selection": Selection(**one["selection"])}) for one in saved["outcomes"]]
         self._rows, self._stopped = saved["rows"], saved["stopped"]
+        del self._problems[: len(self.outcomes)]
         self._watch = Watch(before=saved["seconds"])

@@ -1,24 +1,46 @@
-"""Dense Cholesky factors of normal matrices, as preconditioners where conjugate gradients alone take too long."""
+"""Factors of normal matrices, as preconditioners where conjugate gradients alone take too long.
+
+Targets of one place share no household with those of another: the normal matrix of a survey is mostly zeros, and so is
+its factor. Where it is not, a dense one is made.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
-from scipy import linalg
+from numpy.typing import NDArray
+from scipy import linalg, sparse
+from scipy.sparse.linalg import splu
 
 from l0hooks.calibration.problem import Floats, Sparse
 
-Solve = Callable[[Floats], Floats]
 _RAISED = 1e-5  # what is added to a unit diagonal, so that float32 can factorise it
 _SPARSE_SPEED, _DENSE_SPEED, _CHUNK = 3e8, 4e10, 2000  # products a second of either kind; rows made dense at a time
 _SLAB = 256  # rows of a sparse product made at a time
+_FILLED = 0.1  # share of entries from which a matrix counts as dense
+_STALE_SPARSE, _STALE_DENSE = 30, 20  # iterations with an old factor, after which a new one costs less
 
 
-def factorised(block: Sparse, curvature: Floats, ridge: Floats, diagonal: Floats) -> Solve:
-    r"""v → H⁻¹ v for H = Bᵀ diag(curvature) B + diag(ridge), B the block, by a Cholesky factor of H nearly.
+class Factor(Protocol):
+    """What :func:`factorised` returns."""
 
-    H is scaled to a unit diagonal and raised a little, and factorised in float32: a preconditioner, no solver.
+    @property
+    def stale(self) -> int:
+        """So many conjugate gradients with the factor of an earlier matrix are worth a try before a new one is made."""
+        ...
+
+    def __call__(self, v: Floats) -> Floats:
+        """H⁻¹ v."""
+        ...
+
+
+def factorised(block: Sparse, curvature: Floats, ridge: Floats, diagonal: Floats) -> Factor:
+    r"""v → H⁻¹ v for H = Bᵀ diag(curvature) B + diag(ridge), B the block, by a factor of H nearly.
+
+    H is scaled to a unit diagonal, raised a little, and factorised in float32, by a sparse factor where at most a tenth
+    of it is not zero: a preconditioner, no solver.
 
     Parameters
     ----------
@@ -45,21 +67,70 @@ def factorised(block: Sparse, curvature: Floats, ridge: Floats, diagonal: Floats
     weighted.data *= np.repeat(np.sqrt(curvature[used]), np.diff(weighted.indptr)).astype(np.float32)
     weighted.data *= root.astype(np.float32)[weighted.indices]
     entries = np.diff(weighted.indptr).astype(np.float64)
-    dense_cost = float(block.shape[1]) ** 2 * len(used) / _DENSE_SPEED
-    matrix = np.zeros((block.shape[1],) * 2, np.float32)
-    if float(entries @ entries) / _SPARSE_SPEED < dense_cost:
-        rows = weighted.T.tocsr()
-        for start in range(0, block.shape[1], _SLAB):  # the sparse product as a whole takes several times its memory
-            matrix[start : start + _SLAB] = (rows[start : start + _SLAB] @ weighted).toarray()
-    else:
-        for start in range(0, len(used), _CHUNK):
-            part = weighted[start : start + _CHUNK].toarray()
-            matrix += part.T @ part
-    matrix[np.diag_indices_from(matrix)] += (ridge * root**2 + _RAISED).astype(np.float32)
+    rows, raised = block.shape[1], ridge * root**2 + _RAISED
+    if float(entries @ entries) / _SPARSE_SPEED < float(rows) ** 2 * len(used) / _DENSE_SPEED:
+        matrix = _sparse_product(weighted, raised)
+        del weighted  # its memory is wanted
+        return _dense_factor(matrix, root) if isinstance(matrix, np.ndarray) else _sparse_factor(matrix, root)
+    dense = _dense_product(weighted)
+    dense[np.diag_indices_from(dense)] += raised.astype(np.float32)
+    return _dense_factor(dense, root)
+
+
+def _sparse_product(weighted: Sparse, ridge: Floats) -> Any:
+    """Bᵀ B + diag(ridge), some rows at a time, since scipy's product takes several times its memory.
+
+    A CSC array, or a NumPy array where more than a tenth is not zero.
+    """
+    count = weighted.shape[1]
+    diagonal = sparse.diags_array(np.sqrt(ridge).astype(np.float32), format="csr")
+    right = sparse.vstack([weighted, diagonal], format="csr")
+    left = right.T.tocsr()
+    most = int(_FILLED * count**2)
+    data, indices, ends = np.empty(most, np.float32), np.empty(most, np.int32), np.zeros(count + 1, np.int32)
+    for start in range(0, count, _SLAB):
+        slab, filled = left[start : start + _SLAB] @ right, ends[start]
+        if filled + slab.nnz > most:
+            break
+        part = slice(filled, filled + slab.nnz)
+        data[part], indices[part] = slab.data, slab.indices
+        ends[start + 1 : start + 1 + slab.shape[0]] = filled + slab.indptr[1:]
+    else:  # symmetric: rows are columns
+        return sparse.csc_array((data[: ends[-1]], indices[: ends[-1]], ends), shape=(count, count))
+    del data, indices
+    dense = np.zeros((count, count), np.float32)
+    for start in range(0, count, _SLAB):
+        dense[start : start + _SLAB] = (left[start : start + _SLAB] @ right).toarray()
+    return dense
+
+
+def _dense_product(weighted: Sparse) -> NDArray[np.float32]:
+    matrix = np.zeros((weighted.shape[1],) * 2, np.float32)
+    for start in range(0, weighted.shape[0], _CHUNK):
+        part = weighted[start : start + _CHUNK].toarray()
+        matrix += part.T @ part
+    return matrix
+
+
+@dataclass(frozen=True)
+class _Scaled:
+    """A factor of the scaled matrix, and the scale."""
+
+    inner: Any
+    root: Floats
+    stale: int
+
+    def __call__(self, v: Floats) -> Floats:
+        return self.root * np.asarray(self.inner((self.root * v).astype(np.float32)), np.float64)
+
+
+def _sparse_factor(matrix: Sparse, root: Floats) -> Factor:
+    # symmetric and positive definite: no pivots away from the diagonal are needed, and fill stays low
+    options = {"SymmetricMode": True}
+    factor = splu(matrix, permc_spec="COLAMD", diag_pivot_thresh=0.0, panel_size=4, options=options)
+    return _Scaled(factor.solve, root, _STALE_SPARSE)
+
+
+def _dense_factor(matrix: NDArray[np.float32], root: Floats) -> Factor:
     factor = linalg.cho_factor(matrix.T, lower=True, overwrite_a=True, check_finite=False)
-
-    def solve(v: Floats) -> Floats:
-        inner = linalg.cho_solve(factor, (root * v).astype(np.float32), check_finite=False)
-        return root * np.asarray(inner, np.float64)
-
-    return solve
+    return _Scaled(lambda v: linalg.cho_solve(factor, v, check_finite=False), root, _STALE_DENSE)

@@ -21,6 +21,7 @@ from l0hooks.calibration.least_squares import bounded_fit
 from l0hooks.calibration.problem import Floats, Integers, Problem
 from l0hooks.calibration.stage import Progress, Selection, State, largest
 from l0hooks.gate import Gate
+from l0hooks.hard_concrete import GAMMA, ZETA
 from l0hooks.noise import Door, NoiseSource
 from l0hooks.penalties import penalty
 from l0hooks.schedules import Schedule, exponential
@@ -99,9 +100,8 @@ class NumberedNoise(Door):
 
     def uniform(self, index: int, like: Tensor) -> Tensor:
         """Uniform noise of this epoch."""
-        word = int(np.random.SeedSequence([self.seed, self.epoch, index]).generate_state(1)[0])
-        generator = torch.Generator(device=like.device).manual_seed(word)
-        return torch.empty_like(like, requires_grad=False).uniform_(generator=generator)
+        rng = np.random.default_rng([self.seed, self.epoch, index])
+        return torch.from_numpy(rng.random(tuple(like.shape), np.float32))
 
 
 class GateStage:
@@ -154,6 +154,8 @@ class GateStage:
         self.epoch = 0
         self._free = np.flatnonzero(~problem.kept)
         self._all_free = len(self._free) == problem.size
+        # of each unit among the free ones
+        self._place = np.where(problem.kept, -1, np.cumsum(~problem.kept) - 1) if not self._all_free else self._free
         wanted = len(self._free) / 2 if keep is None else keep - (problem.size - len(self._free))
         first = min(_START * wanted, _MOST * len(self._free))
         self._noise = NumberedNoise(random_state)
@@ -180,6 +182,11 @@ class GateStage:
         return self.epoch >= self.epochs
 
     @property
+    def settled(self) -> bool:
+        """Whether the expected size is the final one, so that errors of epochs can be compared."""
+        return self.epoch >= max(_SHRINK, _DECAY) * self.epochs
+
+    @property
     def resumable(self) -> bool:
         """Whether :meth:`state` may be called now: after every tenth epoch."""
         return self.epoch % _SAVED == 0
@@ -187,41 +194,59 @@ class GateStage:
     def advance(self) -> Progress:
         """One epoch."""
         self._noise.epoch = self.epoch
-        gates = self.gate.sample()
-        opened = gates.detach().numpy()
+        with torch.no_grad():
+            opened = self.gate.sample().numpy()
         z = opened if self._all_free else self._with_kept(opened)
-        strength = self.theta.detach().exp()
-        x = z * strength.numpy()
-        gradient, misses, factor, active = self._gradient(x)
-        self.theta.grad = torch.from_numpy(gradient * x)
-        by_gate = torch.from_numpy(gradient).mul_(strength)
-        own = by_gate if self._all_free else by_gate[torch.from_numpy(self._free)]
-        gates.backward(own)  # type: ignore[no-untyped-call]
+        active = np.flatnonzero(z)
+        strength = np.exp(self.theta.detach().numpy()[active])
+        x = z[active] * strength
+        slope, misses, factor = self._slope(active, x)
+        self.theta.grad = self._spread(active, slope * x, self.problem.size)
+        by_gate = slope * strength * self._opening(z[active])
+        if self._all_free:
+            self.gate.log_alpha.grad = self._spread(active, by_gate, self.problem.size)
+        else:
+            free = self._place[active] >= 0
+            places = self._place[active][free]
+            self.gate.log_alpha.grad = self._spread(places, by_gate[free], len(self._free))
         if self.l0 is not None:
             (self.l0 / 2 * penalty(self.gate, l0=1.0)).backward()  # type: ignore[no-untyped-call]
         self._step(factor)
-        return Progress("gates", self.epoch, self.epochs, self.problem.error(misses), active)
+        return Progress("gates", self.epoch, self.epochs, self.problem.error(misses), len(active))
 
     def _with_kept(self, opened: Any) -> Any:
         z = np.ones(self.problem.size, np.float32)
         z[self._free] = opened
         return z
 
-    def _gradient(self, x: Any) -> tuple[Any, Floats, float, int]:
-        """d loss / dx where x > 0 and zero elsewhere (float32), the misses, the common factor, and how many are > 0."""
+    def _opening(self, z: Any) -> Any:
+        """dz / d log-odds of gates, from their values: zero where they are clamped, and once they are fixed."""
+        if self.l0 is None and self._rule.finished:
+            return np.zeros_like(z)
+        share = (z - GAMMA) / (ZETA - GAMMA)
+        return np.where(z < 1, (ZETA - GAMMA) / self.gate.temperature * share * (1 - share), 0)
+
+    @staticmethod
+    def _spread(places: Integers, values: Any, count: int) -> Tensor:
+        whole = np.zeros(count, np.float32)
+        whole[places] = values
+        return torch.from_numpy(whole)
+
+    def _slope(self, active: Integers, x: Any) -> tuple[Any, Floats, float]:
+        """d loss / dx of the active units (float32), the misses, and the common factor."""
         problem, columns = self.problem, self.problem.columns
-        active = np.flatnonzero(x > 0)
-        few = len(active) < _SPARSE * problem.size
-        block, part = (columns[active], x[active]) if few else (columns, x)
+        if len(active) < _SPARSE * problem.size:
+            block, part = columns[active], x
+        else:
+            block, part = columns, np.zeros(problem.size, np.float32)
+            part[active] = x
         p = np.asarray(block.T @ part.astype(block.dtype), np.float64)
         towards = np.clip(p, problem.lower, problem.upper)
         square = float(p @ p)
         factor = min(max(float(towards @ p) / square, 1e-6), 1e6) if square > 0 else 1.0
         misses = problem.misses(factor * p)
-        found = block @ (factor * misses).astype(block.dtype)
-        gradient = np.zeros(problem.size, np.float32)
-        gradient[active if few else slice(None)] = found
-        return gradient, misses, factor, len(active)
+        slope = (block @ (factor * misses).astype(block.dtype)).astype(np.float32)
+        return slope if block is not columns else slope[active], misses, factor
 
     def _step(self, factor: float) -> None:
         done = self.epoch / self.epochs

@@ -171,9 +171,9 @@ def _bounds(given: object, bounds_on: object, axis: Axis) -> tuple[Floats, Float
 
 def _one_bound(given: object, name: str, axis: Axis) -> Floats:
     if given is None:
-        return np.full(axis.count, 0.0 if name == "lo" else math.inf)
+        given = 0.0 if name == "lo" else math.inf
     if isinstance(given, Real) and not isinstance(given, bool):
-        return np.full(axis.count, float(given))
+        return np.broadcast_to(np.float64(given), axis.count)
     return axis.values(given, f"bounds ({name})")
 
 

@@ -178,7 +178,9 @@ def read_inputs(
         _refuse_overflow(values, low, high, people, targets)
     limits = weight_limits(people, on_weight=bounds_on == "weight")
     if selects if selects is not None else chosen is not None:
-        limits = (np.where(np.isin(np.arange(len(limits[0])), people.keep), limits[0], 0.0), limits[1])
+        may_stay_out = np.ones(households.count, np.bool_)
+        may_stay_out[people.keep] = False
+        limits[0][may_stay_out] = 0.0
     reach = reachable_range(values, *limits, chosen if people.clusters is None else None)
     reachable = within(*reach, low, high)
     _warn_unreachable(values, reachable, reach, (low, high), targets)

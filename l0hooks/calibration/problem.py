@@ -1,7 +1,7 @@
 """The prepared problem: what every stage works on, in units in which all stages agree.
 
 Unit i (a household, or a cluster that shares one weight) gets the weight wᵢ = gᵢ·dᵢ, dᵢ its scaled design weight. With
-s the row scale (1/(\\|y\\| + 1) for the relative loss, times the square root of the target's importance)
+s the row scale (1/(\\|y\\| + offset) for the relative loss, times the square root of the target's importance)
 
     B = diag(s)·M·diag(d),  l = s·lower,  u = s·upper,  loss(g) = ½ Σ dist(B g, [l, u])²
 
@@ -12,7 +12,7 @@ rows of a few units are one slice.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -44,7 +44,7 @@ class Problem:
     scale : float64, shape (Q,)
         s.
     denominators : float64, shape (T,)
-        \\|y\\| + 1 of the T <= Q targets that were given; the other rows are consistency conditions.
+        \\|y\\| + offset of the T <= Q targets that were given; the other rows are consistency conditions.
     low, high : float64, shape (n,)
         Bounds of g for a unit that is chosen.
     design : float64, shape (n,)
@@ -101,6 +101,15 @@ class Problem:
         count = len(self.denominators)
         return float(np.mean(np.abs(misses[:count]) / self.scale[:count] / self.denominators))
 
+    def only(self, units: Integers) -> Problem:
+        """The same problem with the columns of ``units`` alone, all others empty; for most of them, itself."""
+        if len(units) > self.size // 2:
+            return self
+        part, ends = self.columns[units], np.zeros(self.size + 1, self.columns.indptr.dtype)
+        ends[units + 1] = np.diff(part.indptr)
+        columns = sparse.csr_array((part.data, part.indices, np.cumsum(ends, out=ends)), shape=self.columns.shape)
+        return replace(self, columns=columns)
+
     def weights(self, g: Floats, units: Integers) -> Floats:
         """One weight for each household: float64, shape (n_households,), zero for all that are not in ``units``."""
         of_unit = np.zeros(self.size + 1)  # the last is what −1 finds
@@ -119,6 +128,7 @@ def prepare(
     bounds: tuple[float, float] = (0.0, np.inf),
     bounds_on: BoundsOn = "ratio",
     loss: Loss = "relative",
+    offset: float = 1.0,
     hierarchy: Sequence[tuple[int, Sequence[int]]] = (),
     consistency: float = 1.0,
     keep: ArrayLike = (),
@@ -145,8 +155,10 @@ def prepare(
     bounds_on : "ratio" or "weight"
         Whether they hold for weight / design weight, or for the weight.
     loss : "relative" or "squared"
-        Relative: errors are divided by \|y\| + 1, for an interval with the larger finite end. Squared: they are divided
-        by one number, the mean of \|y\| + 1, which only makes figures comparable.
+        Relative: errors are divided by \|y\| + ``offset``, for an interval with the larger finite end. Squared: they
+        are divided by one number, the mean of that, which only makes figures comparable.
+    offset : float, > 0
+        In the units of the targets.
     hierarchy : sequence of (parent, children)
         Row numbers; the estimates of the children are to add up to the parent's.
     consistency : float, >= 0
@@ -178,7 +190,7 @@ def prepare(
     low_target = np.asarray(lower, np.float64)
     high_target = low_target if upper is None else np.asarray(upper, np.float64)
     rows = sparse.csr_array(matrix)
-    denominators = larger_ends(low_target, high_target) + 1
+    denominators = larger_ends(low_target, high_target) + offset
     scale = 1 / denominators if loss == "relative" else np.full(len(denominators), 1 / denominators.mean())
     if importance is not None:
         given = np.asarray(importance, np.float64)

@@ -12,15 +12,16 @@ targets, found by semismooth Newton steps: each changes as many bounds as it mus
 from __future__ import annotations
 
 import numpy as np
+from scipy import sparse
 
-from l0hooks.calibration.factor import Solve, factorised
+from l0hooks.calibration.factor import Factor, factorised
 from l0hooks.calibration.least_squares import Fit, column_norms
 from l0hooks.calibration.problem import Floats, Sparse
 
 _FIRST, _FACTOR = 5e-4, 0.25  # δ, against columns of norm 1: first, and from one point to the next
 _POINTS, _NEWTON = 25, 40  # at the most
 _ACCURACY, _SHARE = 0.1, 0.1  # a point is found to this much of the tolerance, or of the step that it is
-_STALE, _INNER = 20, 300  # conjugate gradients: with one factor; at the most
+_INNER = 300  # conjugate gradients at the most
 
 
 def proximal_fit(
@@ -38,7 +39,7 @@ def proximal_fit(
     Parameters
     ----------
     block : sparse.csr_array, float64, shape (n, Q)
-        Bᵀ. A dense matrix of Q × Q float32 is factorised a few times.
+        Bᵀ. BᵀB, dense or sparse, is factorised a few times.
     target : float64, shape (Q,)
         b.
     low, high : float64, shape (n,)
@@ -69,8 +70,8 @@ def proximal_fit(
     efficient semismooth Newton augmented Lagrangian method for solving lasso problems, section 3.
     """
     norms = column_norms(block)
-    unit = block.copy()
-    unit.data /= np.repeat(norms, np.diff(unit.indptr))
+    data = block.data / np.repeat(norms, np.diff(block.indptr))
+    unit = sparse.csr_array((data, block.indices, block.indptr), shape=block.shape)
     points = _Points(unit, target, low * norms, high * norms, tolerance, scale)
     x = np.clip(start * norms, points.low, points.high)
     best, least, factor = x, points.violation(x), _FACTOR
@@ -94,12 +95,10 @@ class _Points:
         self, block: Sparse, target: Floats, low: Floats, high: Floats, tolerance: float, scale: float | None
     ) -> None:
         self.block, self.target, self.low, self.high = block, target, low, high
-        self.squares = block.copy()
-        self.squares.data **= 2
         self.scale = max(float(np.linalg.norm(target)) if scale is None else scale, 1e-300)
         self.goal = tolerance * self.scale
         self.delta, self.steps = _FIRST, 0
-        self.solve: Solve | None = None
+        self.solve: Factor | None = None
 
     def violation(self, x: Floats) -> float:
         """The norm of the projected gradient."""
@@ -149,15 +148,19 @@ class _Points:
         norm = float(np.linalg.norm(gradient))
         goal = min(0.1, norm / self.scale) * norm
         x, residual = np.zeros_like(gradient), -gradient
-        for limit in (_STALE, _INNER):
-            if self.solve is None or limit == _INNER:
-                ones = np.ones(len(gradient))
-                self.solve = None  # its memory is wanted
-                self.solve = factorised(self.block, curvature, ones, self.squares.T @ curvature + ones)
-            x, residual = self.conjugate(x, residual, curvature, goal, limit)
-            if float(np.linalg.norm(residual)) <= goal:
-                break
+        if self.solve is not None:
+            x, residual = self.conjugate(x, residual, curvature, goal, self.solve.stale)
+        if float(np.linalg.norm(residual)) > goal:
+            self.solve = None  # its memory is wanted
+            self.solve = factorised(self.block, curvature, np.ones(len(gradient)), self.diagonal(curvature))
+            x, residual = self.conjugate(x, residual, curvature, goal, _INNER)
         return x
+
+    def diagonal(self, curvature: Floats) -> Floats:
+        """That of I + B diag(curvature) Bᵀ."""
+        squares = self.block.data**2 * np.repeat(curvature, np.diff(self.block.indptr))
+        sums: Floats = np.bincount(self.block.indices, squares, minlength=len(self.target)).astype(np.float64)
+        return 1 + sums
 
     def conjugate(
         self, x: Floats, residual: Floats, curvature: Floats, goal: float, limit: int

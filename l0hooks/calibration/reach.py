@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from l0hooks.calibration.households import Households
-from l0hooks.calibration.problem import Flags, Floats, Sparse
+from l0hooks.calibration.problem import Flags, Floats, Integers, Sparse
 
 _SLACK = 1e-9  # relative; far below any error a user would mind
 
@@ -48,14 +48,24 @@ def reachable_range(matrix: Sparse, low: Floats, high: Floats, chosen: int | Non
     least, largest = np.zeros(matrix.shape[0]), np.zeros(matrix.shape[0])
     for row in range(matrix.shape[0]):
         part = slice(matrix.indptr[row], matrix.indptr[row + 1])
-        values, who = matrix.data[part].astype(np.float64), matrix.indices[part]
-        values, who = values[values != 0], who[values != 0]
-        with np.errstate(over="ignore"):
-            ends = np.stack([values * low[who], values * high[who]])
+        values, who = matrix.data[part], matrix.indices[part]
+        if not values.all():
+            who, values = who[values != 0], values[values != 0]
+        if values.dtype != np.float64:
+            values = values.astype(np.float64)
         others = matrix.shape[1] - len(who)  # with zeros: any number of them can be chosen freely
-        largest[row] = _largest_sum(ends.max(axis=0), others, chosen)
-        least[row] = 0.0 - _largest_sum(-ends.min(axis=0), others, chosen)
+        with np.errstate(over="ignore"):
+            largest[row] = _largest_sum(_ends(values, who, low, high), others, chosen)
+            least[row] = 0.0 - _largest_sum(_ends(-values, who, low, high), others, chosen)
     return least, largest
+
+
+def _ends(values: Floats, who: Integers, low: Floats, high: Floats) -> Floats:
+    """The largest contributions of households ``who`` with such values."""
+    positive = values > 0
+    weights = high[who] if positive.all() else np.where(positive, high[who], low[who])
+    weights *= values
+    return weights
 
 
 def _largest_sum(parts: Floats, zeros: int, chosen: int | None) -> float:
@@ -64,7 +74,8 @@ def _largest_sum(parts: Floats, zeros: int, chosen: int | None) -> float:
         return float(parts.sum())
     positive = parts[parts > 0]
     if len(positive) >= chosen:
-        return float(np.partition(positive, len(positive) - chosen)[len(positive) - chosen :].sum())
+        positive.partition(len(positive) - chosen)
+        return float(positive[len(positive) - chosen :].sum())
     must = chosen - len(positive) - zeros  # so many that take something away
     negative = np.sort(parts[parts <= 0])[::-1]
     return float(positive.sum() + (negative[:must].sum() if must > 0 else 0.0))

@@ -48,6 +48,8 @@ class CalibrationResult:
         The history: stage, step, steps, error, active, seconds.
     candidates : mapping from name to float
         The error of everything that was tried; ``stage`` is the one that won.
+    offset : float, > 0
+        What is added to \\|y\\| where errors are divided by it.
 
     Examples
     --------
@@ -65,6 +67,7 @@ class CalibrationResult:
     reason: str
     rows: Sequence[Mapping[str, Any]]
     candidates: Mapping[str, float] = field(default_factory=dict)
+    offset: float = 1.0
 
     @cached_property
     def chosen(self) -> Integers:
@@ -79,14 +82,15 @@ class CalibrationResult:
     @cached_property
     def estimates(self) -> Floats:
         """M w in float64: shape (T,)."""
-        return np.asarray(self.inputs.matrix.astype(np.float64) @ self.weights, np.float64)
+        return np.asarray(self.inputs.matrix.astype(np.float64, copy=False) @ self.weights, np.float64)
 
     @cached_property
     def relative_errors(self) -> Floats:
-        r"""\((\hat y - y)/(|y| + 1)\), y the nearest point of an interval, |y| its larger finite end: shape (T,)."""
+        r"""\((\hat y - y)/(|y| + \text{offset})\), of an interval its nearest point, larger finite end: shape (T,)."""
         lower, upper = self.inputs.lower, self.inputs.upper
-        misses: Floats = (self.estimates - np.clip(self.estimates, lower, upper)) / (larger_ends(lower, upper) + 1)
-        return misses
+        misses = self.estimates - np.clip(self.estimates, lower, upper)
+        errors: Floats = misses / (larger_ends(lower, upper) + self.offset)
+        return errors
 
     @property
     def error(self) -> float:

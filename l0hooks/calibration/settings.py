@@ -41,6 +41,7 @@ class Settings:
         bounds_on: BoundsOn = "ratio",
         distance: Distance = "chi_square",
         loss: Loss = "relative",
+        error_offset: float = 1.0,
         method: Method = "auto",
         objective: Objective = "auto",
         groups: object = None,
@@ -51,6 +52,7 @@ class Settings:
         importance: object = None,
         tolerance: float = 1e-6,
         max_epochs: int = 200,
+        patience: int | None = None,
         device: str = "cpu",
         dtype: Precision = "float32",
         random_state: int = 0,
@@ -62,9 +64,10 @@ class Settings:
         self.k, self.l0 = k, l0
         self.bounds, self.bounds_on = bounds, bounds_on
         self.distance, self.loss, self.method, self.objective = distance, loss, method, objective
+        self.error_offset = error_offset
         self.groups, self.group_multipliers, self.normalize_groups = groups, group_multipliers, normalize_groups
         self.hierarchy, self.consistency, self.importance = hierarchy, consistency, importance
-        self.tolerance, self.max_epochs = tolerance, max_epochs
+        self.tolerance, self.max_epochs, self.patience = tolerance, max_epochs, patience
         self.device, self.dtype, self.random_state = device, dtype, random_state
         self.checkpoint, self.checkpoint_interval = checkpoint, checkpoint_interval
         self.callbacks = tuple(callbacks)
@@ -105,13 +108,15 @@ class Settings:
             raise InvalidValueError(
                 explain("device", "the fit runs on the CPU.", expected="'cpu'", got=repr(self.device))
             )
-        for name in ("max_epochs", "random_state"):
-            least = 1 if name == "max_epochs" else 0
+        for name, least in (("max_epochs", 1), ("random_state", 0), ("patience", 1)):
             value = vars(self)[name]
+            if value is None and name == "patience":
+                continue
             if isinstance(value, bool) or not isinstance(value, Integral) or int(value) < least:
                 raise InvalidValueError(explain(name, f"it must be an integer >= {least}.", got=repr(value)))
-        for name, value in (("l0", self.l0), ("tolerance", self.tolerance)):
-            if value is not None and not (_real(value) and 0 < value < math.inf):
+        positive = {"tolerance": self.tolerance, "error_offset": self.error_offset}
+        for name, value in (positive if self.l0 is None else {**positive, "l0": self.l0}).items():
+            if not _real(value) or not 0 < value < math.inf:
                 raise InvalidValueError(explain(name, "it must be positive and finite.", got=repr(value)))
         if not _real(self.consistency) or not 0 <= self.consistency < math.inf:
             raise InvalidValueError(

@@ -13,8 +13,9 @@ from l0hooks.calibration.distance import Distance
 from l0hooks.calibration.gates import GateStage
 from l0hooks.calibration.greedy import GreedyStage, worth_their_price
 from l0hooks.calibration.polish import Objective, Polished, polish
+from l0hooks.calibration.priced import PricedSwapStage, cheapest
 from l0hooks.calibration.problem import Floats, Problem
-from l0hooks.calibration.stage import Progress, Selection, Stage, State, refit
+from l0hooks.calibration.stage import Patience, Progress, Selection, Stage, State, refit
 from l0hooks.calibration.swaps import PruneStage, SwapStage
 
 Method = Literal["auto", "gates", "greedy", "dense"]
@@ -24,7 +25,9 @@ _EQUAL = 0.01  # errors that differ by less count as equal: the smaller design e
 _NEAR = 1e-2  # root mean square of the scaled misses of an unpolished selection that may yet meet all targets
 _CLOSE = 1.1  # losses of unpolished selections whose square roots differ by no more are all polished
 _SAME = 1.06  # two starts that end as close as this have met the floor: a third is not tried
-_FEW, _MANY = 1.5, 2.0  # units a target: up to which the start matters; from which a random selection may do
+_FEW, _SOME = 1.5, 5.0  # units a target: up to which gates may win, and greedy search
+_MANY = 2.0  # units a target from which a random selection may do
+_SMALL = 200  # targets up to which greedy search one by one is cheap
 _CHEAP = 2000  # units up to which every start is tried all the same
 _RANDOM, _RANDOM_SWAPS, _GREEDY, _GATES = (
     ("random",),
@@ -32,7 +35,7 @@ _RANDOM, _RANDOM_SWAPS, _GREEDY, _GATES = (
     ("greedy", "swaps"),
     ("gates", "prune", "swaps"),
 )
-_PATH, _PRICED, _DENSE = ("path", "prune", "swaps"), ("gates",), ("all",)
+_PATH, _PRICED, _DENSE = ("path", "prune", "swaps"), ("gates", "swaps"), ("all",)
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,8 @@ class Options:
     objective, distance, tolerance
         As in :func:`polish`.
     random_state : int, >= 0
+    patience : int, > 0, optional
+        Gates, once they are down to their final number, and swaps end after so many steps without a better error.
     """
 
     keep: int | None = None
@@ -62,6 +67,7 @@ class Options:
     distance: Distance = "chi_square"
     tolerance: float = 1e-6
     random_state: int = 0
+    patience: int | None = None
 
 
 @dataclass(frozen=True)
@@ -74,11 +80,14 @@ class Pending:
     selection : Selection
     norm : float
         √Σ dist² after a short refit.
+    error : float
+        The mean relative error then, which another may have smaller.
     """
 
     name: str
     selection: Selection
     norm: float
+    error: float
 
 
 @dataclass(frozen=True)
@@ -100,11 +109,11 @@ class Solver:
     """Runs the candidates step by step and keeps the best.
 
     In ``"auto"`` these are greedy with swaps, a random selection with swaps, and gates with pruning and swaps, which
-    are left out where the first two end equally well. From one and a half times as many units as targets on all three
-    end within a few per cent of each other once they are polished, and above 2,000 units only the random selection with
-    swaps is made; from twice as many on a random selection is tried as it is. Those that come close to the best are
-    polished. The smallest mean relative error wins; of errors within 1 % of it, or of targets all met, the smallest
-    design effect.
+    are left out where the first two end equally well. Above 2,000 units gates are made up to one and a half times as
+    many units as targets, and greedy search up to five times as many; beyond, these starts end within a few per cent of
+    each other once they are polished. From twice as many on a random selection is tried as it is. Those that come close
+    to the best, in loss or in error, are polished. The smallest mean relative error wins; of errors within 1 % of it,
+    or of targets all met, the smallest design effect.
 
     Parameters
     ----------
@@ -112,6 +121,8 @@ class Solver:
     options : Options
     before : Selection, optional
         The result for a larger K, from which this one may be reached by pruning.
+    frugal : bool
+        Whether ``problem`` gives up the columns of all units that are in no selection before the polish.
 
     Attributes
     ----------
@@ -132,8 +143,10 @@ class Solver:
     (6, True)
     """
 
-    def __init__(self, problem: Problem, options: Options, before: Selection | None = None) -> None:
-        self.options, self._before = options, before
+    def __init__(
+        self, problem: Problem, options: Options, before: Selection | None = None, *, frugal: bool = False
+    ) -> None:
+        self.options, self._before, self._frugal = options, before, frugal
         self.problem = _with_floor(problem, options.keep)
         self.candidates: list[Candidate] = []
         self._pending: list[Pending] = []
@@ -141,6 +154,7 @@ class Solver:
         self._candidate = self._leg = 0
         self._stage: Stage | None = None
         self._selection: Selection | None = None
+        self._patience = None if options.patience is None else Patience(options.patience)
 
     @property
     def done(self) -> bool:
@@ -194,11 +208,18 @@ class Solver:
         told = self._stage.advance()
         if self._stage.done:
             self._end_leg()
+        elif self._patience is not None and self._may_end() and self._patience.is_over(told):
+            self.end_stage()
         return told
+
+    def _may_end(self) -> bool:
+        """Whether errors of the stage that runs can be compared from step to step, and it may end at any of them."""
+        stage = self._stage
+        return isinstance(stage, (SwapStage, PricedSwapStage)) or (isinstance(stage, GateStage) and stage.settled)
 
     def end_stage(self) -> None:
         """End gates or swaps with what they have; a stage that has not its K units yet goes on."""
-        if isinstance(self._stage, (GateStage, SwapStage)):
+        if isinstance(self._stage, (GateStage, SwapStage, PricedSwapStage)):
             self._end_leg()
 
     def try_no_more(self) -> None:
@@ -233,6 +254,8 @@ class Solver:
         if leg == "greedy":
             return GreedyStage(problem, keep)
         selection = self._given("random") if self._selection is None else self._selection
+        if options.l0 is not None:
+            return PricedSwapStage(problem, selection, options.l0)
         return PruneStage(problem, selection, keep) if leg == "prune" else SwapStage(problem, selection)
 
     def _end_leg(self) -> None:
@@ -241,10 +264,16 @@ class Solver:
             self._selection = stage.leading(min(2 * keep, self.problem.size))
         elif stage is not None:
             self._selection = stage.selection()
-            if self.options.l0 is not None and not len(self._selection.units):
-                # gates of units that can stand in for each other may all close at once
-                self._selection = worth_their_price(self.problem, self.options.l0)
+            self._compare_with_greedy()
         self._stage, self._leg = None, self._leg + 1
+        if self._patience is not None:
+            self._patience.begin()
+
+    def _compare_with_greedy(self) -> None:
+        """With a price and few targets, or where gates that can stand in for each other all closed at once."""
+        price, found, few = self.options.l0, self._selection, self.problem.rows <= _SMALL
+        if price is not None and found is not None and (few or not len(found.units)):
+            self._selection = cheapest(self.problem, price, [found, worth_their_price(self.problem, price)])
 
     def _put_by(self, name: str) -> Progress:
         """A selection is made: whether it is polished depends on the others."""
@@ -253,12 +282,14 @@ class Solver:
         if len(self._plan) > 1:
             fitted = refit(self.problem, selection.units, selection.g, iterations=_ITERATIONS)
             norm, error = float(np.linalg.norm(fitted.misses)), self.problem.error(fitted.misses)
-        self._pending.append(Pending(name, selection, norm))
+        self._pending.append(Pending(name, selection, norm, error))
         self._selection, self._leg, self._candidate = None, 0, self._candidate + 1
         return Progress("choice", self._candidate, len(self._plan), error, len(selection.units))
 
     def _polish(self) -> Progress:
         """Polish the most promising selection, and forget those that are too far behind it."""
+        if self._frugal and not self.candidates:
+            self.problem = self.problem.only(np.unique(np.concatenate([one.selection.units for one in self._pending])))
         self._pending.sort(key=lambda one: one.norm)
         first, options = self._pending[0], self.options
         polished = polish(
@@ -274,7 +305,8 @@ class Solver:
         if polished.feasible:  # who may meet all targets, too, may have the smaller design effect
             edge = _NEAR * math.sqrt(self.problem.rows)
         also = "random" if polished.feasible else None
-        self._pending = [one for one in self._pending[1:] if one.norm <= edge or one.name == also]
+        least = _CLOSE * first.error
+        self._pending = [one for one in self._pending[1:] if one.norm <= edge or one.error <= least or one.name == also]
         return Progress("polish", 1, 1 + len(self._pending), polished.error, len(first.selection.units))
 
     # --- checkpoints -----------------------------------------------------------------------------------------------
@@ -288,6 +320,7 @@ class Solver:
             "selection": None if self._selection is None else asdict(self._selection),
             "pending": [asdict(one) for one in self._pending],
             "candidates": [{"name": c.name, "polished": asdict(c.polished)} for c in self.candidates],
+            "patience": None if self._patience is None else self._patience.state(),
         }
 
     def resume(self, state: State) -> None:
@@ -299,8 +332,11 @@ class Solver:
             for c in state["candidates"]
         ]
         self._pending = [
-            Pending(one["name"], Selection(**one["selection"]), float(one["norm"])) for one in state["pending"]
+            Pending(one["name"], Selection(**one["selection"]), float(one["norm"]), float(one["error"]))
+            for one in state["pending"]
         ]
+        if self._patience is not None:
+            self._patience.resume(state["patience"])
         self._stage = None
         if state["stage"] is not None:
             self._stage = self._make(self._plan[self._candidate][self._leg])
@@ -359,4 +395,5 @@ def _plan(problem: Problem, options: Options, prunable: bool) -> list[tuple[str,
     last = [_RANDOM] if options.keep > _MANY * problem.rows else []
     if options.keep <= max(_FEW * problem.rows, _CHEAP):
         return [*first, _GREEDY, _RANDOM_SWAPS, *last, _GATES]
-    return [*first, _RANDOM_SWAPS, *last]
+    also = [_GREEDY] if options.keep <= _SOME * problem.rows else []
+    return [*first, _RANDOM_SWAPS, *also, *last]

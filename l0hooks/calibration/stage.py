@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -12,6 +13,7 @@ from l0hooks.calibration.least_squares import Fit, bounded_fit
 from l0hooks.calibration.problem import Floats, Integers, Problem, Sparse, larger_ends
 from l0hooks.calibration.proximal import proximal_fit
 
+_WORTH = 0.01  # share of the error by which it must fall to count as better
 _DENSE = 6000  # targets up to which a fit may be finished with dense factors
 State = dict[str, Any]  # numbers, strings, NumPy arrays, and dictionaries of them
 
@@ -50,6 +52,46 @@ class Progress:
     steps: int
     error: float
     active: int
+
+
+class Patience:
+    """Says when a stage no longer gets better.
+
+    Parameters
+    ----------
+    steps : int, > 0
+        So many in a row that do not lower the error by a hundredth of the least before them are enough.
+
+    Examples
+    --------
+    >>> patience = Patience(2)
+    >>> [patience.is_over(Progress("swaps", t, 9, error, 5)) for t, error in enumerate((0.5, 0.4, 0.399, 0.398))]
+    [False, False, False, True]
+    """
+
+    def __init__(self, steps: int) -> None:
+        self.steps = steps
+        self.begin()
+
+    def begin(self) -> None:
+        """Forget the stage that was watched."""
+        self._least, self._waited = math.inf, 0
+
+    def is_over(self, told: Progress) -> bool:
+        """Count a step."""
+        if told.error < (1 - _WORTH) * self._least:
+            self._least, self._waited = told.error, 0
+        else:
+            self._waited += 1
+        return self._waited >= self.steps
+
+    def state(self) -> State:
+        """What :meth:`resume` needs."""
+        return {"least": self._least, "waited": self._waited}
+
+    def resume(self, state: State) -> None:
+        """Go on from ``state``."""
+        self._least, self._waited = float(state["least"]), int(state["waited"])
 
 
 class Stage(Protocol):

@@ -5,6 +5,7 @@ import pytest
 from scipy import optimize, sparse
 
 from l0hooks.calibration.distance import nearest_weights
+from l0hooks.calibration.factor import factorised
 from l0hooks.calibration.least_squares import bounded_fit
 from l0hooks.calibration.proximal import proximal_fit
 
@@ -179,3 +180,38 @@ def test_proximal_points_say_when_they_do_not_arrive(monkeypatch) -> None:
     fit = proximal_fit(block, target, np.zeros(150), np.full(150, np.inf), np.ones(150), tolerance=1e-10)
     assert not fit.converged
     assert fit.violation > 1e-10
+
+
+def nested(rng, n, places=60):
+    """Five targets a place and four for all: the normal matrix is an arrow, and mostly zeros."""
+    where, block = rng.integers(0, places, n), np.zeros((n, 5 * places + 4))
+    for column in range(5):
+        block[np.arange(n), 5 * where + column] = rng.random(n)
+    block[:, -4:] = rng.random((n, 4))
+    return block
+
+
+@pytest.mark.parametrize("kind", ["nested", "full", "wide"])
+def test_factors_of_all_kinds_are_inverses_of_the_normal_matrix_nearly(kind) -> None:
+    rng = np.random.default_rng(5)
+    block = {
+        "nested": lambda: nested(rng, 2000),
+        "full": lambda: random_block(rng, 400, 120, density=0.05),  # a sparse product that is dense
+        "wide": lambda: random_block(rng, 400, 120, density=0.9),
+    }[kind]()
+    curvature, ridge = rng.random(len(block)) * (rng.random(len(block)) < 0.9), rng.random(block.shape[1]) + 0.1
+    matrix = block.T @ (curvature[:, None] * block) + np.diag(ridge)
+    solve = factorised(sparse.csr_array(block), curvature, ridge, np.diag(matrix))
+    v = rng.normal(size=block.shape[1])
+    np.testing.assert_allclose(solve(v), np.linalg.solve(matrix, v), rtol=0.02, atol=0.02)
+
+
+def test_proximal_points_with_sparse_factors_reach_the_optimum_of_lsq_linear() -> None:
+    rng = np.random.default_rng(6)
+    block = nested(rng, 250, places=30)
+    target = block.T @ rng.lognormal(-2, 1, 250) * (1 + 0.05 * rng.normal(size=block.shape[1]))
+    low, high = np.zeros(250), np.full(250, 0.4)
+    fit = proximal_fit(sparse.csr_array(block), target, low, high, np.full(250, 0.1), tolerance=1e-8)
+    cost = optimize.lsq_linear(block.T, target, (0.0, 0.4), tol=1e-14).cost
+    assert fit.converged
+    assert fit.residual @ fit.residual / 2 == pytest.approx(cost, rel=1e-6)

@@ -9,11 +9,13 @@ import pytest
 import torch
 from scipy import optimize, sparse
 
+from l0hooks import hard_concrete
 from l0hooks.calibration import Calibrator
 from l0hooks.calibration.distance import nearest_weights
 from l0hooks.calibration.gates import GateStage
 from l0hooks.calibration.greedy import GreedyStage
 from l0hooks.calibration.polish import polish
+from l0hooks.calibration.priced import PricedSwapStage
 from l0hooks.calibration.problem import prepare
 from l0hooks.calibration.solver import Options, Solver, path, random_selection
 from l0hooks.calibration.stage import Selection, largest, refit
@@ -41,13 +43,14 @@ def make(name, problem):
         "gates": lambda: GateStage(problem, 20, epochs=40),
         "priced": lambda: GateStage(problem, l0=0.01, epochs=40),
         "greedy": lambda: GreedyStage(problem, 20, rounds=5),
+        "priced_swaps": lambda: PricedSwapStage(problem, random_selection(problem, 60, 0), 1e-3),
         "prune": lambda: PruneStage(problem, random_selection(problem, 60, 0), 20),
         "swaps": lambda: SwapStage(problem, start),
         "solver": lambda: Solver(problem, Options(keep=20, epochs=30)),
     }[name]()
 
 
-@pytest.mark.parametrize("name", ["gates", "priced", "greedy", "prune", "swaps"])
+@pytest.mark.parametrize("name", ["gates", "priced", "greedy", "prune", "swaps", "priced_swaps"])
 def test_a_stage_resumes_bit_by_bit(name) -> None:
     problem = small()
     whole, first, second = (make(name, problem) for _ in range(3))
@@ -115,13 +118,12 @@ def test_the_gradient_over_open_units_is_autograds(monkeypatch, few) -> None:
     problem = small(dtype="float64")
     stage = GateStage(problem, 20, epochs=20)
     x = np.where(np.arange(problem.size) % 3 == 0, 0.5, 0.0).astype(np.float32)
-    gradient, misses, factor, active = stage._gradient(x)
+    open_units = np.flatnonzero(x)
+    slope, misses, factor = stage._slope(open_units, x[open_units])
     leaf = torch.tensor(x, dtype=torch.float64, requires_grad=True)
     product = torch.from_numpy(problem.columns.toarray()).T @ leaf
     (0.5 * (factor * product - torch.from_numpy(problem.lower)).square().sum()).backward()
-    open_units = x > 0
-    np.testing.assert_allclose(gradient[open_units], leaf.grad.numpy()[open_units], rtol=1e-4, atol=1e-6)
-    assert active == open_units.sum()
+    np.testing.assert_allclose(slope, leaf.grad.numpy()[open_units], rtol=1e-4, atol=1e-6)
     np.testing.assert_allclose(misses, factor * product.detach().numpy() - problem.lower, atol=1e-9)
 
 
@@ -186,6 +188,113 @@ def test_auto_is_never_worse_than_the_simple_methods_and_k_is_exact(keep, feasib
     assert best.feasible or best.error <= 1.02 * min(one.error for one in others)
 
 
+@pytest.mark.parametrize("kept", [(), (3, 5)])
+def test_the_slopes_of_an_epoch_are_those_of_autograd(kept) -> None:
+    problem = small(dtype="float64", keep=kept)
+    stage = GateStage(problem, 60, epochs=50)
+    for _ in range(5):
+        stage.advance()
+    theta, odds = (one.detach().double().requires_grad_() for one in (stage.theta, stage.gate.log_alpha))
+    stage._noise.epoch = stage.epoch
+    z = torch.ones(problem.size, dtype=torch.float64)
+    z[torch.from_numpy(stage._free)] = hard_concrete.sample(odds, stage.gate.noise().double())
+    p = torch.from_numpy(problem.columns.T.toarray()) @ (z * theta.exp())
+    target = torch.from_numpy(problem.lower)
+    factor = ((p @ target) / (p @ p)).detach()
+    (((factor * p - target) ** 2).sum() / 2).backward()  # at its optimum the factor has no share in the gradient
+    wanted = [theta.grad.numpy(), odds.grad.numpy()]
+    found = []
+    stage._step = lambda factor: found.extend([stage.theta.grad.numpy(), stage.gate.log_alpha.grad.numpy()])
+    stage.advance()
+    for one, other in zip(found, wanted, strict=True):
+        np.testing.assert_allclose(one, other, rtol=2e-3, atol=1e-4 * np.abs(other).max())
+
+
+def priced_cost(problem, selection, price):
+    misses = problem.misses(problem.estimates(selection.g, selection.units))
+    return float(misses @ misses) / 2 + price / 2 * len(selection.units)
+
+
+def test_priced_swaps_never_cost_more_and_keep_who_must_stay() -> None:
+    problem = small(feasible=False, keep=(3, 5))
+    stage = PricedSwapStage(problem, random_selection(problem, 60, 0), 1e-2)
+    costs = [stage.cost]
+    while not stage.done:
+        told = stage.advance()
+        costs.append(stage.cost)
+    assert costs == sorted(costs, reverse=True)
+    assert costs[-1] < 0.5 * costs[0]
+    found = stage.selection()
+    assert {3, 5} <= set(found.units.tolist())
+    assert told.active == len(found.units) < 60
+    assert stage.cost == pytest.approx(priced_cost(problem, found, 1e-2), rel=1e-4)
+
+
+@pytest.mark.parametrize("price", [1e-3, 1e-2, 1e-1])
+def test_with_a_price_the_choice_costs_no_more_than_the_best_of_all_choices_nearly(price) -> None:
+    rng = np.random.default_rng(3)
+    matrix = rng.random((5, 10))
+    problem = prepare(sparse.csr_array(matrix), matrix @ rng.lognormal(0, 1, 10), dtype="float64")
+    found = Solver(problem, Options(l0=price, epochs=60)).run().polished.selection
+    block = problem.columns.toarray()
+    best = min(
+        optimize.nnls(block[list(chosen)].T, problem.lower)[1] ** 2 / 2 + price / 2 * len(chosen)
+        for count in range(1, 6)
+        for chosen in itertools.combinations(range(10), count)
+    )
+    assert priced_cost(problem, found, price) <= 1.25 * best
+
+
+def rows_of(solver):
+    told = []
+    while not solver.done:
+        told.append(solver.advance())
+    return told
+
+
+@pytest.mark.parametrize(("method", "stage", "patience"), [("gates", "gates", 3), ("dense", "swaps", 1)])
+def test_patience_ends_a_search_that_gets_no_better(method, stage, patience) -> None:
+    problem = small(feasible=False)
+    options = Options(keep=20, epochs=100, method=method)
+    whole, short = (Solver(problem, replace(options, patience=one)) for one in (None, patience))
+    long_run, short_run = ([told.error for told in rows_of(one) if told.stage == stage] for one in (whole, short))
+    assert len(short_run) < len(long_run)
+    assert short_run == long_run[: len(short_run)]
+    watched = short_run[59:] if stage == "gates" else short_run  # gates: once they are down to K
+    assert min(watched[-patience:]) >= 0.99 * min(watched[:-patience])
+    assert len(short.best().polished.selection.units) == 20
+
+
+def test_patience_that_is_never_tried_changes_nothing() -> None:
+    problem = small(feasible=False)
+    found = [Solver(problem, Options(keep=20, epochs=30, patience=one)).run().polished for one in (None, 10_000)]
+    np.testing.assert_array_equal(found[0].selection.g, found[1].selection.g)
+
+
+def test_a_patient_solver_resumes_bit_by_bit() -> None:
+    problem, options = small(feasible=False), Options(keep=20, epochs=50, patience=4)
+    whole, first, second = (Solver(problem, options) for _ in range(3))
+    wanted = whole.run().polished
+    while not first.done:
+        first.advance()
+        if first.resumable:
+            second = Solver(problem, options)
+            second.resume(first.state())
+            first = second
+    np.testing.assert_array_equal(second.best().polished.selection.g, wanted.selection.g)
+
+
+@pytest.mark.parametrize("keep", [8, 20])
+def test_a_frugal_solver_finds_the_same_with_less(keep) -> None:
+    problem = small()
+    usual, frugal = (Solver(problem, Options(keep=keep, epochs=30), frugal=one) for one in (False, True))
+    first, second = usual.run(), frugal.run()
+    np.testing.assert_array_equal(first.polished.selection.units, second.polished.selection.units)
+    np.testing.assert_array_equal(first.polished.selection.g, second.polished.selection.g)
+    assert usual.problem.columns.nnz == problem.columns.nnz
+    assert frugal.problem.columns.nnz < problem.columns.nnz
+
+
 def test_targets_that_can_be_met_are_met_nearest_to_the_design_weights() -> None:
     problem = small(households=400, dtype="float64")
     done = polish(problem, Selection(np.arange(400), np.ones(400)))
@@ -228,11 +337,23 @@ def test_of_selections_that_meet_all_targets_the_smallest_design_effect_wins() -
 
 def test_many_units_take_one_start_and_the_polish_is_certified(monkeypatch) -> None:
     monkeypatch.setattr("l0hooks.calibration.solver._CHEAP", 0)
+    monkeypatch.setattr("l0hooks.calibration.solver._SOME", 1.6)  # 50 are 1.67 times as many as targets
     solver = Solver(small(feasible=False), Options(keep=50))
     best = solver.run()
     assert [one.name for one in solver.candidates] == ["random+swaps"]
     assert best.polished.converged
     assert best.polished.certificate <= 1e-6
+
+
+def test_greedy_search_is_polished_too_where_its_error_is_near_though_its_loss_is_not(monkeypatch) -> None:
+    monkeypatch.setattr("l0hooks.calibration.solver._CHEAP", 0)
+    solver = Solver(small(feasible=False), Options(keep=50))
+    while not solver._selected:
+        solver.advance()
+    first, other = solver._pending[0], solver._pending[1]
+    solver._pending = [replace(first, norm=1.0, error=0.1), replace(other, norm=9.0, error=0.05)]
+    solver.run()
+    assert {one.name for one in solver.candidates} == {"random+swaps", "greedy+swaps"}
 
 
 def test_a_path_goes_through_all_sizes() -> None:

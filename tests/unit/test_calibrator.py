@@ -246,6 +246,10 @@ def test_equal_random_states_give_equal_weights_and_torch_is_left_alone():
         ({"method": "best"}, "method: it must be known"),
         ({"distance": "kl"}, "distance: it must be known"),
         ({"max_epochs": 0}, "max_epochs: it must be an integer >= 1"),
+        ({"error_offset": 0.0}, "error_offset: it must be positive and finite"),
+        ({"error_offset": None}, "error_offset: it must be positive and finite"),
+        ({"patience": 0}, "patience: it must be an integer >= 1"),
+        ({"patience": 2.5}, "patience: it must be an integer >= 1"),
         ({"random_state": -1}, "random_state: it must be an integer >= 0"),
         ({"random_state": 1.5}, "random_state"),
         ({"tolerance": float("nan")}, "tolerance: it must be positive"),
@@ -501,3 +505,15 @@ def test_a_fit_works_without_any_optional_package():
     """
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=True)
     assert "2 targets, 3 of 9 households" in done.stdout
+
+
+def test_the_offset_says_what_errors_of_small_targets_are_divided_by():
+    rng = np.random.default_rng(0)
+    matrix = np.vstack([rng.random(60) * 1e-4, rng.random(60), rng.random(60)])
+    y = np.array([1e-3, 30.0, 31.0])
+    usual, small = (Calibrator(3, progress=False, error_offset=one).fit(matrix, y) for one in (1.0, 1e-6))
+    for fitted, offset in ((usual, 1.0), (small, 1e-6)):
+        wanted = (matrix @ fitted.weights - y) / (np.abs(y) + offset)
+        np.testing.assert_allclose(fitted.relative_errors, wanted, atol=1e-15)
+    assert abs(small.relative_errors[0]) < 1e-3  # of the target itself
+    assert abs(matrix[0] @ usual.weights / y[0] - 1) > abs(small.relative_errors[0])
