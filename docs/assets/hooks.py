@@ -1,0 +1,45 @@
+"""What MkDocs is asked to do beside Markdown: draw the figures, and set mathematics without a script or a network."""
+
+from __future__ import annotations
+
+import html
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import ziamath
+from mkdocs.structure.files import File, Files
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import figures  # noqa: E402  # beside this file, which MkDocs loads by its path
+
+ziamath.config.svg2 = False  # paths: symbols' identifiers would clash on a page
+_FORMULA = re.compile(r'<(span|div) class="arithmatex">\\([(\[])(.*?)\\[)\]]</\1>', re.DOTALL)
+_DISPLAY, _INLINE = 17, 15.5  # pixels
+
+
+def on_files(files: Files, config: Any) -> Files:
+    """Add ``figures/<name>-light.svg`` and ``-dark.svg``."""
+    for name in figures.FIGURES:
+        for scheme in figures.INK:
+            uri = f"figures/{name}-{scheme}.svg"
+            files.append(File.generated(config, uri, content=figures.svg(name, scheme)))
+    return files
+
+
+def on_page_content(content: str, **_: Any) -> str:
+    """Every formula as SVG, in the colour of the text around it, with its source as the text that is read aloud."""
+    return _FORMULA.sub(_typeset, content)
+
+
+def _typeset(found: re.Match[str]) -> str:
+    tag, bracket, source = found.groups()
+    inline, tex = bracket == "(", html.unescape(source).strip()
+    formula = ziamath.Latex(tex, size=_INLINE if inline else _DISPLAY, color="currentColor", inline=inline)
+    drawn = formula.svg()
+    label = f'role="img" aria-label="{html.escape(tex)}"'
+    style = f' style="vertical-align:{formula.getyofst():.2f}px"' if inline else ""
+    drawn = drawn.replace("<svg ", f"<svg {label}{style} ", 1)
+    return f'<{tag} class="formula">{drawn}</{tag}>'
