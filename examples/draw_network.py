@@ -9,6 +9,7 @@ An MLP learns scikit-learn's 8×8 digits. Then it gets a gate on every weight an
 
 import argparse
 import copy
+import io
 import json
 from pathlib import Path
 
@@ -16,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
+from PIL import Image
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import nn
@@ -54,13 +56,14 @@ def draw(axes, weights, ink):
         order = values.abs().argsort()
         ends = [heights[column][inputs[order]], heights[column + 1][outputs[order]]]
         lines = [[(column, a), (column + 1, b)] for a, b in zip(*map(torch.Tensor.tolist, ends), strict=True)]
-        strength = (values[order].abs() / values.abs().max()).sqrt().tolist()
+        strength = (values[order].abs() / values.abs().max()).tolist()
         colours = [POSITIVE if value > 0 else NEGATIVE for value in values[order]]
-        axes.add_collection(LineCollection(lines, colors=colours, linewidths=0.9, alpha=[0.15 + 0.7 * s for s in strength]))
+        widths, alpha = [0.25 + 1.5 * s for s in strength], [0.25 + 0.7 * s for s in strength]
+        axes.add_collection(LineCollection(lines, colors=colours, linewidths=widths, alpha=alpha))
     used = [(weights[0] != 0).any(0), *((weight != 0).any(1) for weight in weights)]
     for column, (height, alive) in enumerate(zip(heights, used, strict=True)):
         axes.scatter([column] * int(alive.sum()), height[alive], 12, color=ink, zorder=3)
-        axes.scatter([column] * int((~alive).sum()), height[~alive], 12, facecolors="none", edgecolors=ink, linewidths=0.4)
+        axes.scatter([column] * int((~alive).sum()), height[~alive], 12, facecolors="none", edgecolors=ink, lw=0.4)
     axes.set(xlim=(-0.05, len(weights) + 0.05), ylim=(-0.04, 1.04))
     axes.set_axis_off()
 
@@ -71,6 +74,13 @@ def picture(models, titles, ink):
         draw(axes, weights_of(model), ink)
         axes.set_title(title, color=ink, fontsize=11)
     return figure
+
+
+def save(figure, path):
+    """As PNG with few colours: half a megabyte is a lot for one picture."""
+    file = io.BytesIO()
+    figure.savefig(file, dpi=110)
+    Image.open(file).quantize(48, Image.Quantize.FASTOCTREE).save(path, optimize=True)
 
 
 def run(options):
@@ -93,7 +103,7 @@ def run(options):
     titles = [f"{weights:,} weights, {accuracy:.1%} of the digits right" for weights, accuracy in pairs]
     options.output.mkdir(parents=True, exist_ok=True)
     for scheme, ink in INK.items():
-        picture((dense, pruned), titles, ink).savefig(options.output / f"network-{scheme}.png", dpi=110)
+        save(picture((dense, pruned), titles, ink), options.output / f"network-{scheme}.png")
     (options.output / "report.json").write_text(json.dumps(report, indent=1))
     print(*titles, sep="\n")
 

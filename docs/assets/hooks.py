@@ -13,10 +13,11 @@ from mkdocs.structure.files import File, Files
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-import figures  # noqa: E402  # beside this file, which MkDocs loads by its path
+import figures  # beside this file, which MkDocs loads by its path
 
 ziamath.config.svg2 = False  # paths: symbols' identifiers would clash on a page
 _FORMULA = re.compile(r'<(span|div) class="arithmatex">\\([(\[])(.*?)\\[)\]]</\1>', re.DOTALL)
+_FUNCTION = re.compile(r"(\\operatorname\{\w+\}|\\log|\\ln)\s*(?=[\\a-zA-Z])")  # ln x, not lnx
 _DISPLAY, _INLINE = 17, 15.5  # pixels
 
 
@@ -37,7 +38,8 @@ def on_page_content(content: str, **_: Any) -> str:
 def _typeset(found: re.Match[str]) -> str:
     tag, bracket, source = found.groups()
     inline, tex = bracket == "(", html.unescape(source).strip()
-    formula = ziamath.Latex(tex, size=_INLINE if inline else _DISPLAY, color="currentColor", inline=inline)
+    spaced = _FUNCTION.sub(r"\1\\,", tex)
+    formula = ziamath.Latex(spaced, size=_INLINE if inline else _DISPLAY, color="currentColor", inline=inline)
     drawn = formula.svg()
     label = f'role="img" aria-label="{html.escape(tex)}"'
     style = f' style="vertical-align:{formula.getyofst():.2f}px"' if inline else ""
