@@ -16,8 +16,9 @@ sys.path.insert(0, str(Path(__file__).parent))
 import figures  # beside this file, which MkDocs loads by its path
 
 ziamath.config.svg2 = False  # paths: symbols' identifiers would clash on a page
-_FORMULA = re.compile(r'<(span|div) class="arithmatex">\\([(\[])(.*?)\\[)\]]</\1>', re.DOTALL)
-_FUNCTION = re.compile(r"(\\operatorname\{\w+\}|\\log|\\ln)\s*(?=[\\a-zA-Z])")  # ln x, not lnx
+_FORMULA = re.compile(r'<(span|div) class="arithmatex">\\([(\[])(.*?)\\[)\]]</\1>([,.;:)]?)', re.DOTALL)
+_BEFORE = re.compile(r"(?<=[a-z])(?=\\(?:operatorname|log|ln)\b)")  # β ln x, not βlnx
+_AFTER = re.compile(r"(\\operatorname\{\w+\}|\\log|\\ln)\s*(?=[\\a-zA-Z])")
 _DISPLAY, _INLINE = 17, 15.5  # pixels
 
 
@@ -36,12 +37,12 @@ def on_page_content(content: str, **_: Any) -> str:
 
 
 def _typeset(found: re.Match[str]) -> str:
-    tag, bracket, source = found.groups()
+    tag, bracket, source, stop = found.groups()
     inline, tex = bracket == "(", html.unescape(source).strip()
-    spaced = _FUNCTION.sub(r"\1\\,", tex)
+    spaced = _AFTER.sub(r"\1\\,", _BEFORE.sub(r"\\,", tex))
     formula = ziamath.Latex(spaced, size=_INLINE if inline else _DISPLAY, color="currentColor", inline=inline)
     drawn = formula.svg()
     label = f'role="img" aria-label="{html.escape(tex)}"'
     style = f' style="vertical-align:{formula.getyofst():.2f}px"' if inline else ""
     drawn = drawn.replace("<svg ", f"<svg {label}{style} ", 1)
-    return f'<{tag} class="formula">{drawn}</{tag}>'
+    return f'<{tag} class="formula">{drawn}{stop}</{tag}>'
