@@ -17,6 +17,7 @@ import figures  # beside this file, which MkDocs loads by its path
 
 ziamath.config.svg2 = False  # paths: symbols' identifiers would clash on a page
 _FORMULA = re.compile(r'<(span|div) class="arithmatex">\\([(\[])(.*?)\\[)\]]</\1>([,.;:)]?)', re.DOTALL)
+_ROLE = re.compile(r":(?:func|class|meth|mod|attr):\s*<code>~?([\w.]+)</code>")  # docstrings are for Sphinx, too
 _BEFORE = re.compile(r"(?<=[a-z])(?=\\(?:operatorname|log|ln)\b)")  # β ln x, not βlnx
 _AFTER = re.compile(r"(\\operatorname\{\w+\}|\\log|\\ln)\s*(?=[\\a-zA-Z])")
 _DISPLAY, _INLINE = 17, 15.5  # pixels
@@ -32,8 +33,13 @@ def on_files(files: Files, config: Any) -> Files:
 
 
 def on_page_content(content: str, **_: Any) -> str:
-    """Every formula as SVG, in the colour of the text around it, with its source as the text that is read aloud."""
-    return _FORMULA.sub(_typeset, content)
+    """Names as links, and every formula as SVG in the colour of the text around it, its source as what is read aloud."""
+    return _FORMULA.sub(_typeset, _ROLE.sub(_link, content))
+
+
+def _link(found: re.Match[str]) -> str:
+    name = found[1]
+    return f'<autoref identifier="{html.escape(name)}" optional><code>{name.rpartition(".")[2]}</code></autoref>'
 
 
 def _typeset(found: re.Match[str]) -> str:

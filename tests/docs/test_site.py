@@ -13,6 +13,7 @@ from xml.etree import ElementTree
 
 import pytest
 
+pytestmark = pytest.mark.filterwarnings("ignore:path is deprecated:DeprecationWarning")  # ziamath, reading its font
 ROOT = Path(__file__).parents[2]
 ASSETS = ROOT / "docs" / "assets"
 MARKDOWN = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -41,7 +42,6 @@ def test_every_figure_is_drawn_in_both_inks_and_stands_on_its_page(monkeypatch: 
             assert f"figures/{name}-{scheme}.svg#only-{scheme}" in theory
 
 
-@pytest.mark.filterwarnings("ignore:path is deprecated:DeprecationWarning")  # ziamath, where it reads its font
 def test_formulas_become_pictures_with_their_source_as_text(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("ziamath")
     hooks = load("hooks", monkeypatch)
@@ -51,6 +51,12 @@ def test_formulas_become_pictures_with_their_source_as_text(monkeypatch: pytest.
     assert r'aria-label="a &lt; \beta\ln b"' in found
     assert found.count("<svg") == 2
     assert re.search(r"</svg>,</span>", found)  # a line never begins with the comma
+
+
+def test_names_in_docstrings_become_links(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("ziamath")
+    found = load("hooks", monkeypatch).on_page_content("see :func:<code>l0hooks.set_budget</code>")
+    assert found == 'see <autoref identifier="l0hooks.set_budget" optional><code>set_budget</code></autoref>'
 
 
 def test_nothing_on_the_site_is_loaded_from_elsewhere() -> None:
