@@ -33,7 +33,7 @@ def on_files(files: Files, config: Any) -> Files:
 
 
 def on_page_content(content: str, **_: Any) -> str:
-    """Names as links, and every formula as SVG in the colour of the text around it, its source as what is read aloud."""
+    """Names as links; formulas as SVG in the colour of the text around them, with their source to be read aloud."""
     return _FORMULA.sub(_typeset, _ROLE.sub(_link, content))
 
 

@@ -16,7 +16,6 @@ import pytest
 pytestmark = pytest.mark.filterwarnings("ignore:path is deprecated:DeprecationWarning")  # ziamath, reading its font
 ROOT = Path(__file__).parents[2]
 ASSETS = ROOT / "docs" / "assets"
-MARKDOWN = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
 def load(name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
@@ -87,6 +86,12 @@ def test_the_readmes_figures_are_those_of_the_benchmarks() -> None:
         for number in re.findall(r"(?<![\w-])\d*\.?\d+(?![\w.])", ours + theirs):
             assert re.search(rf"(?<![\d.]){re.escape(number)}(?!\.?\d)", measured), number
         assert f"`python -m {command.strip().strip('`')}`" in measured
+
+
+def test_the_page_of_examples_lists_them_all() -> None:
+    listed = re.findall(r"^\| `(\w+\.py)` \|", (ROOT / "docs" / "examples.md").read_text(), re.MULTILINE)
+    assert sorted(listed) == sorted(path.name for path in (ROOT / "examples").glob("*.py"))
+    assert all(len((ROOT / "examples" / name).read_text().splitlines()) < 130 for name in listed)
 
 
 def test_the_laws_name_tests_that_exist() -> None:
