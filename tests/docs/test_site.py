@@ -58,6 +58,12 @@ def test_names_in_docstrings_become_links(monkeypatch: pytest.MonkeyPatch) -> No
     assert found == 'see <autoref identifier="l0hooks.set_budget" optional><code>set_budget</code></autoref>'
 
 
+def test_parameters_that_share_an_entry_get_one_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("griffe")
+    split = load("docstrings", monkeypatch).split
+    assert split("a, b : float\n    Ends.\nc : int\n") == "a : float\n    Ends.\nb : float\n    Ends.\nc : int\n"
+
+
 def test_nothing_on_the_site_is_loaded_from_elsewhere() -> None:
     configuration = (ROOT / "mkdocs.yml").read_text()
     assert "http" not in configuration
