@@ -80,6 +80,7 @@ def test_there_is_no_block_that_is_not_run() -> None:
         text = page.read_text()
         fences = re.findall(r"^[ \t>]*(?:```|~~~).*$", text, re.MULTILINE)
         assert len(fences) == 2 * len(blocks(page)), page
+        assert page in PAGES or not fences, f"{page} is not run"
         languages = {language for language, _, _ in blocks(page)}
         assert languages <= {"python", "sh", "text"} | ({"bibtex"} if page.name == "README.md" else set()), page
         assert not re.search(r"<pre|^\t", text, re.MULTILINE), page
