@@ -152,6 +152,15 @@ class BudgetRule:
         Whether the schedule has ended and the support is fixed.
     limits : (float, float) or None
         For the log-odds, wider than a gate's own: a common shift must not press its gates together at an end.
+
+    Examples
+    --------
+    >>> from l0hooks import set_budget
+    >>> (rule,) = set_budget(Gate(100), Budget(keep=10, steps=5))
+    >>> for _ in range(5):
+    ...     rule.advance()
+    >>> rule.finished, round(rule.expected()), rule.target
+    (True, 10, 10.0)
     """
 
     limits: tuple[float, float] | None = (-30.0, 15.0)

@@ -20,9 +20,9 @@ class HardConcrete(Distribution):
 
     Parameters
     ----------
-    log_alpha : Tensor or float
+    log_alpha : Tensor of any shape and floating dtype, or float
         Location, in log-odds; its broadcast with ``temperature`` is the batch shape.
-    temperature : Tensor or float, > 0
+    temperature : Tensor of a shape that broadcasts, or float, > 0
         β.
     gamma, zeta : float, gamma < 0, zeta > 1
         Stretch interval.

@@ -7,31 +7,102 @@ from collections.abc import Iterable
 
 
 class L0HooksError(Exception):
-    """Base class of every error that l0hooks raises on purpose."""
+    """Base class of every error that l0hooks raises on purpose.
+
+    Examples
+    --------
+    >>> from l0hooks import Gate
+    >>> try:
+    ...     Gate(0)
+    ... except L0HooksError as error:
+    ...     print(error)
+    Gate: every axis must be positive.
+      expected: >= 1
+      got: (0,)
+    """
 
 
 class InvalidValueError(L0HooksError, ValueError):
-    """A value is outside the range where the mathematics holds."""
+    """A value is outside the range where the mathematics holds.
+
+    Examples
+    --------
+    >>> from l0hooks import Gate
+    >>> Gate(4, temperature=-1.0)
+    Traceback (most recent call last):
+    l0hooks.errors.InvalidValueError: temperature: temperature must be positive.
+      expected: > 0
+      got: -1.0
+    """
 
 
 class SpecError(L0HooksError, ValueError):
-    """A gate specification or pattern does not fit the model it is given for."""
+    """A gate specification or pattern does not fit the model it is given for.
+
+    Examples
+    --------
+    >>> import torch, l0hooks
+    >>> l0hooks.sparsify(torch.nn.Sequential(torch.nn.Linear(4, 2)), {"1": "weight"})
+    Traceback (most recent call last):
+    l0hooks.errors.SpecError: sparsify: a pattern must match at least one module.
+      got: '1', which matches none
+      try: one of '0'
+    """
 
 
 class UnsupportedModuleError(L0HooksError, TypeError):
-    """A module or tensor of a kind that cannot carry a gate."""
+    """A module or tensor of a kind that cannot carry a gate.
+
+    Examples
+    --------
+    >>> import torch, l0hooks
+    >>> try:
+    ...     l0hooks.sparsify(torch.nn.Sequential(torch.nn.LSTM(4, 4)), {"0": "weight"})
+    ... except UnsupportedModuleError as error:
+    ...     isinstance(error, TypeError)
+    True
+    """
 
 
 class StateError(L0HooksError, RuntimeError):
-    """The operation does not fit what happened to the model before."""
+    """The operation does not fit what happened to the model before.
+
+    Examples
+    --------
+    >>> import torch, l0hooks
+    >>> l0hooks.penalty(torch.nn.Linear(4, 2), l0=1.0)
+    Traceback (most recent call last):
+    l0hooks.errors.StateError: penalty: the model must hold gates.
+      got: none
+      try: sparsify(model, ...) first
+    """
 
 
 class MissingExtraError(L0HooksError, ImportError):
-    """An optional package is needed and not installed."""
+    """An optional package is needed and not installed.
+
+    Examples
+    --------
+    >>> issubclass(MissingExtraError, ImportError)
+    True
+    """
 
 
 def explain(where: str, must: str, *, expected: object = None, got: object = None, hint: str | None = None) -> str:
     """One message in the house's form: where, what must hold, expected, got, what to try.
+
+    Parameters
+    ----------
+    where, must : str
+        The call or argument, and what must hold of it.
+    expected, got : object, optional
+        Their ``str`` gets a line each.
+    hint : str, optional
+        What to try instead.
+
+    Returns
+    -------
+    str
 
     Examples
     --------
@@ -52,6 +123,17 @@ def explain(where: str, must: str, *, expected: object = None, got: object = Non
 
 def near_names(name: str, known: Iterable[str], *, limit: int = 4) -> str:
     """The known names that look most like ``name``, ready for the ``try:`` line of a message.
+
+    Parameters
+    ----------
+    name : str
+    known : iterable of str
+    limit : int, > 0
+        How many to name at the most.
+
+    Returns
+    -------
+    str
 
     Examples
     --------

@@ -7,8 +7,9 @@ A Hard Concrete gate is a logistic variable, squashed, stretched to \((\gamma, \
           \sigma((\operatorname{logit} u + \log\alpha) / \beta))) \]
 
 Every function takes ``log_alpha`` (any floating dtype, any shape, log-odds), ``temperature`` β > 0 (a float, or a
-tensor that broadcasts) and the stretch interval ``gamma`` < 0 < 1 < ``zeta``. All are elementwise, differentiable
-and free of side effects; float16 and bfloat16 are computed in float32 and returned in their own dtype.
+tensor that broadcasts) and the stretch interval ``gamma`` < 0 < 1 < ``zeta``, and returns a tensor of the dtype of its
+first argument and of the shape that its arguments broadcast to. All are elementwise, differentiable and free of side
+effects; float16 and bfloat16 are computed in float32 and returned in their own dtype.
 """
 
 from __future__ import annotations
@@ -35,10 +36,20 @@ P = ParamSpec("P")
 def check_constants(where: str, temperature: float, gamma: float, zeta: float) -> None:
     """Refuse constants for which the stretched variable does not straddle [0, 1].
 
+    Parameters
+    ----------
+    where : str
+        What the message begins with.
+    temperature, gamma, zeta : float
+
     Raises
     ------
     InvalidValueError
         Unless ``temperature`` is positive and finite, ``gamma`` < 0 and ``zeta`` > 1.
+
+    Examples
+    --------
+    >>> check_constants("gate", 0.5, GAMMA, ZETA)
     """
     if not (math.isfinite(temperature) and temperature > 0):
         raise InvalidValueError(explain(where, "temperature must be positive.", expected="> 0", got=temperature))
@@ -57,10 +68,20 @@ def check_constants(where: str, temperature: float, gamma: float, zeta: float) -
 def check_open_unit(where: str, value: float) -> None:
     """Refuse a start that would need infinite log-odds.
 
+    Parameters
+    ----------
+    where : str
+        Name of the argument.
+    value : float
+
     Raises
     ------
     InvalidValueError
         Unless 0 < ``value`` < 1.
+
+    Examples
+    --------
+    >>> check_open_unit("init_mean", 0.95)
     """
     if not 0 < value < 1:
         raise InvalidValueError(
@@ -130,7 +151,7 @@ def sample(
         Location, in log-odds.
     noise : Tensor, broadcastable with ``log_alpha``, in [0, 1]
         Uniform random numbers u; the ends 0 and 1 give the gates 0 and 1.
-    temperature : float or Tensor, > 0
+    temperature : float, or Tensor that broadcasts with ``log_alpha``, > 0
         β.
     gamma, zeta : float, gamma < 0, zeta > 1
         Stretch interval.
@@ -163,6 +184,11 @@ def cdf(
 ) -> Tensor:
     r"""P(z ≤ value): \(\sigma(\beta\operatorname{logit} s(x) - \log\alpha)\) on [0, 1), 0 below and 1 from 1 on.
 
+    Parameters
+    ----------
+    value : Tensor, broadcastable with ``log_alpha``
+        x.
+
     Examples
     --------
     >>> cdf(torch.tensor([-0.1, 0.0, 0.5, 1.0]), torch.tensor(0.0))
@@ -186,6 +212,10 @@ def icdf(
     zeta: float = ZETA,
 ) -> Tensor:
     """The quantile function; 0 and 1 are reached on whole intervals, because the gate has atoms there.
+
+    Parameters
+    ----------
+    probability : Tensor, broadcastable with ``log_alpha``, in [0, 1]
 
     Examples
     --------
@@ -335,6 +365,11 @@ def log_prob(
     With t = s(x) and v = β·logit t − logα, the density inside is
     \(\log\beta - \log(\zeta-\gamma) - \log t - \log(1-t) + \log\sigma(v) + \log\sigma(-v)\).
 
+    Parameters
+    ----------
+    value : Tensor, broadcastable with ``log_alpha``
+        z.
+
     Examples
     --------
     >>> log_prob(torch.tensor([0.0, 0.5, 1.0]), torch.tensor(0.0)).exp()
@@ -377,6 +412,14 @@ def log_alpha_from_keep_prob(
 ) -> float:
     r"""The location with P(z ≠ 0) = ``probability``: \(\operatorname{logit} p + \beta\ln(-\gamma/\zeta)\).
 
+    Parameters
+    ----------
+    probability : float in (0, 1)
+
+    Returns
+    -------
+    float
+
     Raises
     ------
     InvalidValueError
@@ -396,6 +439,14 @@ def log_alpha_from_mean(
     value: float, temperature: float = TEMPERATURE, gamma: float = GAMMA, zeta: float = ZETA
 ) -> float:
     """The location with E[z] = ``value``, by bisection of :func:`mean` in float64.
+
+    Parameters
+    ----------
+    value : float in (0, 1)
+
+    Returns
+    -------
+    float
 
     Raises
     ------

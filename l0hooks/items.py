@@ -65,6 +65,18 @@ class ItemGate(nn.Module):
     Attributes
     ----------
     gate : Gate, shape (n,)
+
+    Raises
+    ------
+    InvalidValueError
+        If a number is out of range, or the noise or the schedule is unknown.
+
+    Examples
+    --------
+    >>> from l0hooks import FeatureGate
+    >>> features = FeatureGate(20, k=3)
+    >>> isinstance(features, ItemGate), len(features.select(torch.zeros(5, 20))[1])
+    (True, 3)
     """
 
     gate: Gate

@@ -28,6 +28,14 @@ from l0hooks.sizes import Size
 class LagrangianRule(BudgetRule):
     """Holds the gates of one ``Budget(method="lagrangian")`` together; :func:`set_budget` makes it.
 
+    Attributes
+    ----------
+    budget : Budget
+    gates : tuple of Gate
+    size : Size
+    equality : bool
+        Whether the constraint is an equality.
+
     Examples
     --------
     >>> from l0hooks import param_groups, penalty, set_budget

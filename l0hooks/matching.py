@@ -50,6 +50,12 @@ class Match:
         Of the kernel, in standard deviations of the features.
     swaps : int
         Exchanges that led from the start to the subset.
+
+    Examples
+    --------
+    >>> few = Match(indices=np.arange(2), k=2, n=9, objective="moments", distance=0.1, random=0.4, draws=20)
+    >>> few.ratio
+    0.25
     """
 
     indices: Ints

@@ -65,6 +65,15 @@ class Gated:
         Several if the weight is tied, or if the gate is a coupled group's.
     coupled : Coupled or None
         The group that the gate belongs to.
+
+    Examples
+    --------
+    >>> from l0hooks import sparsify
+    >>> model = nn.Sequential(nn.Linear(8, 4))
+    >>> _ = sparsify(model, "output")
+    >>> (gated,) = iter_gated(model)
+    >>> gated.name, gated.gate.log_alpha.shape, [site.weight.shape for site in gated.weights()]
+    ('0', torch.Size([4]), [torch.Size([4, 8])])
     """
 
     name: str

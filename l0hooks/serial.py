@@ -94,6 +94,23 @@ def load_pruned(factory: Callable[[], nn.Module], path: str | Path) -> nn.Module
         If the file is damaged, not one of ours, or does not fit the factory's model.
     MissingExtraError
         If safetensors is not installed.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> from l0hooks import iter_gates, prune, sparsify
+    >>> factory, x = (lambda: nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))), torch.ones(2, 4)
+    >>> model = factory()
+    >>> _ = sparsify(model, "coupled", example_inputs=(x,))
+    >>> _ = [gate.log_alpha.data[:3].fill_(-9.0) for _, gate in iter_gates(model)]  # in place of training
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     save_pruned(prune(model, example_inputs=(x,)), Path(folder) / "small.safetensors")
+    ...     load_pruned(factory, Path(folder) / "small.safetensors")
+    Sequential(
+      (0): Linear(in_features=4, out_features=5, bias=True)
+      (1): ReLU()
+      (2): Linear(in_features=5, out_features=2, bias=True)
+    )
     """
     tensors, plan = _read(Path(path))
     model = factory()

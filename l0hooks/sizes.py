@@ -40,6 +40,12 @@ class Size:
     square : float64, shape (arrays, arrays)
     floor : int64, shape (arrays,)
         How many gates of each array stay whatever happens: one of a coupled group, which cannot be cut to nothing.
+
+    Examples
+    --------
+    >>> size = Size(np.array([4, 2]), constant=3.0, linear=np.array([1.0, 10.0]), square=np.zeros((2, 2)))
+    >>> size.whole, size.of(np.array([2.0, 1.0]))
+    (27.0, 15.0)
     """
 
     counts: npt.NDArray[np.int64]

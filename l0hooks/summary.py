@@ -41,6 +41,13 @@ class SummaryRow:
         Weights behind the gates, and those that evaluation keeps.
     macs, macs_kept : int or None
         Multiply-adds on the example inputs; None if none were given.
+
+    Examples
+    --------
+    >>> from l0hooks import Gate
+    >>> row = summary(nn.ModuleDict({"samples": Gate(4)})).rows[0]
+    >>> row.name, row.gates, row.sparsity
+    ('samples', 4, 0.0)
     """
 
     name: str
@@ -89,6 +96,13 @@ class Summary:
         What else there is to know about a pruned model.
     exported_parameters : int or None
         Of a pruned model: the parameters it has, without the zeros of weights that had gates.
+
+    Examples
+    --------
+    >>> from l0hooks import sparsify
+    >>> report = sparsify(nn.Sequential(nn.Linear(8, 4)), "output")
+    >>> report.gates, report.parameters_kept, report.model_parameters
+    (4, 32, 36)
     """
 
     rows: tuple[SummaryRow, ...]

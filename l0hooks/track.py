@@ -32,7 +32,18 @@ _OWN = ("step", "expected", "evaluated", "exported", "temperature")
 
 
 class ScalarWriter(Protocol):
-    """What a writer must do; ``torch.utils.tensorboard.SummaryWriter`` does."""
+    """What a writer must do; ``torch.utils.tensorboard.SummaryWriter`` does.
+
+    Examples
+    --------
+    >>> class Lines:
+    ...     def add_scalar(self, tag, value, global_step):
+    ...         if "l0hooks" not in tag:
+    ...             print(global_step, tag, value)
+    >>> from l0hooks import Gate
+    >>> _ = Tracker(Gate(4), unit="gates", writer=Lines()).log(loss=2.0)
+    0 loss 2.0
+    """
 
     def add_scalar(self, tag: str, value: float, global_step: int, /) -> object:
         """Write one number."""

@@ -50,7 +50,11 @@ class SparsifyCallback(Callback):
 
     Examples
     --------
-    ``Trainer(callbacks=[SparsifyCallback(penalties={"l0": 1e-3})])``.
+    ``Trainer(callbacks=[callback])`` with
+
+    >>> callback = SparsifyCallback(penalties={"l0": 1e-3})
+    >>> callback.pruned is None
+    True
     """
 
     def __init__(

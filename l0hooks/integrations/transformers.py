@@ -52,8 +52,11 @@ class SparsifyCallback(TrainerCallback):
 
     Examples
     --------
-    ``callback = SparsifyCallback(gate_lr=0.05)``, then
-    ``Trainer(model, args, callbacks=[callback], optimizer_cls_and_kwargs=callback.optimizer(args), ...)``.
+    ``Trainer(model, args, callbacks=[callback], optimizer_cls_and_kwargs=callback.optimizer(args), ...)`` with
+
+    >>> callback = SparsifyCallback(gate_lr=0.05, penalties={"l2": 1e-4})
+    >>> callback.pruned is None
+    True
     """
 
     def __init__(

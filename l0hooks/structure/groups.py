@@ -34,6 +34,13 @@ class GroupSite:
         Whether layers read their input along this axis: here a gate is exact.
     buffer : bool
         Whether it is a buffer.
+
+    Examples
+    --------
+    >>> model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
+    >>> (reader,) = channel_groups(model, (torch.zeros(2, 8),))[0].readers
+    >>> reader.names, reader.axis, reader.indices.shape
+    (('2.weight',), 1, (16, 1))
     """
 
     names: tuple[str, ...]
@@ -68,6 +75,13 @@ class ChannelGroup:
         Number of members.
     sites : tuple of GroupSite
         Everywhere a member has to be cut out.
+
+    Examples
+    --------
+    >>> model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
+    >>> group = channel_groups(model, (torch.zeros(2, 8),))[0]
+    >>> group.kind, group.size, [site.names for site in group.sites]
+    ('neuron', 16, [('0.weight',), ('0.bias',), ('2.weight',)])
     """
 
     kind: Kind
@@ -108,7 +122,19 @@ class ChannelGroup:
 
 @dataclass(frozen=True)
 class FrozenChannels:
-    """Outputs of layers that cannot be removed, and why."""
+    """Outputs of layers that cannot be removed, and why.
+
+    Attributes
+    ----------
+    modules : tuple of str
+        Qualified names of the layers.
+    reason : str
+
+    Examples
+    --------
+    >>> print(FrozenChannels(("head",), "an output of the model"))
+    frozen: an output of the model: head
+    """
 
     modules: tuple[str, ...]
     reason: str
@@ -119,7 +145,20 @@ class FrozenChannels:
 
 @dataclass(frozen=True)
 class ChannelGroups(Sequence[ChannelGroup]):
-    """All groups of a model, in the order of its layers; prints one line each, and what is frozen."""
+    """All groups of a model, in the order of its layers; prints one line each, and what is frozen.
+
+    Attributes
+    ----------
+    groups : tuple of ChannelGroup
+    frozen : tuple of FrozenChannels
+
+    Examples
+    --------
+    >>> model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
+    >>> found = channel_groups(model, (torch.zeros(2, 8),))
+    >>> len(found), found.frozen[0].modules
+    (1, ('2',))
+    """
 
     groups: tuple[ChannelGroup, ...]
     frozen: tuple[FrozenChannels, ...]
