@@ -25,6 +25,7 @@ from l0hooks.hard_concrete import GAMMA, ZETA
 from l0hooks.noise import Door, NoiseSource
 from l0hooks.penalties import penalty
 from l0hooks.schedules import Schedule, exponential
+from l0hooks.streams import Stream, stream
 
 _START, _MOST = 4.0, 0.9  # the expected size starts at four times the final one, at most at nine tenths of all
 _SHRINK, _DECAY = 0.6, 0.6  # shares of the epochs: until the size is reached, and until the rates fall
@@ -98,10 +99,10 @@ class NumberedNoise(Door):
         super().__init__(NoiseSource(), "")
         self.seed, self.epoch = seed, 0
 
-    def uniform(self, index: int, like: Tensor) -> Tensor:
-        """Uniform noise of this epoch."""
-        rng = np.random.default_rng([self.seed, self.epoch, index])
-        return torch.from_numpy(rng.random(tuple(like.shape), np.float32))
+    def stream(self, index: int, like: Tensor) -> Stream:
+        """The noise of this epoch."""
+        (seed,) = np.random.SeedSequence([self.seed, self.epoch, index]).generate_state(1, np.uint64)
+        return stream(int(seed), like.numel(), like.device)
 
 
 class GateStage:
