@@ -265,7 +265,7 @@ def _uniform_op(ticket: Tensor, index: int, like: Tensor) -> Tensor:
 
 @_uniform_op.register_fake
 def _(ticket: Tensor, index: int, like: Tensor) -> Tensor:
-    return torch.empty_like(like)
+    return torch.empty_like(like, memory_format=torch.contiguous_format)
 
 
 def _run_eagerly(*functions: Callable[..., object]) -> None:
