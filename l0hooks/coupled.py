@@ -235,5 +235,5 @@ class MaskInput:
             if x.dim() > -self.channel:  # else a single example without a batch axis
                 view[0] = x.shape[0]
             mask = self.gating.mask(view[0])
-        view[self.channel] = -1
+        view[self.channel] = mask.shape[-1]
         return x * mask.to(x.dtype).view(view)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import weakref
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -14,6 +15,7 @@ from l0hooks.memory import fresh, fresh_like, pieces
 from l0hooks.streams import Stream
 
 _FEW = 2**15  # below, a call of a Python function costs more than the memory it saves
+_STEEPEST = 1e37  # 1/β that logits of noise can be multiplied with in float32
 
 
 class Constants(NamedTuple):
@@ -25,9 +27,16 @@ class Constants(NamedTuple):
 
 
 def is_traced() -> bool:
-    """Whether the plain formulas must run: in a graph being built, or under a torch.func transform."""
+    """Whether the plain formulas must run: in a graph being built, under a torch.func transform, in forward mode."""
     building = torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
-    return building or torch._C._functorch.maybe_current_level() is not None
+    transformed = torch._C._functorch.maybe_current_level() is not None
+    return building or transformed or torch.autograd.forward_ad._current_level >= 0
+
+
+def _wants_plain(grad: Tensor) -> bool:
+    """Whether a backward pass must consist of ordinary operations: a graph of it is wanted, or ``grad`` is batched."""
+    # the last is what torch.autograd.grad(is_grads_batched=True) hands out
+    return torch.is_grad_enabled() or is_traced() or torch._C._functorch.is_legacy_batchedtensor(grad)
 
 
 class LastSample:
@@ -56,32 +65,45 @@ class _Sampled(torch.autograd.Function):
     """sample(log_alpha, noise); saves the gates only."""
 
     @staticmethod  # one method, for torch takes 20 µs to call a setup_context
-    def forward(
-        ctx: Any, log_alpha: Tensor, noise: Stream, constants: Constants, examples: int | None, shared: bool
-    ) -> Tensor:
+    def forward(ctx: Any, log_alpha: Tensor, noise: Stream, constants: Constants, examples: int | None) -> Tensor:
         shape = log_alpha.shape if examples is None else (examples, *log_alpha.shape)
         gates = fresh(shape, log_alpha.dtype, log_alpha.device)
         for location, z in pieces(log_alpha, gates) if examples is None else [(log_alpha, gates)]:
             _draw(z, location, noise, constants)
         ctx.constants = constants
-        if shared:  # saved tensors are gone after the first backward pass
-            ctx.kept = log_alpha, gates.detach()
-        else:
-            ctx.save_for_backward(log_alpha, gates)
-            ctx.kept = None
+        ctx.save_for_backward(log_alpha, gates)
         return gates
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        log_alpha, gates = ctx.kept or ctx.saved_tensors
-        if torch.is_grad_enabled():
-            gates = _reattach(gates.detach(), log_alpha, ctx.constants)
-            slope = _slope(gates, ctx.constants) * grad
-        else:
-            slope = fresh_like(gates)
-            for z, g, s in pieces(gates, grad, slope):
-                _slope_times(z, g, ctx.constants, out=s)
-        return slope.sum_to_size(log_alpha.shape), None, None, None, None
+        log_alpha, gates = ctx.saved_tensors
+        return _sampled_backward(log_alpha, gates, grad, ctx.constants), None, None, None
+
+
+class _SampledTogether(torch.autograd.Function):
+    """The same for several log-odds, each of one axis, one after the other; no gradient for gates nobody has read."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, noise: Stream, constants: Constants, examples: int | None, *log_alphas: Tensor
+    ) -> tuple[Tensor, ...]:
+        together = torch.cat(log_alphas)
+        shape = together.shape if examples is None else (examples, *together.shape)
+        gates = fresh(shape, together.dtype, together.device)
+        _draw(gates, together, noise, constants)
+        ctx.set_materialize_grads(False)
+        ctx.constants = constants
+        ctx.kept = gates, log_alphas  # saved tensors are gone after the first backward pass
+        return torch.split(gates.detach(), [len(location) for location in log_alphas], -1)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        gates, log_alphas = ctx.kept
+        sizes = [len(location) for location in log_alphas]
+        shares = zip(grads, torch.split(gates, sizes, -1), strict=True)
+        grad = torch.cat([torch.zeros_like(z) if g is None else g for g, z in shares], -1)
+        slopes = torch.split(_sampled_backward(torch.cat(log_alphas), gates, grad, ctx.constants), sizes)
+        return None, None, None, *(None if g is None else slope for g, slope in zip(grads, slopes, strict=True))
 
 
 class _GatedWeight(torch.autograd.Function):
@@ -103,7 +125,7 @@ class _GatedWeight(torch.autograd.Function):
         weight, log_alpha, gates = ctx.saved_tensors
         by_weight, by_location = ctx.needs_input_grad[:2]
         owed = ctx.debt.take()
-        if torch.is_grad_enabled():  # a graph of the gradient is wanted: let z depend on log_alpha again
+        if _wants_plain(grad):  # let z depend on log_alpha again
             gates = _reattach(gates, log_alpha, ctx.constants)
             grad_location = (grad * weight).to(gates.dtype) * _slope(gates, ctx.constants)
             return grad * gates.to(weight.dtype), grad_location, None, None
@@ -133,7 +155,7 @@ class _HeldWeight(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (gates,) = ctx.saved_tensors
         none = fresh_like(gates).zero_() if ctx.needs_input_grad[1] else None
-        if torch.is_grad_enabled():
+        if _wants_plain(grad):
             return grad * gates.to(grad.dtype), none, None
         return torch.mul(grad, gates.to(grad.dtype), out=fresh_like(grad)), none, None
 
@@ -176,7 +198,7 @@ class _ExpectedCount(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None]:
         (log_alpha,) = ctx.saved_tensors
-        if torch.is_grad_enabled():
+        if _wants_plain(grad):
             p = torch.sigmoid(log_alpha - ctx.shift)
             return grad * p * (1 - p), None, None
         node = None if ctx.sampler is None else ctx.sampler()
@@ -198,8 +220,20 @@ def _count_slope(log_alpha: Tensor, shift: float, grad: Tensor, out: Tensor | No
 def _draw(gates: Tensor, log_alpha: Tensor, noise: Stream, constants: Constants) -> None:
     """Fill ``gates`` with a sample."""
     temperature, gamma, zeta = constants
-    s = noise.logistic_(gates, 1 / temperature).add_(log_alpha, alpha=1 / temperature).sigmoid_()
+    steepness = min(1 / temperature, _STEEPEST)
+    s = noise.logistic_(gates, steepness).add_(log_alpha, alpha=steepness).sigmoid_()
     torch.add(_number(gamma, s), s, alpha=zeta - gamma, out=s).clamp_(0, 1)  # one pass, where mul_ and add_ are two
+
+
+def _sampled_backward(log_alpha: Tensor, gates: Tensor, grad: Tensor, constants: Constants) -> Tensor:
+    if _wants_plain(grad):
+        gates = _reattach(gates.detach(), log_alpha, constants)
+        slope = _slope(gates, constants) * grad
+    else:
+        slope = fresh_like(gates)
+        for z, g, s in pieces(gates, grad, slope):
+            _slope_times(z, g, constants, out=s)
+    return slope.sum_to_size(log_alpha.shape)
 
 
 def _reattach(gates: Tensor, log_alpha: Tensor, constants: Constants) -> Tensor:
@@ -238,9 +272,7 @@ def _slope(gates: Tensor, constants: Constants) -> Tensor:
     return torch.where((gates > 0) & (gates < 1), slope, 0.0)
 
 
-def sampled(
-    log_alpha: Tensor, noise: Stream, constants: Constants, examples: int | None = None, *, shared: bool = False
-) -> Tensor:
+def sampled(log_alpha: Tensor, noise: Stream, constants: Constants, examples: int | None = None) -> Tensor:
     """``sample(log_alpha, noise)``, fused.
 
     Parameters
@@ -250,8 +282,6 @@ def sampled(
     constants : Constants
     examples : int, optional
         How many independent samples; they become the first axis.
-    shared : bool
-        Whether outputs with backward passes of their own may come from it: what it saved stays until the graph goes.
 
     Returns
     -------
@@ -264,7 +294,40 @@ def sampled(
     >>> sampled(torch.tensor([30.0, -30.0]), noise, Constants(), examples=3)[0]
     tensor([1., 0.])
     """
-    gates: Tensor = _Sampled.apply(log_alpha, noise, constants, examples, shared)  # type: ignore[no-untyped-call]
+    gates: Tensor = _Sampled.apply(log_alpha, noise, constants, examples)  # type: ignore[no-untyped-call]
+    return gates
+
+
+def sampled_together(
+    log_alphas: Sequence[Tensor], noise: Stream, constants: Constants, examples: int | None = None
+) -> tuple[Tensor, ...]:
+    """``sampled`` for several log-odds, in one node of the graph.
+
+    Outputs with backward passes of their own may come from it: what it keeps stays until the graph goes. Log-odds
+    whose gates nobody has read get no gradient.
+
+    Parameters
+    ----------
+    log_alphas : sequence of Tensor, each of one axis, of one dtype
+    noise : Stream
+        For all of them, one after the other along the last axis.
+    constants : Constants
+    examples : int, optional
+
+    Returns
+    -------
+    tuple of Tensor, one for each of ``log_alphas``
+
+    Examples
+    --------
+    >>> from l0hooks.streams import stream
+    >>> noise = stream(0, 3, torch.device("cpu"))
+    >>> sampled_together([torch.tensor([30.0, -30.0]), torch.tensor([30.0])], noise, Constants())
+    (tensor([1., 0.]), tensor([1.]))
+    """
+    gates: tuple[Tensor, ...] = _SampledTogether.apply(  # type: ignore[no-untyped-call]
+        noise, constants, examples, *log_alphas
+    )
     return gates
 
 

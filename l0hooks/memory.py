@@ -49,8 +49,10 @@ def fresh(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Ten
 
 def _lend(size: int) -> npt.NDArray[np.uint8]:
     """Memory that comes back when the last tensor that uses it has gone."""
-    blocks = _free.get(size)
-    block = blocks.pop() if blocks else np.empty(size, np.uint8)
+    try:
+        block = _free[size].pop()  # without a look first: another thread may take the last one
+    except (KeyError, IndexError):
+        block = np.empty(size, np.uint8)
     lent = block[:]  # the tensor's storage holds this view alone
     weakref.finalize(lent, _take_back, block).atexit = False
     return lent

@@ -41,7 +41,7 @@ _keys = itertools.count()
 @dataclass(slots=True)
 class _Draw:
     door: str
-    ticket: Tensor
+    ticket: int  # thousands of small tensors would split the memory that larger ones leave, and the process grow
     start: int  # number of the next autograd node at the time of the draw
     recorded: bool  # whether autograd was recording the forward
     compiled: bool  # drawn by a compiled graph, after the node that stands for all of it was numbered
@@ -93,7 +93,8 @@ class NoiseSource:
             if replayed is not None:
                 return replayed
         ticket = _draw_ticket()
-        self._log.append(_Draw(door, ticket, torch._C._autograd._get_sequence_nr(), recorded, compiled))
+        if not torch._C._functorch.is_batchedtensor(ticket):  # vmap's noise for each example, which no gate can draw
+            self._log.append(_Draw(door, int(ticket), torch._C._autograd._get_sequence_nr(), recorded, compiled))
         return ticket
 
     def close(self) -> None:
@@ -119,7 +120,7 @@ class NoiseSource:
         if draw.door == door:
             self._refuse_twice(node._sequence_nr(), door)
             _draw_ticket()  # the forward drew here: keep a preserved RNG state in step
-        return draw.ticket
+        return torch.tensor(draw.ticket, dtype=torch.int64, device="cpu")
 
     def _find(self, node: int, name: str, door: str) -> _Draw | None:
         """The draw of the forward that recorded ``node``, or that ran inside it if it is a rerunner's."""
@@ -265,7 +266,7 @@ def _uniform_op(ticket: Tensor, index: int, like: Tensor) -> Tensor:
 
 @_uniform_op.register_fake
 def _(ticket: Tensor, index: int, like: Tensor) -> Tensor:
-    return torch.empty_like(like)
+    return torch.empty_like(like, memory_format=torch.contiguous_format)
 
 
 def _run_eagerly(*functions: Callable[..., object]) -> None:

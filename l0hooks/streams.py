@@ -79,8 +79,10 @@ class Packed:
         return torch.from_numpy(words.view(np.uint16)[:count])
 
     def uniform_(self, out: Tensor) -> Tensor:
-        out.view(-1).copy_(self._bits(out.numel()))
-        return out.add_(0.5).div_(_LEVELS)
+        wide = out if out.dtype.itemsize > 2 else torch.empty_like(out, dtype=torch.float32)  # 65535.5 in float16: ∞
+        wide.view(-1).copy_(self._bits(out.numel()))
+        wide.add_(0.5).div_(_LEVELS)
+        return wide if wide is out else out.copy_(wide)
 
     def logistic_(self, out: Tensor, scale: float) -> Tensor:
         index = self._bits(out.numel()).to(torch.int32)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from l0hooks.families import HardConcreteFamily
-from l0hooks.fused import Constants, is_traced, sampled
+from l0hooks.fused import Constants, is_traced, sampled_together
 from l0hooks.gate import Gate, is_sharded
 from l0hooks.memory import fresh
 from l0hooks.streams import Stream
@@ -79,15 +79,15 @@ class Team:
 
     def _draw(self, examples: int | None) -> dict[int, _Sample]:
         """Samples of the gates that are of one kind, by the gates' ids."""
-        kinds: dict[tuple[Constants, torch.device], list[Gate]] = {}
+        kinds: dict[tuple[Constants, torch.device, torch.dtype], list[Gate]] = {}
         for gate in self._gates:
             family, location = gate.family, gate.log_alpha
             fixed = gate.rule is not None and gate.rule.finished
             if not (fixed or is_sharded(location) or location.is_inference()) and type(family) is HardConcreteFamily:
                 constants = Constants(gate.temperature, family.gamma, family.zeta)
-                kinds.setdefault((constants, location.device), []).append(gate)
+                kinds.setdefault((constants, location.device, location.dtype), []).append(gate)
         shares: dict[int, _Sample] = {}
-        for (constants, _), gates in kinds.items():
+        for (constants, *_), gates in kinds.items():
             shares |= _sample(gates, constants, examples)
         return shares
 
@@ -99,11 +99,10 @@ def _is_recorded_once() -> bool:
 
 
 def _sample(gates: Sequence[Gate], constants: Constants, examples: int | None) -> dict[int, _Sample]:
-    sizes = [len(gate.log_alpha) for gate in gates]
-    noise = _Chain([gate.stream(examples) for gate in gates], sizes)
-    together = torch.cat([gate.log_alpha for gate in gates])
-    values = torch.split(sampled(together, noise, constants, examples, shared=True), sizes, -1)
+    locations = [gate.log_alpha for gate in gates]
+    noise = _Chain([gate.stream(examples) for gate in gates], [len(location) for location in locations])
+    values = sampled_together(locations, noise, constants, examples)
     return {
-        id(gate): _Sample(gate.log_alpha, gate.log_alpha._version, gate.temperature, value)
-        for gate, value in zip(gates, values, strict=True)
+        id(gate): _Sample(location, location._version, gate.temperature, value)
+        for gate, location, value in zip(gates, locations, values, strict=True)
     }

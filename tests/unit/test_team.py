@@ -190,9 +190,9 @@ def test_nothing_of_a_forward_outlives_its_graph() -> None:
     outputs = model(x)
     assert next(gate for _, gate in l0hooks.iter_gates(model)).shared is None
     assert alive("_Sample") == 0
-    assert alive("_SampledBackward") == 1
+    assert alive("_SampledTogetherBackward") == 1
     del outputs
-    assert alive("_SampledBackward") == 0
+    assert alive("_SampledTogetherBackward") == 0
 
 
 def alive(name: str) -> int:
