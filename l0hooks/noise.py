@@ -93,7 +93,7 @@ class NoiseSource:
             if replayed is not None:
                 return replayed
         ticket = _draw_ticket()
-        if not torch._C._functorch.is_batchedtensor(ticket):  # vmap's noise for each example, which no gate can draw
+        if not _is_batched(ticket):  # vmap's noise for each example, which no gate can draw
             self._log.append(_Draw(door, int(ticket), torch._C._autograd._get_sequence_nr(), recorded, compiled))
         return ticket
 
@@ -154,6 +154,13 @@ class NoiseSource:
 
 def _draw_ticket() -> Tensor:
     return torch.randint(2**62, (), device="cpu")
+
+
+def _is_batched(tensor: Tensor) -> bool:
+    functorch = torch._C._functorch
+    while functorch.is_gradtrackingtensor(tensor):
+        tensor = functorch.get_unwrapped(tensor)
+    return functorch.is_batchedtensor(tensor)
 
 
 def _restore(covers: dict[str, frozenset[str]]) -> NoiseSource:
