@@ -292,5 +292,5 @@ def _run_eagerly(*functions: Callable[..., object]) -> None:
 
 
 _run_eagerly(Door.enter, Door.leave, Door.uniform, Door.stream, Door._ticket, Door._read, Door._open)
-_run_eagerly(_uniform, _stream, _draw_ticket)
+_run_eagerly(_uniform, _stream, _draw_ticket, _is_batched)
 _run_eagerly(NoiseSource.open, NoiseSource.close, NoiseSource._replay, NoiseSource._find, NoiseSource._refuse_twice)
