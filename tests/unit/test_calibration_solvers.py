@@ -109,7 +109,7 @@ def unexplained(gradient, block, g, u_signs, low, high):
 
 
 @pytest.mark.parametrize("distance", ["chi_square", "raking"])
-@pytest.mark.parametrize("seed", range(40))
+@pytest.mark.parametrize("seed", [*range(30), 105, 191, 217, 251, 255, 259, 289, 298])  # eight that once stalled
 def test_nearest_weights_within_intervals_are_certified_and_have_multipliers(distance, seed) -> None:
     block, lower, upper, low, high, strength = interval_problem(seed)
     found = nearest_weights(
