@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from l0hooks.calibration.calibrator import Calibrator
-from l0hooks.calibration.distance import Distance
+from l0hooks.calibration.dual import Distance
 from l0hooks.calibration.files import TextTable, as_names, read_matrix_file, read_table
 from l0hooks.calibration.problem import BoundsOn, Loss, Precision
 from l0hooks.calibration.report import write_report

@@ -6,6 +6,7 @@ its factor. Where it is not, a dense one is made.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -75,6 +76,42 @@ def factorised(block: Sparse, curvature: Floats, ridge: Floats, diagonal: Floats
     dense = _dense_product(weighted)
     dense[np.diag_indices_from(dense)] += raised.astype(np.float32)
     return _dense_factor(dense, root)
+
+
+def conjugate_gradients(
+    product: Callable[[Floats], Floats],
+    x: Floats,
+    residual: Floats,
+    precondition: Callable[[Floats], Floats],
+    goal: float,
+    limit: int,
+) -> tuple[Floats, Floats]:
+    """Preconditioned conjugate gradients from x, until ‖residual‖ <= goal, or ``limit`` times; x and the residual.
+
+    Examples
+    --------
+    >>> right = np.array([2.0, 6.0])
+    >>> x, _ = conjugate_gradients(lambda p: 2 * p, np.zeros(2), right, lambda v: v, 1e-9, 9)
+    >>> x
+    array([1., 3.])
+
+    References
+    ----------
+    Hestenes & Stiefel (1952), Methods of conjugate gradients for solving linear systems, section 3.
+    """
+    z = precondition(residual)
+    p, rz = z, float(residual @ z)
+    for _ in range(limit):
+        if float(np.linalg.norm(residual)) <= goal:
+            break
+        image = product(p)
+        length = rz / float(p @ image)
+        x = x + length * p
+        residual = residual - length * image
+        z = precondition(residual)
+        following = float(residual @ z)
+        p, rz = z + (following / rz) * p, following
+    return x, residual
 
 
 def _sparse_product(weighted: Sparse, ridge: Floats) -> Any:

@@ -7,7 +7,8 @@ from typing import Literal
 
 import numpy as np
 
-from l0hooks.calibration.distance import Distance, nearest_weights
+from l0hooks.calibration.distance import nearest_weights
+from l0hooks.calibration.dual import Distance
 from l0hooks.calibration.problem import Floats, Problem, Sparse, median_factor
 from l0hooks.calibration.stage import Selection, refit
 

@@ -55,6 +55,18 @@ def write_report(
     ------
     MissingExtraError
         If matplotlib is not installed.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> from pathlib import Path
+    >>> import numpy as np
+    >>> from l0hooks.calibration import Calibrator
+    >>> result = Calibrator(2, progress=False).fit(np.ones((1, 4)), [8.0])
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     write_report(result, Path(folder, "report.html"), title="Two households")
+    ...     "<title>Two households</title>" in Path(folder, "report.html").read_text(encoding="utf-8")
+    True
     """
     page = report_html(result, title=title, notes=notes, settings=settings)
     with replacing(path) as temporary:

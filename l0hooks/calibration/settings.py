@@ -11,7 +11,7 @@ from typing import Any, Self, get_args
 
 import numpy as np
 
-from l0hooks.calibration.distance import Distance
+from l0hooks.calibration.dual import Distance
 from l0hooks.calibration.polish import Objective
 from l0hooks.calibration.problem import BoundsOn, Loss, Precision
 from l0hooks.calibration.progress import Callback

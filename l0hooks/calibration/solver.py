@@ -9,7 +9,7 @@ from typing import Literal
 
 import numpy as np
 
-from l0hooks.calibration.distance import Distance
+from l0hooks.calibration.dual import Distance
 from l0hooks.calibration.gates import GateStage
 from l0hooks.calibration.greedy import GreedyStage, worth_their_price
 from l0hooks.calibration.polish import Objective, Polished, polish

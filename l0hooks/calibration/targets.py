@@ -22,7 +22,21 @@ _COLUMNS = ("target", "value", "lower", "upper", "group", "importance")
 
 
 class CalibrationWarning(UserWarning):
-    """A fit can be done, but something about its data or its result should be known."""
+    """A fit can be done, but something about its data or its result should be known.
+
+    Examples
+    --------
+    >>> import warnings
+    >>> import numpy as np
+    >>> from l0hooks.calibration import CalibrationWarning, Calibrator
+    >>> with warnings.catch_warnings():
+    ...     warnings.simplefilter("error", CalibrationWarning)
+    ...     try:
+    ...         Calibrator(1, progress=False).fit(np.eye(2), [1.0, -1.0])
+    ...     except CalibrationWarning:
+    ...         print("no household has a negative value: the second target is out of reach")
+    no household has a negative value: the second target is out of reach
+    """
 
 
 @dataclass(frozen=True)

@@ -33,6 +33,13 @@ class Subset:
         EBIC or the cross-validated loss, if one was computed; else nan.
     spread : float
         The standard error of a cross-validated loss; else nan.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> first = Subset(1, np.array([True, False]), np.array([[2.0, 0.0]]), np.zeros(1), loss=0.5, deviance=3.0)
+    >>> np.flatnonzero(first.support).tolist(), first.coef[0, first.support].tolist(), first.criterion
+    ([0], [2.0], nan)
     """
 
     k: int

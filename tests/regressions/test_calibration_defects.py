@@ -1,8 +1,9 @@
-"""Known defects of the earlier calibration fitter, each right here; beside it where it is installed."""
+"""Known defects of the earlier calibration fitter, each right here; beside it."""
 
 import numpy as np
 import pytest
 import torch
+from l0.calibration import SparseCalibrationWeights
 from scipy import sparse
 
 from l0hooks import Gate, iter_gates, set_temperature
@@ -87,10 +88,9 @@ ONCE = "ignore:Sparse invariant checks:UserWarning"  # torch says so once a proc
 @pytest.mark.filterwarnings(ONCE)
 def test_beside_the_earlier_library():
     """At as many households as it leaves, our error is a small part of its."""
-    l0 = pytest.importorskip("l0.calibration")
     matrix, y = survey(seed=3)
     torch.manual_seed(0)
-    theirs = l0.SparseCalibrationWeights(
+    theirs = SparseCalibrationWeights(
         matrix.shape[1], init_keep_prob=0.5, init_weights=float(y.sum() / matrix.sum()), seed=0
     )
     theirs.fit(matrix, y, lambda_l0=1e-3, lr=0.1, epochs=400, loss_type="relative")
@@ -106,9 +106,8 @@ def test_beside_the_earlier_library():
 @pytest.mark.filterwarnings(ONCE)
 def test_the_defects_are_theirs():
     """What the tests above are about, seen in the earlier library."""
-    l0 = pytest.importorskip("l0.calibration")
     matrix, _ = survey()
-    theirs = l0.SparseCalibrationWeights(matrix.shape[1], seed=0)
+    theirs = SparseCalibrationWeights(matrix.shape[1], seed=0)
     first = theirs.predict(matrix)
     other = matrix.copy()
     other.data = other.data * 2

@@ -81,6 +81,85 @@ def test_nearest_weights_are_those_of_a_dense_solver(distance, width, factor) ->
     assert np.all((found.g >= low) & (found.g <= high))
 
 
+def interval_problem(seed):
+    """Intervals and a few points that weights within the bounds meet; some intervals have one end."""
+    rng = np.random.default_rng(seed)
+    n, rows = int(rng.integers(10, 60)), int(rng.integers(2, 10))
+    block = random_block(rng, n, rows, density=0.6)
+    if seed % 2:  # columns with much in common
+        block = block + 3 * rng.random((n, 1))
+    weights = np.clip(rng.lognormal(0, 0.8, n), 0.3, 5.0)
+    y = block.T @ weights
+    block, y = block / (np.abs(y) + 1), y / (np.abs(y) + 1)
+    width = rng.choice([1e-4, 1e-2, 0.1]) * rng.random(rows) * (rng.random(rows) < 0.7)
+    lower, upper = y - width * rng.random(rows), y + width * rng.random(rows)
+    open_end, side = (rng.random(rows) < 0.2) & (width > 0), rng.random(rows) < 0.5
+    lower, upper = np.where(open_end & side, -np.inf, lower), np.where(open_end & ~side, np.inf, upper)
+    return block, lower, upper, np.full(n, 0.3), np.full(n, 5.0), rng.lognormal(0, 0.5, n)
+
+
+def unexplained(gradient, block, g, u_signs, low, high):
+    """How far the gradient is from multipliers of the right signs, by non-negative least squares."""
+    edges = np.eye(len(g))
+    columns = [np.where(u_signs > 0, block, 0.0), np.where(u_signs < 0, -block, 0.0)]
+    columns += [edges[:, g <= low + 1e-9], -edges[:, g >= high - 1e-9]]
+    points = u_signs == 2
+    columns += [block[:, points], -block[:, points]]
+    return optimize.nnls(np.concatenate(columns, axis=1), gradient)[1] / np.linalg.norm(gradient)
+
+
+@pytest.mark.parametrize("distance", ["chi_square", "raking"])
+@pytest.mark.parametrize("seed", [*range(30), 105, 191, 217, 251, 255, 259, 289, 298])  # eight that once stalled
+def test_nearest_weights_within_intervals_are_certified_and_have_multipliers(distance, seed) -> None:
+    block, lower, upper, low, high, strength = interval_problem(seed)
+    found = nearest_weights(
+        sparse.csr_array(block), lower, upper, low, high, strength, distance=distance, tolerance=1e-9
+    )
+    assert found.feasible
+    assert abs(found.gap) < 1e-4
+    assert np.all((found.g >= low) & (found.g <= high))
+    estimates = block.T @ found.g
+    assert np.all((estimates >= lower - 2e-9) & (estimates <= upper + 2e-9))
+    at_lower, at_upper = np.abs(estimates - lower) < 1e-7, np.abs(estimates - upper) < 1e-7
+    signs = np.where(at_lower & at_upper, 2, np.where(at_lower, 1, np.where(at_upper, -1, 0)))
+    gradient = strength * (np.log(found.g) if distance == "raking" else found.g - 1)
+    assert unexplained(gradient, block, found.g, signs, low, high) < 1e-4
+
+
+@pytest.mark.parametrize("distance", ["chi_square", "raking"])
+@pytest.mark.parametrize("seed", [0, 1, 2, 3])
+def test_nearest_weights_within_intervals_are_those_of_a_dense_solver(distance, seed) -> None:
+    block, lower, upper, low, high, strength = interval_problem(seed)
+    found = nearest_weights(
+        sparse.csr_array(block), lower, upper, low, high, strength, distance=distance, tolerance=1e-9
+    )
+    raking = distance == "raking"
+    ends = [(block, lower), (-block, -upper)]
+
+    def cost(g):
+        return float(strength @ (g * np.log(g) - g + 1 if raking else (g - 1) ** 2 / 2))
+
+    best = optimize.minimize(
+        cost,
+        np.ones(len(block)),
+        jac=lambda g: strength * (np.log(g) if raking else g - 1),
+        bounds=list(zip(low, high, strict=True)),
+        constraints=[
+            {
+                "type": "ineq",
+                "fun": lambda g, side=side, end=end: (side.T @ g - end)[np.isfinite(end)],
+                "jac": lambda g, side=side, end=end: side.T[np.isfinite(end)],
+            }
+            for side, end in ends
+        ],
+        method="SLSQP",
+        options={"ftol": 1e-13, "maxiter": 500},
+    )
+    assert best.success
+    assert cost(found.g) == pytest.approx(best.fun, rel=1e-5, abs=1e-9)
+    np.testing.assert_allclose(found.g, best.x, atol=2e-3)
+
+
 def test_raking_is_that_of_iterative_proportional_fitting() -> None:
     rng = np.random.default_rng(0)
     rows, columns = rng.integers(0, 3, 200), rng.integers(0, 4, 200)
@@ -128,9 +207,9 @@ def test_the_dense_preconditioner_changes_nothing_but_the_work(monkeypatch) -> N
     def solve():
         return nearest_weights(sparse.csr_array(block), target, target, 0 * ones, 9 * ones, ones, tolerance=1e-7)
 
-    monkeypatch.setattr("l0hooks.calibration.distance._CHEAP", 2)
+    monkeypatch.setattr("l0hooks.calibration.dual._CHEAP", 2)
     dense = solve()
-    monkeypatch.setattr("l0hooks.calibration.distance._DENSE", 0)
+    monkeypatch.setattr("l0hooks.calibration.dual._DENSE", 0)
     plain = solve()
     assert dense.feasible
     assert dense.products < plain.products
