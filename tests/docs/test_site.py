@@ -52,6 +52,16 @@ def test_formulas_become_pictures_with_their_source_as_text(monkeypatch: pytest.
     assert re.search(r"</svg>,</span>", found)  # a line never begins with the comma
 
 
+def test_long_names_in_tables_break_where_a_reader_would(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("ziamath")
+    convert = load("hooks", monkeypatch).on_page_content
+    assert convert("<td><code>a_name(of=&quot;x&quot;)</code>") == "<td><code>a_name(of=&quot;x&quot;)</code>"
+    assert convert("<td><code>a_name(of=&quot;x&quot;)</code></td>") == (
+        "<td><code>a_<wbr>name(<wbr>of=&quot;x&quot;)</code></td>"
+    )
+    assert convert("<td><code>short_name</code></td>") == "<td><code>short_name</code></td>"
+
+
 def test_names_in_docstrings_become_links(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("ziamath")
     found = load("hooks", monkeypatch).on_page_content("see :func:<code>l0hooks.set_budget</code>")
