@@ -22,7 +22,7 @@ _BEFORE = re.compile(r"(?<=[a-z])(?=\\(?:operatorname|log|ln)\b)")  # β ln x, n
 _AFTER = re.compile(r"(\\operatorname\{\w+\}|\\log|\\ln)\s*(?=[\\a-zA-Z])")
 _CELL = re.compile(r"<td\b.*?</td>", re.DOTALL)
 _CODE = re.compile(r"<code>([^<]{16,})</code>")
-_BREAK = re.compile(r"(?<=[_.(=,])(?=\w)")
+_BREAK = re.compile(r"(?<=[_.(=,])(?=[^\W\d])")
 _DISPLAY, _INLINE = 17, 15.5  # pixels
 
 
