@@ -65,7 +65,12 @@ def choose_groups(
         )
     if next(iter_gates(model), None) is not None:
         raise StateError(
-            explain("sparsify", "coupled gates must be attached first, or in the same call.", got="a gated model")
+            explain(
+                "sparsify",
+                "coupled gates must be attached first, or in the same call.",
+                got="a gated model",
+                hint="set_budget(model, ...) for the gates it has; model = prune(model) to begin again",
+            )
         )
     chosen = []
     for group in channel_groups(model, example_inputs) if groups is None else check_groups(model, groups):

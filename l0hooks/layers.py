@@ -24,6 +24,7 @@ _INPUT_FIRST = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.E
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
+GATEABLE = "Linear, Conv, ConvTranspose, Embedding, MultiheadAttention and Hugging Face Conv1D layers"
 _PROJECTIONS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
 
 
@@ -97,8 +98,7 @@ def gateable_weights(name: str, module: nn.Module) -> list[tuple[nn.Module, str,
     raise UnsupportedModuleError(
         explain(
             repr(name),
-            "gates attach to the weights of Linear, Conv, ConvTranspose, Embedding, MultiheadAttention and "
-            "Hugging Face Conv1D layers.",
+            f"gates attach to the weights of {GATEABLE}.",
             got=type(module).__name__ + ("" if list(tensors_of(module)) else ", which has no weight of its own"),
             hint="a pattern that matches layers inside it" if list(module.children()) else "exclude it",
         )

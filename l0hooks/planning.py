@@ -13,7 +13,7 @@ from torch.nn.utils import parametrize
 
 from l0hooks.coupling import choose_groups
 from l0hooks.errors import SpecError, explain
-from l0hooks.layers import GateLayout, WeightLayout, gate_layout, gateable_weights, is_gateable, tensors_of
+from l0hooks.layers import GATEABLE, GateLayout, WeightLayout, gate_layout, gateable_weights, is_gateable, tensors_of
 from l0hooks.spec import GateSpec, Pattern, Shorthand, as_spec, first_matches, is_excluded, matches, named_modules
 from l0hooks.structure import ChannelGroup, GroupSite
 from l0hooks.weights import Gating
@@ -46,6 +46,8 @@ def plan_gates(
     specs = {pattern: as_spec(value) for pattern, value in values.items()}
     if not specs:
         raise SpecError(explain("sparsify", "the specification must not be empty.", hint='sparsify(model, "weight")'))
+    if not isinstance(spec, Mapping):
+        _refuse_without_layers(model)
     assigned = first_matches(model, specs, where="sparsify", exclude=exclude)
     modules = dict(named_modules(model))
     _refuse_ungateable(specs, assigned, modules)
@@ -88,6 +90,23 @@ def _check_readers(model: nn.Module, groups: list[tuple[ChannelGroup, GateSpec]]
                         hint="leave the group out, or the weight",
                     )
                 )
+
+
+def _refuse_without_layers(model: nn.Module) -> None:
+    """A user who gave no pattern hears of layers, not of the pattern "all"."""
+    layers = [(name, module) for name, module in named_modules(model) if is_gateable(module)]
+    if any(matches("all", name, module) for name, module in layers):
+        return
+    raise SpecError(
+        explain(
+            "sparsify",
+            f"the model must have layers that carry gates: {GATEABLE}.",
+            got=f"embeddings alone, in {type(model).__name__}" if layers else f"none in {type(model).__name__}",
+            hint='embeddings are gated where they are named: sparsify(model, {torch.nn.Embedding: "weight"})'
+            if layers
+            else "l0hooks.Gate(shape) multiplied with whatever the model computes",
+        )
+    )
 
 
 def _refuse_ungateable(

@@ -13,11 +13,9 @@ from torch.nn.parameter import UninitializedParameter
 
 from l0hooks.coupled import CoupledPlan
 from l0hooks.errors import SpecError, explain
-from l0hooks.layers import tensors_of
 from l0hooks.penalties import Gated
-from l0hooks.spec import named_modules
 from l0hooks.structure import GroupSite
-from l0hooks.tracing import count_positions
+from l0hooks.tracing import count_positions, total_macs
 from l0hooks.weights import Site
 
 Unit = Literal["gates", "params", "macs"]
@@ -253,9 +251,7 @@ def _total(model: nn.Module, every: Sequence[Gated], positions: Positions | None
         own = {id(p) for one in every for p in one.gate.parameters()}
         found = [p for p in model.parameters() if id(p) not in own and not isinstance(p, UninitializedParameter)]
         return float(sum({p.data_ptr() or id(p): p.numel() for p in found}.values()))  # tied ones once
-    layers = {id(module): module for _, module in named_modules(model)}.values()
-    tensors = ((id(module), name, tensor) for module in layers for name, tensor in tensors_of(module))
-    return sum(positions.get((key, name), 0.0) * tensor.numel() for key, name, tensor in tensors)
+    return total_macs(model, positions)
 
 
 def _shared(name: str) -> SpecError:

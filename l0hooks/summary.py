@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,11 +12,11 @@ from torch.nn.parameter import UninitializedParameter
 
 from l0hooks.extras import import_extra
 from l0hooks.gate import Gate
-from l0hooks.layers import Granularity
+from l0hooks.layers import Granularity, tensors_of
 from l0hooks.penalties import Coupled, Gated, iter_gated
 from l0hooks.spec import named_modules
 from l0hooks.structure import ChannelGroup
-from l0hooks.tracing import count_positions
+from l0hooks.tracing import count_positions, total_macs
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -96,6 +96,9 @@ class Summary:
         What else there is to know about a pruned model.
     exported_parameters : int or None
         Of a pruned model: the parameters it has, without the zeros of weights that had gates.
+    model_macs : int or None
+        Multiply-adds of all layers, those without gates as well: what a budget in ``"macs"`` counts. None unless
+        example inputs were given to ``summary``.
 
     Examples
     --------
@@ -111,6 +114,7 @@ class Summary:
     coupled: tuple[CoupledTotals, ...] = ()
     note: str = ""
     exported_parameters: int | None = None
+    model_macs: int | None = None
 
     @property
     def gates(self) -> int:
@@ -154,11 +158,18 @@ class Summary:
         counts = [part.macs_kept for part in self._parts if part.macs_kept is not None]
         return sum(counts) if len(counts) == len(self._parts) else None
 
+    @property
+    def model_macs_kept(self) -> int | None:
+        """Multiply-adds of all layers less those with weights that evaluation sets to zero."""
+        if self.model_macs is None or self.macs is None or self.macs_kept is None:
+            return None
+        return self.model_macs - self.macs + self.macs_kept
+
     def to_dict(self) -> dict[str, Any]:
         """Totals and rows as plain data, ready for JSON."""
         totals = (
             *("gates", "expected_sparsity", "sparsity", "parameters", "parameters_kept"),
-            *("model_parameters", "model_parameters_kept", "macs", "macs_kept"),
+            *("model_parameters", "model_parameters_kept", "macs", "macs_kept", "model_macs", "model_macs_kept"),
         )
         values: dict[str, Any] = {name: self.__getattribute__(name) for name in totals}
         rest = {"ungated": list(self.ungated), "note": self.note, "exported_parameters": self.exported_parameters}
@@ -203,7 +214,9 @@ class Summary:
         rule = "─" * max(map(len, lines))
         lines[1:1] = [rule]
         lines[-1:] = [rule, lines[-1]]
-        lines.append(f"whole model: {_of(self.model_parameters_kept, self.model_parameters)} parameters")
+        whole = f"whole model: {_of(self.model_parameters_kept, self.model_parameters)} parameters"
+        macs = _of(self.model_macs_kept, self.model_macs)
+        lines.append(whole + (f", {macs} MACs" if macs else ""))
         if self.exported_parameters is not None:
             lines.append(f"exported: {self.exported_parameters:,} parameters")
         if self.ungated:
@@ -248,24 +261,40 @@ def summary(model: nn.Module, *, example_inputs: Sequence[Any] | None = None) ->
     >>> report = summary(model, example_inputs=(torch.zeros(1, 8),))
     >>> report.parameters, report.macs, report.sparsity
     (192, 192, 0.0)
+    >>> report.model_parameters, report.model_macs  # of layers without gates, too
+    (212, 192)
     """
     positions = None if example_inputs is None else count_positions(model, example_inputs)
     rows = tuple(_row(gated, positions) for gated in iter_gated(model))
     own = {id(p) for gated in iter_gated(model) for p in gated.gate.parameters()}
     plain = {p.data_ptr() or id(p): p for p in _initialised(model.parameters()) if id(p) not in own}
     total = sum(p.numel() for p in plain.values())
-    coupled = tuple(_totals(one.coupled) for one in iter_gated(model) if one.coupled and one.coupled.number == 0)
-    return Summary(rows, total, tuple(_ungated(model)), coupled)
+    firsts = (one.coupled for one in iter_gated(model) if one.coupled and one.coupled.number == 0)
+    coupled = tuple(_totals(one, model, positions) for one in firsts)
+    macs = None if positions is None else round(total_macs(model, positions))
+    return Summary(rows, total, tuple(_ungated(model)), coupled, model_macs=macs)
 
 
-def _totals(coupled: Coupled) -> CoupledTotals:
+def _totals(coupled: Coupled, model: nn.Module, positions: dict[tuple[int, str], float] | None) -> CoupledTotals:
     """The totals of the plan that a coupled gate belongs to; weights that are gated otherwise have rows."""
     plan, without = coupled.plan, coupled.otherwise
+    if positions is not None:
+        plan = replace(plan, positions=_named(positions, model, coupled.prefix))
     kept = [_kept(gate) for gate in coupled.gates]
     sizes = [group.size for group in plan.groups]
     parameters = (plan.parameters(c.__getitem__, without) for c in (sizes, kept))
     macs = (round(plan.macs(c.__getitem__, without)) for c in (sizes, kept)) if plan.positions else (None, None)
     return CoupledTotals(*parameters, *macs)
+
+
+def _named(positions: dict[tuple[int, str], float], model: nn.Module, prefix: str) -> dict[str, float]:
+    """By a parameter's name instead of its module; a module with several names under one of them."""
+    return {
+        f"{name}.{tensor_name}".removeprefix(prefix).removeprefix("."): positions[id(module), tensor_name]
+        for name, module in model.named_modules()
+        for tensor_name, _ in tensors_of(module)
+        if (id(module), tensor_name) in positions
+    }
 
 
 def _kept(gate: Gate) -> int:

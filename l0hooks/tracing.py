@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from l0hooks.errors import SpecError, explain
-from l0hooks.layers import EMBEDDINGS, TRANSPOSED, is_gateable
+from l0hooks.layers import EMBEDDINGS, TRANSPOSED, is_gateable, tensors_of
 
 OUT_OF_MEMORY = (MemoryError, torch.OutOfMemoryError)  # no reason to believe that a model is wrong
 
@@ -56,6 +56,12 @@ def count_positions(model: nn.Module, example_inputs: Sequence[Any]) -> dict[tup
         stack.enter_context(slow_attention())
         model(*example_inputs)
     return counts
+
+
+def total_macs(model: nn.Module, positions: Mapping[tuple[int, str], float]) -> float:
+    """Multiply-adds of the whole model, from what :func:`count_positions` gave."""
+    tensors = ((id(module), name, tensor) for module in model.modules() for name, tensor in tensors_of(module))
+    return sum(positions.get((key, name), 0.0) * tensor.numel() for key, name, tensor in tensors)
 
 
 @contextmanager

@@ -20,6 +20,9 @@ _FORMULA = re.compile(r'<(span|div) class="arithmatex">\\([(\[])(.*?)\\[)\]]</\1
 _ROLE = re.compile(r":(?:func|class|meth|mod|attr):\s*<code>~?([\w.]+)</code>")  # docstrings are for Sphinx, too
 _BEFORE = re.compile(r"(?<=[a-z])(?=\\(?:operatorname|log|ln)\b)")  # β ln x, not βlnx
 _AFTER = re.compile(r"(\\operatorname\{\w+\}|\\log|\\ln)\s*(?=[\\a-zA-Z])")
+_CELL = re.compile(r"<td\b.*?</td>", re.DOTALL)
+_CODE = re.compile(r"<code>([^<]{16,})</code>")
+_BREAK = re.compile(r"(?<=[_.(=,])(?=[^\W\d])")
 _DISPLAY, _INLINE = 17, 15.5  # pixels
 
 
@@ -33,8 +36,14 @@ def on_files(files: Files, config: Any) -> Files:
 
 
 def on_page_content(content: str, **_: Any) -> str:
-    """Names as links; formulas as SVG in the colour of the text around them, with their source to be read aloud."""
-    return _FORMULA.sub(_typeset, _ROLE.sub(_link, content))
+    """Names as links, breakable in tables; formulas as SVG in the text's colour, with their source to be read aloud."""
+    linked = _ROLE.sub(_link, content)
+    return _FORMULA.sub(_typeset, _CELL.sub(lambda cell: _CODE.sub(_breakable, cell[0]), linked))
+
+
+def _breakable(found: re.Match[str]) -> str:
+    """A long name in a table, which a phone may break where a reader would."""
+    return f"<code>{_BREAK.sub('<wbr>', found[1])}</code>"
 
 
 def _link(found: re.Match[str]) -> str:

@@ -7,7 +7,7 @@
 # $$\min_w\ \frac1{2n}\lVert y - Xw\rVert^2 + \lambda\,\lVert w\rVert_0,$$
 #
 # and has no gradient: the count jumps. With a random gate $z_j \in [0, 1]$ in front of each coefficient, the expected
-# count $\sum_j P(z_j \ne 0)$ is smooth in the gates' log-odds, so that any optimiser can lower it:
+# count $\sum_j\,P(z_j \ne 0)$ is smooth in the gates' log-odds, so that any optimiser can lower it:
 #
 # $$\min_{w,\,\log\alpha}\ \mathbb E_z\,\frac1{2n}\lVert y - X(w\odot z)\rVert^2
 #   + \lambda \sum_j P(z_j \ne 0).$$

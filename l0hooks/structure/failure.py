@@ -17,6 +17,7 @@ from l0hooks.tracing import OUT_OF_MEMORY, evaluating
 
 _LIBRARIES = frozenset({"torch", "l0hooks", "numpy", "einops", *sys.stdlib_module_names}) - {"__main__"}
 _DATA = ("GuardOnDataDependent", "DataDependentOutput", "DynamicOutputShape")
+_CACHE = re.compile(r"Found <class 'transformers\.cache_utils\.\w+'> in output")  # of transformers' decoders
 _BRANCH = re.compile(r"(^|[^\w])(if|elif|while|assert)\b")
 
 
@@ -47,7 +48,7 @@ def export_failure(model: nn.Module, example_inputs: Sequence[Any], error: Excep
             "channel_groups",
             "torch.export must be able to trace the model.",
             got=f"{_reason(error, text)}{place}; {_first_line(error)}",
-            hint="groups declared by hand: sparsify(..., groups=[l0hooks.structure.declare_group(model, ...)])",
+            hint=_hint(error),
         )
     )
 
@@ -113,6 +114,13 @@ def _reason(error: Exception, text: str) -> str:
         if "fake impl" in message or kind.startswith(("UnsupportedOperator", "OperatorWithout")):
             return "runs an operator that torch.export does not know"
     return "stops"
+
+
+def _hint(error: Exception) -> str:
+    """What usually helps."""
+    if any(_CACHE.search(str(one)) for one in _chain(error)):
+        return "model.config.use_cache = False until it is pruned; a graph cannot return a cache of keys and values"
+    return "groups declared by hand: sparsify(..., groups=[l0hooks.structure.declare_group(model, ...)])"
 
 
 def _first_line(error: Exception) -> str:

@@ -580,7 +580,7 @@ ERRORS = {
     "no group of that kind": (
         lambda: mlp(5, 6, 3), GateSpec(granularity="coupled", kinds=("head",)), X5, SpecError, "at least one coupled"),
     "no module": (lambda: mlp(5, 6, 3), {"conv*": "coupled"}, X5, SpecError, "must match at least one module"),
-    "gated already": (gated_mlp, {"2": "coupled"}, X5, StateError, "a gated model"),
+    "gated already": (gated_mlp, {"2": "coupled"}, X5, StateError, "a gated model.*set_budget"),
     "a reader gated otherwise": (
         lambda: mlp(5, 6, 3), {"2": "weight", "0": "coupled"}, X5, SpecError, "'2.weight'.*only once"),
     "a reader with NaN": (broken_mlp, "coupled", X5, SpecError, "'2.weight'.*finite"),

@@ -731,6 +731,20 @@ def test_the_line_that_stopped_the_export_is_named(how):
     assert all(torch.equal(v, model.state_dict()[k]) for k, v in before.items())
 
 
+def test_a_decoder_that_returns_its_cache_is_told_to_leave_it():
+    transformers = pytest.importorskip("transformers")
+    config = transformers.GPT2Config(
+        vocab_size=9, n_positions=8, n_embd=8, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=0
+    )
+    model, tokens = transformers.GPT2LMHeadModel(config), torch.ones(2, 4, dtype=torch.int64)
+    message = r"(?s)DynamicCache.*try: model\.config\.use_cache = False"
+    with pytest.raises(UnsupportedModuleError, match=message) as caught:
+        channel_groups(model, (tokens,))
+    assert "declare_group" not in str(caught.value)
+    model.config.use_cache = False
+    assert channel_groups(model, (tokens,))
+
+
 def test_a_model_that_fails_by_itself_is_told_from_one_that_cannot_be_exported():
     with pytest.raises(
         UnsupportedModuleError,

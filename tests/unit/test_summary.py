@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from l0hooks import Gate, GateSpec, iter_gates, prune, sparsify, summary
+from l0hooks import Budget, Gate, GateSpec, iter_gates, param_groups, prune, sparsify, summary
 from l0hooks import summary as summarise
 from l0hooks.errors import MissingExtraError
 from l0hooks.extras import import_extra
@@ -178,6 +178,36 @@ def test_new_example_inputs_replace_the_old_ones():
     assert summary(model).macs == 8
     assert summary(model, example_inputs=(torch.zeros(5, 4),)).macs == 40
     assert summary(model).macs == 8
+
+
+def test_the_whole_model_counts_layers_without_gates():
+    model = nn.Sequential(nn.Conv2d(1, 2, 1), nn.Flatten(), nn.Linear(8, 3))
+    sparsify(model, {"2": "input"})
+    with torch.no_grad():
+        next(iter_gates(model))[1].log_alpha[:2] = -9.0
+    x = torch.zeros(5, 1, 2, 2)
+    report = summary(model, example_inputs=(x,))
+    assert (report.macs, report.model_macs, report.model_macs_kept) == (5 * 24, 5 * (8 + 24), 5 * (8 + 18))
+    assert "whole model: 25 of 31 parameters, 130 of 160 MACs" in str(report)
+    assert (summary(model).model_macs, summary(model).model_macs_kept) == (None, None)
+    assert "MACs" not in str(summary(model))
+
+
+def test_the_whole_models_multiply_adds_are_those_of_a_budget():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.Flatten(), nn.Linear(32, 3))
+    x = torch.zeros(1, 1, 6, 6)
+    sparsify(model, "coupled", example_inputs=(x,), budget=Budget(sparsity=0.5, unit="macs", steps=1))
+    optimizer = torch.optim.SGD(param_groups(model, lr=0.1, gate_lr=0.1))
+    model(x).sum().backward()
+    optimizer.step()
+    dense = 16 * 72 + 4 * 576 + 96
+    report = summary(model.eval(), example_inputs=(x,))
+    assert report.model_macs == dense
+    first, second = (int(gate.support().sum()) for _, gate in iter_gates(model))
+    assert report.model_macs_kept == 16 * 9 * first + 4 * 9 * first * second + 4 * 3 * second <= dense / 2
+    more = summary(model, example_inputs=(torch.zeros(3, 1, 6, 6),))  # not those of sparsify
+    assert (more.macs, more.model_macs_kept) == (3 * dense, 3 * report.model_macs_kept)
 
 
 def test_the_plain_form_survives_json():
