@@ -164,7 +164,7 @@ class Solver:
     @property
     def _selected(self) -> bool:
         """Whether no further selection is to be made."""
-        if self._candidate >= len(self._plan):
+        if self.candidates or self._candidate >= len(self._plan):  # once it has begun, the polish sees what is left
             return True
         norms = sorted(one.norm for one in self._pending if one.name.endswith("swaps"))
         return (

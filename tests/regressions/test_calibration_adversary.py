@@ -138,3 +138,17 @@ def test_least_squares_for_targets_of_zero_is_certified():
     best = lsq_linear(matrix, np.zeros(12), (0.5, 50), tol=1e-12)
     assert result.converged
     np.testing.assert_allclose(float(result.relative_errors @ result.relative_errors) / 2, best.cost, rtol=1e-6)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_no_search_begins_again_when_the_polish_has_given_up_columns(seed):
+    """Two swaps that agree spare the gates; once one of them was polished they no longer agreed, and gates ran."""
+    rng = np.random.default_rng(seed)
+    north, size, income = rng.random(500) < 0.5, rng.integers(1, 6, 500), rng.lognormal(10, 0.6, 500).round()
+    matrix = np.stack([value * where for value in (size, income) for where in (north | ~north, north, ~north)])
+    y = np.array([160_000, 90_000, 70_000, 1.4e9, 8e8, 6e8])
+    design = rng.uniform(80, 120, 500)
+    fitter = Calibrator(60).fit(matrix, lower=0.98 * y, upper=1.02 * y, design_weights=design, keep=[7])
+    estimates = matrix @ np.asarray(fitter.weights)
+    assert np.abs(estimates / y - 1).max() < 0.02 + 1e-4
+    assert fitter.error < 1e-4
