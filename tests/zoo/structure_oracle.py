@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-TOLERANCE = 2e-5  # of the output's scale: float32 through some fifty layers; 1e-14 in float64
+TOLERANCE = 1e-5  # of the output's scale
 
 
 def tensors_of(model: nn.Module) -> dict[str, Tensor]:

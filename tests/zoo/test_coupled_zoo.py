@@ -83,6 +83,12 @@ def gated(name):
     return model.eval(), inputs
 
 
+def gap_in_double(model, pruned, inputs):
+    """The gap between float64 copies."""
+    doubled = pytree.tree_map_only(Tensor, lambda t: t.double() if t.is_floating_point() else t, inputs)
+    return gap(*(outputs(copy.deepcopy(m).double(), doubled) for m in (model, pruned)))
+
+
 def parameters(model):
     return sum(p.numel() for p in model.parameters())
 
@@ -110,8 +116,9 @@ def test_from_a_dense_model_to_a_smaller_one_and_back_from_its_file(name, tmp_pa
     assert_untouched(model, before)
     assert isinstance(pruned, torch.fx.GraphModule) == bool(told.note)
     assert isinstance(pruned, torch.fx.GraphModule) == (name in GRAPHS) or name in EITHER
-    assert gap(expected, outputs(pruned, inputs)) <= TOLERANCE
-    assert gap(expected_many, outputs(pruned, many)) <= TOLERANCE
+    for given, wanted in ((inputs, expected), (many, expected_many)):
+        # a sensitive network of fifty layers may lose more; in float64 the rounding of the folded weights is left
+        assert gap(wanted, outputs(pruned, given)) <= TOLERANCE or gap_in_double(model, pruned, given) <= 1e-6
 
     dense = parameters(copy.deepcopy(ENTRIES[name].make()))
     assert parameters(pruned) < dense
