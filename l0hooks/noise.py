@@ -30,7 +30,7 @@ from torch.utils.hooks import RemovableHandle
 from l0hooks.errors import StateError, explain
 from l0hooks.streams import Stream, stream
 
-_MEMORY = 4096  # forwards that can still be recomputed; a ticket is some 200 bytes
+_MEMORY = 4096  # forwards that can still be recomputed
 _GOLDEN = 0x9E3779B97F4A7C15
 # Functions whose forward ran a whole region without recording it; only the first repeats the region by itself
 _REENTRANT, _COMPILED = "CheckpointFunctionBackward", "CompiledFunctionBackward"

@@ -14,7 +14,7 @@ from __future__ import annotations
 import numpy as np
 from scipy import sparse
 
-from l0hooks.calibration.factor import Factor, factorised
+from l0hooks.calibration.factor import Factor, conjugate_gradients, factorised
 from l0hooks.calibration.least_squares import Fit, column_norms
 from l0hooks.calibration.problem import Floats, Sparse
 
@@ -168,16 +168,9 @@ class _Points:
         """Preconditioned conjugate gradients from x; x and the residual."""
         if self.solve is None:
             return x, residual
-        z = self.solve(residual)
-        p, rz = z, float(residual @ z)
-        for _ in range(limit):
-            if float(np.linalg.norm(residual)) <= goal:
-                break
-            image = self.block.T @ (curvature * (self.block @ p)) + p
-            length = rz / float(p @ image)
-            x = x + length * p
-            residual = residual - length * image
-            z = self.solve(residual)
-            following = float(residual @ z)
-            p, rz = z + (following / rz) * p, following
-        return x, residual
+
+        def product(p: Floats) -> Floats:
+            image: Floats = self.block.T @ (curvature * (self.block @ p)) + p
+            return image
+
+        return conjugate_gradients(product, x, residual, self.solve, goal, limit)
