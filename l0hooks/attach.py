@@ -16,6 +16,7 @@ from l0hooks.budget import Budget
 from l0hooks.budgeting import set_budget
 from l0hooks.coupling import build_readers, hook_inputs
 from l0hooks.gate import Gate
+from l0hooks.kept import read_directly
 from l0hooks.layers import tensors_of
 from l0hooks.noise import Door, NoiseSource
 from l0hooks.planning import Spec, WeightPlan, every_reader, plan_gates
@@ -171,6 +172,7 @@ def _hang(hangings: Sequence[tuple[nn.Module, str, Gating]]) -> None:
     for module, tensor_name, gating in hangings:
         gating.train(module.training)
         parametrize.register_parametrization(module, tensor_name, gating, unsafe=True)
+        read_directly(module, tensor_name)
     for module in owners:
         module.register_load_state_dict_pre_hook(accept_dense)  # type: ignore[no-untyped-call]
 

@@ -19,11 +19,8 @@ from l0hooks.structure import ChannelGroup, GroupSite
 from l0hooks.team import Team
 from l0hooks.weights import Gating
 
-Count = Callable[[int], Any]
-
-
-def _none(group: int) -> int:
-    return 0
+Count = Callable[[int], int]
+Floats = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -43,6 +40,8 @@ class CoupledPlan:
     positions: Mapping[str, float] = field(default_factory=dict)
     declared: bool = False
 
+    _forms: dict[object, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
+
     def __deepcopy__(self, memo: dict[int, object]) -> CoupledPlan:
         return CoupledPlan(
             self.groups, self.positions, self.declared
@@ -57,37 +56,90 @@ class CoupledPlan:
                     found.setdefault(site.names, []).append((number, site))
         return found
 
-    def parameters(self, kept: Count, without: AbstractSet[str] = frozenset(), *, variance: Count = _none) -> Any:
+    def parameters(self, kept: Count, without: AbstractSet[str] = frozenset()) -> int:
         """Parameters that stay in the tensors the groups run through, when ``kept(g)`` members of group g do.
 
-        A tensor's share is the product of what stays along its axes. With expected numbers, and their variances, it is
-        the expectation for independent members. Parameters named in ``without`` are not counted.
+        A tensor's share is the product of what stays along its axes. Parameters named in ``without`` are not counted.
         """
-        return sum(self._elements(sites, kept, variance) for sites in self.tensors(without).values())
+        return sum(self._elements(sites, kept) for sites in self.tensors(without).values())
 
-    def macs(self, kept: Count, without: AbstractSet[str] = frozenset(), *, variance: Count = _none) -> Any:
+    def macs(self, kept: Count, without: AbstractSet[str] = frozenset()) -> float:
         """The same in multiply-adds of the layers among them."""
         return sum(
-            sum(self.positions.get(name, 0.0) for name in names) * self._elements(sites, kept, variance)
+            sum(self.positions.get(name, 0.0) for name in names) * self._elements(sites, kept)
             for names, sites in self.tensors(without).items()
             if not self.positions.keys().isdisjoint(names)
         )
 
-    def _elements(self, sites: Sequence[tuple[int, GroupSite]], kept: Count, variance: Count) -> Any:
-        axes: list[Any] = list(sites[0][1].shape)
-        width: dict[int, dict[int, int]] = {}  # of each group along each axis
+    def add_product(
+        self,
+        linear: Floats,
+        square: Floats,
+        each: float,
+        sites: Sequence[tuple[int, GroupSite]],
+        numbers: Mapping[int, int],
+    ) -> float:
+        """Add what stays of one tensor, the product of what stays along two axes, ``each`` for every element.
+
+        As a quadratic form in the numbers of members that stay; ``numbers`` gives each group's place in it, and
+        groups without one stay whole. The constant part is returned.
+        """
+        shape = sites[0][1].shape
+        axes = sorted({site.axis for _, site in sites})
+        rest = each * float(np.prod([n for axis, n in enumerate(shape) if axis not in axes[:2]]))
+        fixed, weights = [], []
+        for axis in axes[:2]:
+            weight, lost = np.zeros(len(linear)), 0
+            for group, site in sites:
+                if site.axis == axis and group in numbers:
+                    weight[numbers[group]] += site.indices.shape[1]
+                    lost += site.indices.shape[1] * self.groups[group].size
+            fixed.append(float(shape[axis] - lost))
+            weights.append(weight)
+        if len(axes) == 1:
+            linear += rest * weights[0]
+            return rest * fixed[0]
+        (a, b), (u, v) = fixed, weights
+        linear += rest * (a * v + b * u)
+        square += rest / 2 * (np.outer(u, v) + np.outer(v, u))
+        return rest * a * b
+
+    def expected(self, keep: Sequence[Tensor], without: AbstractSet[str], *, macs: bool) -> Tensor:
+        """Expected :meth:`parameters` or :meth:`macs` for independent members, by the keep probabilities of each group.
+
+        The same numbers in a handful of operations on tensors.
+        """
+        key = macs, frozenset(without), keep[0].device
+        if key not in self._forms:
+            self._forms[key] = self._form(without, macs=macs, device=keep[0].device)
+        constant, linear, square, varies = self._forms[key]
+        mean = _sums(keep)
+        cost: Tensor = constant + (linear + mean @ square) @ mean
+        if varies:  # groups on both axes of a square: E[k²] = E[k]² + Var[k]
+            cost = cost + square.diagonal() @ _sums([p * (1 - p) for p in keep])
+        return cost
+
+    def _form(
+        self, without: AbstractSet[str], *, macs: bool, device: torch.device
+    ) -> tuple[float, Tensor, Tensor, bool]:
+        count = len(self.groups)
+        constant, linear, square = 0.0, np.zeros(count), np.zeros((count, count))
+        numbers = {n: n for n in range(count)}
+        for names, sites in self.tensors(without).items():
+            each = sum(self.positions.get(name, 0.0) for name in names) if macs else 1.0
+            constant += self.add_product(linear, square, each, sites, numbers)
+        tensors = [torch.as_tensor(x, dtype=torch.float32, device=device) for x in (linear, square)]
+        return constant, tensors[0], tensors[1], bool(square.diagonal().any())
+
+    def _elements(self, sites: Sequence[tuple[int, GroupSite]], kept: Count) -> int:
+        axes = list(sites[0][1].shape)
         for number, site in sites:
-            width.setdefault(number, {})[site.axis] = site.indices.shape[1]
-            axes[site.axis] = axes[site.axis] - site.indices.shape[1] * (self.groups[number].size - kept(number))
-        total = 1
-        for length in axes:
-            total = total * length
-        for number, along in width.items():
-            if len(along) > 1:  # the group lies on both axes of a square: E[k²] = E[k]² + Var[k]
-                one, other = along
-                rest = math.prod(n for axis, n in enumerate(sites[0][1].shape) if axis not in along)
-                total = total + along[one] * along[other] * variance(number) * rest
-        return total
+            axes[site.axis] -= site.indices.shape[1] * (self.groups[number].size - kept(number))
+        return math.prod(axes)
+
+
+def _sums(arrays: Sequence[Tensor]) -> Tensor:
+    return torch.stack([x.sum().to(arrays[0].device) for x in arrays])
 
 
 @dataclass(slots=True)
@@ -133,13 +185,12 @@ class CoupledWeight(Gating):
         positions: float | None = None,
         example_noise: bool = False,
     ) -> None:
-        super().__init__("coupled", positions)
+        super().__init__("coupled", positions, tuple(members.values()))
         self._team = Team(tuple(members.values())) if team is None else team
         self.plan = plan
         self.name = name
         self.numbers = tuple(members)
         self.coupled = nn.ModuleList(members.values())
-        self._gates = tuple(members.values())  # the same, without the time it takes to ask a module for its children
         self.example_noise = example_noise
         self.call = RunningCall()
         index, self.axis = _index_of(plan, self.numbers, name)
@@ -148,10 +199,6 @@ class CoupledWeight(Gating):
         device = next(iter(members.values())).log_alpha.device
         whole = len(members) == 1 and np.array_equal(index, 1 + np.arange(len(next(iter(members.values())).log_alpha)))
         self.register_buffer("index", None if whole else torch.from_numpy(index).to(device), persistent=False)
-
-    @property
-    def gates(self) -> tuple[Gate, ...]:
-        return self._gates
 
     def factor(self, values: Sequence[Tensor], rest: float = 1.0) -> Tensor:
         return self._assemble(values, rest).view(self._view)

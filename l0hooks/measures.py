@@ -56,8 +56,7 @@ def expected_size(model: nn.Module, report: Summary, unit: Unit) -> float:
         return total
     for one in iter_gated(model):
         if one.coupled is not None:
-            plan = one.coupled.plan
-            total += float(one.coupled.expected(plan.parameters if unit == "params" else plan.macs))
+            total += float(one.coupled.expected(unit))
     return total
 
 

@@ -14,7 +14,6 @@ from torch.nn.parameter import UninitializedParameter
 from l0hooks.coupled import CoupledPlan
 from l0hooks.errors import SpecError, explain
 from l0hooks.penalties import Gated
-from l0hooks.structure import GroupSite
 from l0hooks.tracing import count_positions, total_macs
 from l0hooks.weights import Site
 
@@ -169,7 +168,7 @@ def size_of(
             if not whole and any(number not in numbers for number, _ in sites):
                 raise _shared(prefix + names[0])
             each = 1.0 if positions is None else _uses(model, [prefix + name for name in names], positions)
-            constant += _add_product(linear, square, each, sites, plan, numbers)
+            constant += plan.add_product(linear, square, each, sites, numbers)
     floor = np.array([one.coupled is not None for one in gated], np.int64)
     size = Size(counts, constant, linear, square, floor)
     return replace(size, constant=constant + _total(model, every, positions) - size.whole) if whole else size
@@ -210,39 +209,6 @@ def _plans(gated: Sequence[Gated]) -> list[tuple[CoupledPlan, str, dict[int, int
             _, _, numbers = found.setdefault(id(one.coupled.plan), (one.coupled.plan, one.coupled.prefix, {}))
             numbers[one.coupled.number] = number
     return list(found.values())
-
-
-def _add_product(
-    linear: Floats,
-    square: Floats,
-    each: float,
-    sites: Sequence[tuple[int, GroupSite]],
-    plan: CoupledPlan,
-    numbers: Mapping[int, int],
-) -> float:
-    """Add what stays of one tensor, the product of what stays along its axes, ``each`` for every element.
-
-    Its constant part is returned.
-    """
-    shape = sites[0][1].shape
-    axes = sorted({site.axis for _, site in sites})
-    rest = each * float(np.prod([n for axis, n in enumerate(shape) if axis not in axes[:2]]))
-    fixed, weights = [], []
-    for axis in axes[:2]:
-        weight, lost = np.zeros(len(linear)), 0
-        for group, site in sites:
-            if site.axis == axis and group in numbers:
-                weight[numbers[group]] += site.indices.shape[1]
-                lost += site.indices.shape[1] * plan.groups[group].size
-        fixed.append(float(shape[axis] - lost))
-        weights.append(weight)
-    if len(axes) == 1:
-        linear += rest * weights[0]
-        return rest * fixed[0]
-    (a, b), (u, v) = fixed, weights
-    linear += rest * (a * v + b * u)
-    square += rest / 2 * (np.outer(u, v) + np.outer(v, u))
-    return rest * a * b
 
 
 def _total(model: nn.Module, every: Sequence[Gated], positions: Positions | None) -> float:

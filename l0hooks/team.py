@@ -14,6 +14,8 @@ from l0hooks.gate import Gate, is_sharded
 from l0hooks.memory import fresh
 from l0hooks.streams import Stream
 
+_FEW = 2**15  # above, putting gates together costs more memory than calls it saves
+
 
 class _Chain:
     """The streams of several gates, one after the other along the last axis."""
@@ -43,6 +45,85 @@ class _Sample(NamedTuple):
     version: int
     temperature: float
     gates: Tensor
+
+
+def keep_probs(gates: Sequence[Gate]) -> list[Tensor]:
+    """``gate.keep_prob()`` of every gate, computed together where small gates are of one kind.
+
+    Parameters
+    ----------
+    gates : sequence of Gate
+
+    Returns
+    -------
+    list of Tensor, float32, the shapes of their ``log_alpha``, differentiable
+
+    Examples
+    --------
+    >>> [p.shape for p in keep_probs([Gate(3), Gate((2, 2))])]
+    [torch.Size([3]), torch.Size([2, 2])]
+    """
+    found: dict[int, Tensor] = {}
+    for kind, numbers in _kinds(gates).items():
+        if kind is None or len(numbers) == 1:
+            found |= {n: gates[n].keep_prob() for n in numbers}
+        else:
+            locations = [gates[n].log_alpha for n in numbers]
+            together = kind.family.keep_prob(torch.cat([x.flatten() for x in locations]), kind.temperature)
+            parts = torch.split(together, [x.numel() for x in locations])
+            found |= {n: part.view_as(x) for n, part, x in zip(numbers, parts, locations, strict=True)}
+    return [found[n] for n in range(len(gates))]
+
+
+def expected_l0(gates: Sequence[Gate]) -> Tensor:
+    """The sum of ``gate.expected_l0()``, computed together where small gates are of one kind.
+
+    Parameters
+    ----------
+    gates : sequence of Gate, at least one
+
+    Returns
+    -------
+    Tensor, float32, shape (), on the device of the first gate, differentiable
+
+    Examples
+    --------
+    >>> expected_l0([Gate(3, init_keep_prob=0.5), Gate((2, 2), init_keep_prob=0.5)]).item()
+    3.5
+    """
+    counts = []
+    for kind, numbers in _kinds(gates).items():
+        if kind is None or len(numbers) == 1:
+            counts += [gates[n].expected_l0() for n in numbers]
+        else:
+            together = torch.cat([gates[n].log_alpha.flatten() for n in numbers])
+            counts.append(kind.family.keep_prob(together, kind.temperature).sum())
+    total, *rest = counts
+    for count in rest:
+        total = total + count.to(total.device)
+    return total
+
+
+class _Kind(NamedTuple):
+    """What gates must have in common for one pass over all of them."""
+
+    family: HardConcreteFamily
+    temperature: float
+    device: torch.device
+    dtype: torch.dtype
+
+
+def _kinds(gates: Sequence[Gate]) -> dict[_Kind | None, list[int]]:
+    """The numbers of the gates of each kind; None for those that are better off alone."""
+    kinds: dict[_Kind | None, list[int]] = {}
+    for number, gate in enumerate(gates):
+        location, family = gate.log_alpha, gate.family
+        alone = location.numel() > _FEW or is_sharded(location) or type(gate) is not Gate
+        kind = None
+        if not alone and isinstance(family, HardConcreteFamily):
+            kind = _Kind(family, gate.temperature, location.device, location.dtype)
+        kinds.setdefault(kind, []).append(number)
+    return kinds
 
 
 class Team:

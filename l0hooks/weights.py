@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -13,8 +12,8 @@ from torch.nn.utils import parametrize
 from l0hooks.families import HardConcreteFamily
 from l0hooks.fused import Constants, gated_weight, held_weight, is_traced
 from l0hooks.gate import Gate
+from l0hooks.kept import Folded, Kept
 from l0hooks.layers import GateLayout, Granularity
-from l0hooks.stepping import steps_taken
 
 
 class Gating(nn.Module):
@@ -28,19 +27,19 @@ class Gating(nn.Module):
         How often each weight is used in one pass over the example inputs: multiply-adds per weight.
     order : tuple of str
         The layer's parameters as they stood before, for pruning.
+    gates : tuple of Gate
+        The gates that the factor is made of.
+    kept : Kept
+        The product in evaluation.
     """
 
-    def __init__(self, granularity: Granularity, positions: float | None) -> None:
+    def __init__(self, granularity: Granularity, positions: float | None, gates: tuple[Gate, ...]) -> None:
         super().__init__()
+        self.gates = gates  # children of a module under their own names, too: these are read without asking it
         self.granularity = granularity
         self.positions = positions
         self.order: tuple[str, ...] = ()
-        self._kept = _Kept()
-
-    @property
-    def gates(self) -> tuple[Gate, ...]:
-        """The gates that the factor is made of."""
-        raise NotImplementedError
+        self.kept = Kept()
 
     def factor(self, values: Sequence[Tensor], rest: float = 1.0) -> Tensor:
         """One array of values for each of ``gates``, laid over the weight; ``rest`` where it has no gate."""
@@ -53,10 +52,10 @@ class Gating(nn.Module):
         tensors = (weight, *(gate.log_alpha for gate in self.gates))
         if is_traced() or any(t.is_inference() for t in tensors) or _in_processes():  # no versions to compare
             return self.fold(weight)
-        kept = self._kept.product(self, tensors)
+        kept = self.kept.product(self, tensors)
         if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
-            values, slopes = self._kept.gates(self)
-            folded: Tensor = _Folded.apply(self.factor, kept, *tensors, *values, *slopes)  # type: ignore[no-untyped-call]
+            values, slopes = self.kept.gates(self)
+            folded: Tensor = Folded.apply(self.factor, kept, *tensors, *values, *slopes)  # type: ignore[no-untyped-call]
             return folded
         return kept
 
@@ -71,12 +70,12 @@ class Gating(nn.Module):
 
     def train(self, mode: bool = True) -> Gating:
         """Switch modes; the kept product does not outlive the switch."""
-        self._kept.drop()
+        self.kept.drop()
         super().train(mode)
         return self
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Gating:
-        self._kept.drop()  # a move to another dtype and back may put other values at the same address
+        self.kept.drop()  # a move to another dtype and back may put other values at the same address
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
 
@@ -104,13 +103,9 @@ class GatedWeight(Gating):
     def __init__(
         self, gate: Gate, layout: GateLayout, granularity: Granularity, positions: float | None = None
     ) -> None:
-        super().__init__(granularity, positions)
+        super().__init__(granularity, positions, (gate,))
         self.gate = gate
         self.layout = layout
-
-    @property
-    def gates(self) -> tuple[Gate, ...]:
-        return (self.gate,)
 
     def factor(self, values: Sequence[Tensor], rest: float = 1.0) -> Tensor:
         return self.layout.spread(values[0])
@@ -125,85 +120,6 @@ class GatedWeight(Gating):
             gate.last_sample.note(gated)
             return gated
         return super()._sampled(weight)
-
-
-class _Kept:
-    """The folded weight, kept while neither weight, gates nor temperature have changed."""
-
-    def __init__(self) -> None:
-        self._product: Tensor | None = None
-        self._gates: tuple[list[Tensor], list[Tensor]] | None = None
-        self._of: tuple[weakref.ref[Tensor], ...] = ()
-        self._key: tuple[Any, ...] = ()
-
-    def __deepcopy__(self, memo: dict[int, object]) -> _Kept:
-        return _Kept()
-
-    def product(self, owner: Gating, of: tuple[Tensor, ...]) -> Tensor:
-        """The product of a weight and its gates' values; ``of`` is the weight and the gates' log-odds."""
-        if (
-            self._product is None
-            or any(kept() is not now for kept, now in zip(self._of, of, strict=True))
-            or self._key != self._key_of(owner, of, self._product)
-        ):
-            with torch.inference_mode(False), torch.no_grad():
-                self._product = owner.fold(of[0])
-            self._gates = None
-            self._of = tuple(map(weakref.ref, of))
-            self._key = self._key_of(owner, of, self._product)
-        return self._product
-
-    def gates(self, owner: Gating) -> tuple[list[Tensor], list[Tensor]]:
-        """The test-time gates of the product asked for last, and their slopes dz/dlogα."""
-        if self._gates is None:
-            self._gates = [], []
-            for gate in owner.gates:
-                with torch.inference_mode(False), torch.enable_grad():
-                    location = gate.log_alpha.detach().requires_grad_()
-                    value = gate.value(location) + 0 * location  # binary gates have no slope of their own
-                    (slope,) = torch.autograd.grad(value.sum(), location)
-                self._gates[0].append(value.detach())
-                self._gates[1].append(slope)
-        return self._gates
-
-    def drop(self) -> None:
-        """Forget everything."""
-        self._product = self._gates = None
-
-    @staticmethod
-    def _key_of(owner: Gating, of: tuple[Tensor, ...], product: Tensor) -> tuple[Any, ...]:
-        tensors = ((t._version, t.data_ptr(), t.dtype, t.device) for t in of)
-        settings = ((gate.temperature, gate.estimator, gate.rule and gate.rule.refresh()) for gate in owner.gates)
-        return *tensors, *settings, product._version, steps_taken()  # the caller was handed this very product
-
-
-class _Folded(torch.autograd.Function):
-    """The kept product going forward; the gradient of the product it was computed from going back."""
-
-    @staticmethod
-    def forward(ctx: Any, factor: Callable[[Sequence[Tensor]], Tensor], kept: Tensor, *tensors: Tensor) -> Tensor:
-        # a weight, then as many log-odds as values as slopes
-        ctx.count = len(tensors) // 3
-        ctx.save_for_backward(tensors[0], *tensors[1 + ctx.count :])
-        ctx.factor = factor
-        return kept.detach()
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        weight, *saved = ctx.saved_tensors
-        values, slopes = saved[: ctx.count], saved[ctx.count :]
-        wanted_weight, *wanted = ctx.needs_input_grad[2 : 3 + ctx.count]
-        grad_weight = grad * ctx.factor(values).to(grad.dtype) if wanted_weight else None
-        grads: list[Tensor | None] = [None] * ctx.count
-        if any(wanted):
-            with torch.enable_grad():
-                leaves = [value.detach().requires_grad_() for value in values]
-                spread = ctx.factor(leaves)
-            reduced = (grad * weight).to(spread.dtype).sum_to_size(spread.shape)
-            summed = torch.autograd.grad(spread, leaves, reduced)
-            grads = [g * slope if want else None for g, slope, want in zip(summed, slopes, wanted, strict=True)]
-        return None, None, grad_weight, *grads, *([None] * (2 * ctx.count))
 
 
 class Site(NamedTuple):
@@ -223,7 +139,8 @@ class Site(NamedTuple):
 
 def parametrization_lists(module: nn.Module) -> dict[str, parametrize.ParametrizationList]:
     """The parametrized tensors of ``module`` itself, by name."""
-    lists = module._modules.get("parametrizations") if parametrize.is_parametrized(module) else None
+    children = module._modules
+    lists = children["parametrizations"] if "parametrizations" in children else None  # noqa: SIM401  TorchScript's has no get
     if not isinstance(lists, nn.ModuleDict):
         return {}
     return {name: plist for name, plist in lists.items() if isinstance(plist, parametrize.ParametrizationList)}
@@ -231,12 +148,17 @@ def parametrization_lists(module: nn.Module) -> dict[str, parametrize.Parametriz
 
 def iter_sites(model: nn.Module) -> Iterator[Site]:
     """Every gated weight below ``model``; a weight shared by several modules comes once for each."""
-    for name, module in model.named_modules():
+    return sites_among(model.named_modules())
+
+
+def sites_among(modules: Iterable[tuple[str, nn.Module]]) -> Iterator[Site]:
+    """The gated weights that modules own themselves."""
+    for name, module in modules:
         for tensor_name, chain in parametrization_lists(module).items():
-            gating = chain[0]
-            if isinstance(gating, Gating) and isinstance(chain.original, Tensor):
+            gating, weight = chain._modules["0"], chain._parameters.get("original")
+            if isinstance(gating, Gating) and weight is not None:
                 full = f"{name}.{tensor_name}" if name else tensor_name
-                yield Site(full, module, tensor_name, chain.original, gating)
+                yield Site(full, module, tensor_name, weight, gating)
 
 
 def own_class(module: nn.Module, *, without: str = "") -> None:

@@ -13,7 +13,7 @@ FLOORS = {
     0: ["errors", "memory", "streams"],
     1: ["hard_concrete", "layers", "noise", "schedules", "extras", "rows", "quadratics", "subset"],
     2: ["distribution", "families", "fused", "stepping", "tracing"],
-    3: ["structure", "gate", "comparison", "constants"],
+    3: ["structure", "gate", "kept", "comparison", "constants"],
     4: ["spec", "weights", "optim", "team"],
     5: ["coupled"],
     6: ["penalties", "coupling"],

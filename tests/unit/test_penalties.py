@@ -11,6 +11,7 @@ from l0hooks import Gate, GateSpec, iter_gates, penalty, register_penalty, set_t
 from l0hooks import penalties as room
 from l0hooks.errors import SpecError, StateError
 from l0hooks.penalties import iter_gated
+from l0hooks.team import keep_probs
 
 NAMES = ["l0", "l2", "expected_l2", "params", "macs"]
 
@@ -366,3 +367,103 @@ def test_a_weight_with_gates_of_its_own_counts_by_these_and_not_by_the_groups_it
     assert penalty(model, params=1.0).item() == pytest.approx(
         sum(p.numel() for p in nn.Sequential(*[nn.Linear(4, 6), nn.Linear(6, 3)]).parameters()) - 3
     )  # all but the bias of the output
+
+
+@pytest.mark.parametrize("double", [False, True])
+def test_gates_counted_together_cost_what_each_costs_alone(double):
+    torch.manual_seed(0)
+    model = nn.ModuleDict(
+        {
+            "a": Gate(3),
+            "b": Gate((2, 4)),
+            "hot": Gate(5, temperature=0.9),
+            "hot too": Gate(2, temperature=0.9),
+            "straight": Gate(4, family="straight_through"),
+            "stg": Gate(4, family="stg"),
+            "large": Gate(2**15 + 1),
+        }
+    )
+    gates = [gate for _, gate in iter_gates(model)]
+    with torch.no_grad():
+        for gate in gates:
+            gate.log_alpha.add_(torch.randn(gate.log_alpha.shape))
+    together = penalty(model, l0=0.5)
+    alone = sum(0.5 * gate.keep_prob().double().sum() for gate in gates)
+    torch.testing.assert_close(together.double(), alone, rtol=1e-6, atol=0)
+    locations = [gate.log_alpha for gate in gates]
+    found = torch.autograd.grad(together, locations, create_graph=double)
+    expected = torch.autograd.grad(alone, locations, create_graph=double)
+    for mine, one in zip(found, expected, strict=True):
+        torch.testing.assert_close(mine, one)
+    if double:
+        found, expected = (torch.autograd.grad(sum(g.sin().sum() for g in gs), locations) for gs in (found, expected))
+        for mine, one in zip(found, expected, strict=True):
+            torch.testing.assert_close(mine, one, rtol=1e-4, atol=1e-7)
+
+
+def test_keep_probs_together_are_those_of_each_gate():
+    gates = [Gate(3), Gate((2, 4)), Gate(2, temperature=0.9), Gate(4, family="stg"), Gate(2**15 + 1)]
+    with torch.no_grad():
+        for gate in gates:
+            gate.log_alpha.add_(torch.randn(gate.log_alpha.shape))
+    for gate, together in zip(gates, keep_probs(gates), strict=True):
+        torch.testing.assert_close(together, gate.keep_prob())
+        assert together.shape == gate.log_alpha.shape
+
+
+def test_patterns_with_strengths_of_their_own_are_counted_apart():
+    gates = nn.ModuleDict({"a": Gate(2), "ab": Gate(3), "b": Gate(4), "c": Gate(5)})
+    expected = {name: gate.expected_l0().item() for name, gate in gates.items()}
+    found = penalty(gates, l0={"a*": 10.0, "*b": 100.0}).item()  # the first pattern that matches
+    assert found == pytest.approx(10 * (expected["a"] + expected["ab"]) + 100 * expected["b"], rel=1e-6)
+
+
+def test_a_sum_of_the_users_own_serves_many_gates(registry):
+    calls = []
+
+    def several(gated):
+        calls.append(len(gated))
+        return torch.stack([one.gate.expected_l0() for one in gated]).sum()
+
+    @register_penalty("counted", together=several)
+    def counted(gated):
+        raise AssertionError("never one by one")
+
+    model = three_layers()
+    assert penalty(model, counted=2.0).item() == pytest.approx(penalty(model, l0=2.0).item())
+    assert calls == [3]
+    with pytest.raises(SpecError, match=r"one strength multiplies(.|\n)*expected: strengths=1(.|\n)*got: strengths=2"):
+        register_penalty("pairs", strengths=2, together=several)
+    assert "pairs" not in registry
+
+
+@pytest.mark.parametrize("unit", ["params", "macs"])
+def test_the_expected_size_of_coupled_groups_is_the_mean_over_independent_members(unit):
+    """Every subset of members, weighed with its probability; one group lies on both axes of a square weight."""
+
+    class Recurrent(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.square, self.last = nn.Linear(3, 3), nn.Linear(3, 3), nn.Linear(3, 2)
+
+        def forward(self, x):
+            h = self.first(x).relu()
+            return self.last((h + self.square(h)).relu())
+
+    model = Recurrent()
+    sparsify(model, "coupled", example_inputs=(torch.randn(2, 3),))
+    ((_, gate),) = iter_gates(model)
+    with torch.no_grad():
+        gate.log_alpha.copy_(torch.tensor([0.5, -0.7, 1.2]))
+    p = gate.keep_prob().detach().double()
+    cost = 0.0
+    for kept in itertools.product((0, 1), repeat=3):
+        k, chance = sum(kept), math.prod(float(q if on else 1 - q) for q, on in zip(p, kept, strict=True))
+        sizes = {"params": 3 * k + k + k * k + k + 2 * k, "macs": 2 * (3 * k + k * k + 2 * k)}
+        cost += chance * sizes[unit]
+    found = penalty(model, **{unit: 1.0})
+    assert found.item() == pytest.approx(cost, rel=1e-6)
+    (slope,) = torch.autograd.grad(found, gate.log_alpha)
+    mean, q = p.sum(), p * (1 - p)
+    each = {"params": 7 + 2 * mean + 1 - 2 * p, "macs": 2 * (5 + 2 * mean + 1 - 2 * p)}[unit]
+    torch.testing.assert_close(slope.double(), each * q, rtol=1e-5, atol=1e-7)

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.func import functional_call, grad, hessian, jacrev, jvp, vmap
+from torch.nn.utils import parametrize
 
 from l0hooks import GateSpec, iter_gates, prune, set_temperature, sparsify
 from l0hooks.weights import GatedWeight, iter_sites
@@ -91,6 +92,69 @@ def test_the_fold_is_kept_while_nothing_changes(monkeypatch):
         module.parametrizations.weight.original.mul_(2)
     module(x)
     assert len(folds) == 2
+
+
+def test_reading_a_kept_fold_asks_no_parametrization(monkeypatch):
+    module = layer()
+    with torch.no_grad():
+        kept = module.weight
+        monkeypatch.setattr(parametrize.ParametrizationList, "forward", lambda self: pytest.fail("the long way"))
+        assert module.weight is kept
+        with torch.inference_mode():
+            assert module.weight is kept
+        gate_of(module).temperature = 0.5
+        with pytest.raises(pytest.fail.Exception):
+            _ = module.weight
+
+
+class Doubled(nn.Module):
+    def forward(self, weight):
+        return 2 * weight
+
+
+@torch.no_grad()
+def test_a_kept_fold_is_not_read_where_it_is_not_the_weight():
+    module = layer()
+    kept = module.weight.clone()
+    parametrize.register_parametrization(module, "weight", Doubled(), unsafe=True)
+    torch.testing.assert_close(module.weight, 2 * kept)
+    torch.testing.assert_close(module.weight, 2 * kept)
+    torch.testing.assert_close(copy.deepcopy(module).weight, 2 * kept)
+    parametrize.remove_parametrizations(module, "weight", leave_parametrized=True)
+    torch.testing.assert_close(module.weight, 2 * kept)
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # TorchScript goes, one day
+def test_a_recorded_graph_computes_the_fold():
+    module, x = layer(), torch.randn(2, 4)
+    kept = module.weight.clone()
+    traced = torch.jit.trace(module, x, check_trace=False)
+    module.parametrizations.weight.original.mul_(2)
+    torch.testing.assert_close(traced(x), F.linear(x, 2 * kept, module.bias))
+
+
+@torch.no_grad()
+def test_a_gating_that_samples_is_not_read_as_kept_however_it_was_switched():
+    module = layer()
+    kept = module.weight.clone()
+    for part in module.modules():
+        part.training = True  # without train()
+    assert not torch.equal(module.weight, kept)
+    for part in module.modules():
+        part.training = False
+    torch.testing.assert_close(module.weight, kept)
+
+
+def test_a_second_gated_tensor_of_a_module_is_read_by_itself():
+    module = nn.MultiheadAttention(4, 2, kdim=3, vdim=5).eval()
+    sparsify(module, "weight")
+    with torch.no_grad():
+        shapes = [(name, getattr(module, name)) for name in ("q_proj_weight", "k_proj_weight", "v_proj_weight")]
+        for name, weight in shapes:
+            chain = module.parametrizations[name]
+            assert getattr(module, name) is weight
+            torch.testing.assert_close(weight, chain[0].fold(chain.original))
 
 
 def optimizer_step(optimizer):
@@ -282,7 +346,7 @@ def test_a_model_made_of_inference_tensors_computes_freshly():
     module = layer()
     with torch.inference_mode():
         module.load_state_dict({k: v + 0.5 for k, v in module.state_dict().items()}, assign=True)
-        assert torch.equal(module.weight, plain(module))
+        torch.testing.assert_close(module.weight, plain(module))
         module.parametrizations.weight.original.mul_(2)
         gate_of(module).log_alpha.neg_()
         torch.testing.assert_close(module.weight, plain(module))
