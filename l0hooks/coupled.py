@@ -213,7 +213,7 @@ class CoupledWeight(Gating):
         ungated = values[0].new_full((*values[0].shape[:-1], 1), rest)
         return torch.cat([ungated, *values], dim=-1).index_select(-1, self.index)
 
-    def _sampled(self, weight: Tensor) -> Tensor:
+    def sampled(self, weight: Tensor) -> Tensor:
         if self.example_noise or self.call.on_input:
             return weight
         return weight * self.mask().view(self._view).to(weight.dtype)

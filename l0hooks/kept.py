@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from l0hooks.stepping import steps_taken
 
@@ -120,25 +121,29 @@ class Folded(torch.autograd.Function):
 
 
 def read_directly(module: nn.Module, tensor_name: str) -> None:
-    """Let the property that parametrizes a tensor of ``module`` look for the kept product before anything else.
+    """Let the property that parametrizes a tensor of ``module`` ask its gates before anything else.
 
     The way through torch's list of parametrizations takes 30 µs when it is warm, and 200 after a product of large
-    matrices has emptied the caches.
+    matrices has emptied the caches. It is left to what needs it: graphs that are recorded, torch's own cache, further
+    parametrizations, and hooks on any of them.
     """
     cls = type(module)
     whole: property = vars(cls)[tensor_name]
     compute: Callable[[nn.Module], Tensor] = whole.fget  # type: ignore[assignment]
 
     def get(self: nn.Module) -> Tensor:
-        if not torch.compiler.is_compiling() and not torch.is_grad_enabled():
+        if not torch.compiler.is_compiling() and torch._C._get_tracing_state() is None:
             chain: Any = self._modules["parametrizations"]._modules[tensor_name]  # type: ignore[union-attr]
             members = chain._modules
             gating = members["0"]
-            if len(members) == 1 and not gating.training and torch._C._get_tracing_state() is None:
-                of = (chain._parameters["original"], *(gate._parameters["log_alpha"] for gate in gating.gates))
-                known: Tensor | None = gating.kept.known(gating, of)
-                if known is not None:
-                    return known
+            if len(members) == 1 and not (_is_hooked(gating) or _is_hooked(chain) or parametrize._cache_enabled):
+                read: Tensor | None = gating.read(chain._parameters["original"])
+                if read is not None:
+                    return read
         return compute(self)
 
     setattr(cls, tensor_name, property(get, whole.fset))
+
+
+def _is_hooked(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks)

@@ -69,9 +69,9 @@ def _take_back(block: npt.NDArray[np.uint8]) -> None:
 
 def fresh_like(tensor: Tensor) -> Tensor:
     """Uninitialised memory of the dtype, shape, device and strides of ``tensor``, like :func:`fresh` if contiguous."""
-    if tensor.is_contiguous():
+    if tensor.nbytes >= _LARGE and tensor.is_contiguous():
         return fresh(tensor.shape, tensor.dtype, tensor.device)
-    return torch.empty_like(tensor, requires_grad=False)
+    return torch.empty_like(tensor)
 
 
 def pieces(first: Tensor, *others: Tensor | None) -> Iterator[tuple[Any, ...]]:

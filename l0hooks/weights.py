@@ -48,7 +48,7 @@ class Gating(nn.Module):
     def forward(self, weight: Tensor) -> Tensor:
         """The gated weight, dtype and shape of ``weight``."""
         if self.training:
-            return self._sampled(weight)
+            return self.sampled(weight)
         tensors = (weight, *(gate.log_alpha for gate in self.gates))
         if is_traced() or any(t.is_inference() for t in tensors) or _in_processes():  # no versions to compare
             return self.fold(weight)
@@ -58,6 +58,15 @@ class Gating(nn.Module):
             folded: Tensor = Folded.apply(self.factor, kept, *tensors, *values, *slopes)  # type: ignore[no-untyped-call]
             return folded
         return kept
+
+    def read(self, weight: Tensor) -> Tensor | None:
+        """The gated weight, if it takes no more than a sample or what is kept."""
+        if self.training:
+            return self.sampled(weight)
+        if torch.is_grad_enabled():
+            return None
+        locations: Any = [gate._parameters["log_alpha"] for gate in self.gates]  # attributes of modules take longer
+        return self.kept.known(self, (weight, *locations))
 
     def right_inverse(self, weight: Tensor) -> Tensor:
         """Assigning a tensor (torch takes no Parameter here) to the layer's weight replaces it beneath the gates."""
@@ -79,7 +88,8 @@ class Gating(nn.Module):
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
 
-    def _sampled(self, weight: Tensor) -> Tensor:
+    def sampled(self, weight: Tensor) -> Tensor:
+        """The weight times the gates of the running forward."""
         return weight * self.factor([gate.sample() for gate in self.gates]).to(weight.dtype)
 
 
@@ -110,7 +120,7 @@ class GatedWeight(Gating):
     def factor(self, values: Sequence[Tensor], rest: float = 1.0) -> Tensor:
         return self.layout.spread(values[0])
 
-    def _sampled(self, weight: Tensor) -> Tensor:
+    def sampled(self, weight: Tensor) -> Tensor:
         gate, family = self.gate, self.gate.family
         if gate.rule is not None and gate.rule.finished and self.layout.pattern is None and not is_traced():
             return held_weight(weight, gate.log_alpha, gate.final())
@@ -119,7 +129,7 @@ class GatedWeight(Gating):
             gated = gated_weight(weight, gate.log_alpha, gate.stream(), constants)
             gate.last_sample.note(gated)
             return gated
-        return super()._sampled(weight)
+        return super().sampled(weight)
 
 
 class Site(NamedTuple):
