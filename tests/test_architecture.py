@@ -28,8 +28,8 @@ FLOORS = {
     15: ["__init__", "__main__"],
 }
 STRUCTURE = {
-    **{"labels": 0, "ties": 0, "roles": 0, "failure": 0, "rules": 1, "trace": 2, "groups": 3},
-    **{"declare": 4, "surgery": 4, "rewrite": 5, "__init__": 5},
+    **{"groups": 0, "labels": 0, "nodes": 0, "ties": 0, "roles": 0, "failure": 0, "declare": 1, "surgery": 1},
+    **{"tracer": 1, "table": 2, "movement": 3, "rules": 4, "trace": 5, "finding": 6, "rewrite": 6, "__init__": 7},
 }
 SUBSET = {
     **{"__init__": 0, "design": 0, "likelihood": 1, "tableau": 1, "path": 1, "grouped": 2, "problem": 3},
