@@ -8,22 +8,28 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from l0hooks.errors import InvalidValueError, UnsupportedModuleError, explain, near_names
-from l0hooks.items import check_counts
-from l0hooks.quadratics import Features, Kernel, Moments, Quadratic, distance, greedy, swap
-from l0hooks.rows import Ints, is_pandas
+from l0hooks.quadratics import (
+    Features,
+    Kernel,
+    Moments,
+    Quadratic,
+    distance,
+    fourier_features,
+    greedy,
+    median_distance,
+    swap,
+)
+from l0hooks.rows import Ints, check_counts, is_pandas, values_of
 from l0hooks.selection import SampleGate
 
 Objective = Literal["kernel_mean", "moments"]
 Loss = Callable[[Tensor], Tensor]
 _WHOLE = 5000  # samples up to which the kernel itself is held: 200 MB
 _FEATURES = 1024
-_PART = 10_000  # samples whose random features are computed at once
-_PAIRED = 1000  # samples whose distances give the bandwidth
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -222,27 +228,6 @@ def _form(
     return Features(phi, p), {"bandwidth": bandwidth, "features": phi.shape[1]}
 
 
-def median_distance(z: Tensor, generator: torch.Generator | None = None) -> float:
-    """The median distance between samples, of at most 1000 of them; their mean if half are equal, 1 if all are."""
-    some = z if len(z) <= _PAIRED else z[torch.randperm(len(z), generator=generator)[:_PAIRED]]
-    apart = torch.nn.functional.pdist(some)
-    if not len(apart):
-        return 1.0
-    return float(apart.median()) or float(apart.mean()) or 1.0
-
-
-def fourier_features(z: Tensor, count: int, bandwidth: float, generator: torch.Generator | None = None) -> Tensor:
-    """cos and sin of random projections, whose products estimate exp(−‖x − y‖²/2σ²): shape (n, 2·(count // 2))."""
-    half = count // 2
-    directions = torch.randn(z.shape[1], half, generator=generator, dtype=z.dtype) / bandwidth
-    phi = torch.empty(len(z), 2 * half, dtype=z.dtype)
-    for start in range(0, len(z), _PART):  # phi is what fills the memory: there is no second matrix of its size
-        part = slice(start, start + _PART)
-        projected = z[part] @ directions
-        phi[part, :half], phi[part, half:] = projected.cos(), projected.sin()
-    return phi.div_(math.sqrt(half))
-
-
 def _by_gates(loss: Loss, n: int, k: int, steps: int, gate_lr: float) -> Tensor:
     """The samples that a gate chooses which was trained on ``loss``."""
     gate = SampleGate(n, k, steps=max(1, int(0.8 * steps)), init_keep_prob=0.5 if k < n else None)
@@ -270,7 +255,7 @@ def _random(p: Tensor, k: int, generator: torch.Generator | None) -> Tensor:
 def _numbers(x: Any) -> Tensor:
     """``x`` as float64, shape (n, d)."""
     if is_pandas(x):
-        x = _values(x)
+        x = values_of(x)
     if not isinstance(x, (Tensor, np.ndarray)):
         expected = "a Tensor, a NumPy array or a pandas DataFrame"
         raise UnsupportedModuleError(
@@ -288,14 +273,6 @@ def _numbers(x: Any) -> Tensor:
     if not bool(data.isfinite().all()):
         raise _invalid("the data must be finite.", "NaN or infinity")
     return data
-
-
-def _values(frame: Any) -> npt.NDArray[Any]:
-    """A frame's values; columns of nullable numbers as float64, with NaN for what is missing."""
-    dtypes = [frame.dtype] if frame.ndim == 1 else list(frame.dtypes)
-    if all(dtype.kind in "biuf" for dtype in dtypes):
-        return np.asarray(frame.to_numpy(dtype=np.float64, na_value=np.nan))
-    return np.asarray(frame.to_numpy())
 
 
 def _weights(given: Any, n: int) -> Tensor:

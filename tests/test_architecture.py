@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 FLOORS = {
     0: ["errors", "memory", "streams"],
     1: ["hard_concrete", "layers", "noise", "schedules", "extras", "rows", "quadratics", "subset"],
-    2: ["distribution", "families", "fused", "stepping", "tracing", "report"],
+    2: ["distribution", "families", "fused", "stepping", "tracing", "report", "storage"],
     3: ["structure", "gate", "kept", "comparison", "constants"],
     4: ["spec", "weights", "optim", "team"],
     5: ["coupled"],
@@ -42,11 +42,14 @@ CALIBRATION = {
     **{"progress": 4, "checkpoint": 4, "plots": 1, "export": 2, "result": 6, "report": 7, "driver": 6},
     **{"settings": 6, "calibrator": 7, "cli": 8, "__init__": 8},
 }
+SKLEARN = {
+    **{"base": 0, "rows": 0, "linear": 1, "screening": 1, "gated": 1, "targets": 1, "selector": 2, "__init__": 3},
+}
 PACKAGES = {
     "structure": STRUCTURE,
     "integrations": {"steps": 0, "transformers": 1, "lightning": 1, "__init__": 0},
     "subset": SUBSET,
-    "sklearn": {"base": 0, "rows": 0, "linear": 1, "screening": 1, "gated": 1, "selector": 2, "__init__": 3},
+    "sklearn": SKLEARN,
     "calibration": CALIBRATION,
 }
 FLOOR_OF = {room: floor for floor, rooms in FLOORS.items() for room in rooms}

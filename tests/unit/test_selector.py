@@ -22,7 +22,7 @@ from torch import nn
 
 from l0hooks.errors import InvalidValueError, UnsupportedModuleError
 from l0hooks.sklearn import L0FeatureSelector
-from l0hooks.sklearn.selector import task_of
+from l0hooks.sklearn.targets import task_of
 
 ESTIMATORS = ("mlp", "linear", "module")
 
