@@ -18,7 +18,7 @@ FLOORS = {
     5: ["coupled"],
     6: ["penalties", "coupling"],
     7: ["summary", "shrink", "sizes", "planning", "control"],
-    8: ["folding", "serial", "shift", "measures", "plots"],
+    8: ["folding", "serial", "shift", "support", "measures", "plots"],
     9: ["export", "budget", "track"],
     10: ["lagrangian", "integrations"],
     11: ["budgeting"],
