@@ -23,8 +23,8 @@ FLOORS = {
     10: ["lagrangian", "integrations"],
     11: ["budgeting"],
     12: ["attach", "items", "calibration"],
-    13: ["selection", "sklearn"],
-    14: ["hybrid", "matching"],
+    13: ["selection"],
+    14: ["hybrid", "matching", "sklearn"],
     15: ["__init__", "__main__"],
 }
 STRUCTURE = {

@@ -18,7 +18,7 @@ from sklearn.utils.validation import _check_sample_weight, check_is_fitted  # ty
 from torch import Tensor, nn
 
 from l0hooks.errors import UnsupportedModuleError, explain
-from l0hooks.gate import Gate
+from l0hooks.selection import FeatureGate
 from l0hooks.sklearn.base import checked_data
 from l0hooks.sklearn.gated import (
     Loss,
@@ -189,11 +189,11 @@ class L0FeatureSelector(SelectorMixin, BaseEstimator):  # type: ignore[misc]
         with torch.inference_mode(False), torch.random.fork_rng(devices=[]), torch.enable_grad():
             torch.manual_seed(seed)
             network = self._network(len(columns), n_classes)
-            gate = self._train(network, rows, target, columns, n_classes, k, found[columns])
+            gates = self._train(network, rows, target, columns, n_classes, k, found[columns])
         importances = np.zeros(rows.n_features)
-        importances[columns] = gate.keep_prob().detach().numpy()
+        importances[columns] = gates.importances().numpy()
         others = np.setdiff1d(np.argsort(-found, kind="stable"), columns, assume_unique=True)
-        self._keep(np.concatenate([columns[order_of(gate)], others]), k, importances)
+        self._keep(np.concatenate([columns[order_of(gates)], others]), k, importances)
         self.estimator_ = network.eval()
 
     def _train(
@@ -205,7 +205,7 @@ class L0FeatureSelector(SelectorMixin, BaseEstimator):  # type: ignore[misc]
         n_classes: int | None,
         k: int,
         found: Floats,
-    ) -> Gate:
+    ) -> FeatureGate:
         """Gates for the columns, trained with the network in the network's own dtype."""
         dtype = next((p.dtype for p in network.parameters() if p.is_floating_point()), torch.float32)
         values = torch.tensor(target, dtype=dtype if n_classes is None else torch.int64)
