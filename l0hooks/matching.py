@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -165,34 +167,21 @@ def match_samples(
     if len(counted) < total:
         data, p = data[counted], p[counted]
     n, k = check_counts("match_samples", len(data), k)
-    limits = {
-        "starts": (starts, 1),
-        "sweeps": (sweeps, 0),
-        "steps": (steps, 2),
-        "draws": (draws, 1),
-        "features": (_FEATURES if features is None else features, 2),
-    }
-    for name, (value, least) in limits.items():
-        if type(value) is not int or value < least:
-            raise _invalid(f"{name} must be large enough.", value, f"an integer >= {least}")
+    count = _FEATURES if features is None else features
+    _check_least(starts=(starts, 1), sweeps=(sweeps, 0), steps=(steps, 2), draws=(draws, 1), features=(count, 2))
     found: dict[str, Any]
+    value_of: Callable[[Tensor], float]
     if callable(objective):
         if sample_weight is not None or features is not None:
             raise _invalid("a loss of your own has its own weights and features.", "sample_weight or features", "none")
         rows = _by_gates(objective, n, k, steps, gate_lr)
-
-        def value_of(rows: Tensor) -> float:
-            return _value(objective, rows, n)
-
-        found = {"objective": getattr(objective, "__name__", type(objective).__name__)}
+        value_of = functools.partial(_value, objective, n=n)
+        found = {"objective": objective.__name__ if inspect.isroutine(objective) else type(objective).__name__}
     else:
         form, found = _form(objective, data, p, features, generator)
         begin = [greedy(form, k), *(_random(p, k, generator) for _ in range(starts - 1))]
         rows, found["swaps"] = min((swap(form, rows, sweeps) for rows in begin), key=lambda one: distance(form, one[0]))
-
-        def value_of(rows: Tensor) -> float:
-            return distance(form, rows)
-
+        value_of = functools.partial(distance, form)
         found["objective"] = objective
     indices = counted[rows].sort().values
     chance = [value_of(_random(p, k, generator)) for _ in range(draws)]
@@ -205,6 +194,13 @@ def match_samples(
         draws=draws,
         **found,
     )
+
+
+def _check_least(**counts: tuple[int, int]) -> None:
+    """Refuse what is no integer, or less than the least that goes with it."""
+    for name, (value, least) in counts.items():
+        if type(value) is not int or value < least:
+            raise _invalid(f"{name} must be large enough.", value, f"an integer >= {least}")
 
 
 def _form(
