@@ -154,18 +154,19 @@ def _attention(t: Tracer, node: fx.Node) -> Tensor:
 @rule("batch_norm", "_native_batch_norm_legit_no_training", "instance_norm")
 def _batch_norm(t: Tracer, node: fx.Node) -> Tensor:
     vector = t.collapse(argument(node, "input"), 1)
-    for name in ("weight", "bias", "running_mean", "running_var"):
-        parameter = argument(node, name)
-        if isinstance(parameter, fx.Node):
-            t.unite(node, t.labels(parameter), vector)
-    return along(vector, 1, shape_of(node))
+    return _tied(t, node, vector, "weight", "bias", "running_mean", "running_var")
 
 
 @rule("group_norm")
 def _group_norm(t: Tracer, node: fx.Node) -> Tensor:
     vector = t.collapse(argument(node, "input"), 1)
     t.merge(node, vector.reshape(argument(node, "num_groups"), -1), 1, "normalised together by group_norm")
-    for name in ("weight", "bias"):
+    return _tied(t, node, vector, "weight", "bias")
+
+
+def _tied(t: Tracer, node: fx.Node, vector: Tensor, *names: str) -> Tensor:
+    """Labels of the channels along axis 1, tied to the parameters of one number for each."""
+    for name in names:
         parameter = argument(node, name)
         if isinstance(parameter, fx.Node):
             t.unite(node, t.labels(parameter), vector)
