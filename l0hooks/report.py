@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any
 
@@ -141,14 +142,12 @@ class Summary:
     @property
     def macs(self) -> int | None:
         """Multiply-adds of the gated layers; None unless counted for every row."""
-        counts = [part.macs for part in self._parts if part.macs is not None]
-        return sum(counts) if len(counts) == len(self._parts) else None
+        return _sum(part.macs for part in self._parts)
 
     @property
     def macs_kept(self) -> int | None:
         """Those with weights that evaluation keeps."""
-        counts = [part.macs_kept for part in self._parts if part.macs_kept is not None]
-        return sum(counts) if len(counts) == len(self._parts) else None
+        return _sum(part.macs_kept for part in self._parts)
 
     @property
     def model_macs_kept(self) -> int | None:
@@ -236,6 +235,16 @@ def _cells(row: SummaryRow) -> tuple[str, ...]:
         *(f"{row.expected_sparsity:.2%}", f"{row.sparsity:.2%}"),
         *(_of(row.parameters_kept, row.parameters), _of(row.macs_kept, row.macs)),
     )
+
+
+def _sum(counts: Iterable[int | None]) -> int | None:
+    """The sum; None if one of them is unknown."""
+    total = 0
+    for count in counts:
+        if count is None:
+            return None
+        total += count
+    return total
 
 
 def _of(kept: int | None, total: int | None) -> str:

@@ -21,6 +21,7 @@ from l0hooks.penalties import iter_gated
 from l0hooks.shrink import rewritten_from
 from l0hooks.structure.rewrite import rewrite
 from l0hooks.structure.surgery import Cut, apply_cuts
+from l0hooks.structure.ties import same_tensor
 
 _DTYPES = (
     *(torch.float32, torch.float64, torch.float16, torch.bfloat16),
@@ -234,8 +235,7 @@ def _ties(model: nn.Module) -> dict[str, str]:
     found = {}
     for name, tensor in model.state_dict().items():
         if isinstance(tensor, Tensor):
-            key = (tensor.data_ptr(), tensor.shape, tensor.stride()) if tensor.numel() else (name,)
-            found[name] = first.setdefault(key, name)
+            found[name] = first.setdefault(same_tensor(tensor), name)
     return found
 
 

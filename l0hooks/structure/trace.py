@@ -13,7 +13,7 @@ from l0hooks.structure.labels import squeeze_constant, varies
 from l0hooks.structure.movement import FILLED, POINTWISE
 from l0hooks.structure.nodes import first_of, has_shape, is_mutable, name_of, shape_of
 from l0hooks.structure.rules import RULES
-from l0hooks.structure.ties import memory_of
+from l0hooks.structure.ties import is_placed, memory_of, same_tensor
 from l0hooks.structure.tracer import Parameter, Reference, Tracer, constants
 from l0hooks.tracing import OUT_OF_MEMORY, evaluating
 
@@ -65,12 +65,11 @@ def _place_inputs(t: Tracer, program: torch.export.ExportedProgram) -> None:
         name = names.get(node.name)
         tensor = None if name is None else program.state_dict.get(name, program.constants.get(name))
         if isinstance(tensor, Tensor) and tensor.is_floating_point() and tensor.dim() > 0:
-            placed = tensor.numel() > 0 and not tensor.is_meta
-            key = (tensor.data_ptr(), tensor.shape, tensor.stride()) if placed else (id(tensor),)
+            key = same_tensor(tensor)
             if key not in tied:
                 tied[key] = Parameter([], tensor.shape, node.name in buffers)
                 t.parameters.append(tied[key])
-                if placed:
+                if is_placed(tensor):
                     memory.append((*memory_of(tensor), tied[key]))
             tied[key].names.append(str(name))
             t.values[node] = Reference(tied[key], tuple(range(tensor.dim())))
