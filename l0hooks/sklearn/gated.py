@@ -110,6 +110,7 @@ def train_gates(
     Returns
     -------
     FeatureGate
+        Of n features; its ``chosen()`` refuses gates that are not numbers.
 
     Examples
     --------

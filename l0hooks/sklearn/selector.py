@@ -89,6 +89,8 @@ class L0FeatureSelector(SelectorMixin, BaseEstimator):  # type: ignore[misc]
         From ``fit``: if an option is out of range, or ``k`` larger than the number of features.
     UnsupportedModuleError
         From ``fit``: if the module's output does not fit the task.
+    StateError
+        From ``fit``: if the gates are not numbers after training that diverged.
 
     Examples
     --------
@@ -153,6 +155,8 @@ class L0FeatureSelector(SelectorMixin, BaseEstimator):  # type: ignore[misc]
             If an option is out of range, or ``k`` larger than the number of features.
         UnsupportedModuleError
             If the module's output does not fit the task.
+        StateError
+            If the gates are not numbers after training that diverged.
         """
         self._check_options()
         x, y = checked_data(self, X, y, accept_sparse="csr", dtype=np.float64, ensure_min_samples=2)
