@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -11,22 +11,14 @@ import torch
 from torch import Tensor
 
 from l0hooks.errors import InvalidValueError, explain, near_names
-from l0hooks.gate import Gate, is_sharded, whole
-from l0hooks.schedules import Schedule, cosine, cubic, exponential, linear
+from l0hooks.gate import Gate
+from l0hooks.schedules import NAMED, MakeSchedule, Schedule, ScheduleName
 from l0hooks.shift import SharedShift
-from l0hooks.sizes import Size, Unit, fitting
-from l0hooks.stepping import steps_taken
+from l0hooks.sizes import Size, Unit
+from l0hooks.support import FittingSupport
 
-ScheduleName = Literal["cubic", "linear", "cosine", "exponential"]
 Method = Literal["shift", "lagrangian"]
 Constraint = Literal["inequality", "equality"]
-MakeSchedule = Callable[[float, float, int], Schedule]
-_SCHEDULES: dict[str, MakeSchedule] = {
-    "cubic": cubic,
-    "linear": linear,
-    "cosine": cosine,
-    "exponential": exponential,
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,9 +104,9 @@ class Budget:
             raise invalid_budget("min_keep must not be negative.", self.min_keep, "an integer >= 0")
         if not 0 <= self.prior < np.inf:
             raise invalid_budget("prior must not be negative.", self.prior, "a number >= 0")
-        if not callable(self.schedule) and self.schedule not in _SCHEDULES:
+        if not callable(self.schedule) and self.schedule not in NAMED:
             raise invalid_budget(
-                "the schedule must be known.", repr(self.schedule), hint=near_names(str(self.schedule), _SCHEDULES)
+                "the schedule must be known.", repr(self.schedule), hint=near_names(str(self.schedule), NAMED)
             )
         for name, value, known in (("method", self.method, Method), ("constraint", self.constraint, Constraint)):
             if value not in get_args(known) and (name, value) != ("constraint", None):
@@ -171,18 +163,17 @@ class BudgetRule:
         self.size = size
         self.step = 0
         self._shift = SharedShift(self.gates, size)
+        self._support = FittingSupport(self.gates, size, budget.min_keep)
         self.start = self.expected()
         self.target = budget.target(size.whole)
         self._schedule = self._make_schedule()
         self._least = size.of(size.least(budget.min_keep))
         self._moved: set[int] = set()  # the gates that this step has moved, by number
-        self._key: tuple[object, ...] = ()
-        self._sharded = False
         _ = self.scheduled  # refuses a schedule that starts as no number
 
     def _make_schedule(self) -> Schedule:
         named = self.budget.schedule
-        make = _SCHEDULES[named] if isinstance(named, str) else named
+        make = NAMED[named] if isinstance(named, str) else named
         return make(self.start, self.target, self.budget.steps)
 
     @property
@@ -245,7 +236,8 @@ class BudgetRule:
             return
         self.step += 1
         self._settle()
-        if self.finished or self._is_sharded():  # within a forward only some gates are gathered, and perhaps rounded
+        # of sharded gates only some are gathered within a forward, and perhaps rounded
+        if self.finished or self._support.is_sharded():
             self.refresh()
 
     def _settle(self) -> None:
@@ -288,45 +280,11 @@ class BudgetRule:
 
     def refresh(self) -> tuple[object, ...]:
         """Bring ``mask``, and once finished ``held``, of every gate up to date; a key of the state they belong to."""
-        steps = None if self.finished else steps_taken()  # fused optimisers leave no version
-        sharded = self._is_sharded()  # gathering and freeing change versions and addresses, not values
-        key = (self.step, steps, *(() if sharded else map(_state_of, self.gates)))
-        if key != self._key or self.gates[0].mask is None:
-            with torch.inference_mode(False), torch.no_grad():  # training will use them, too
-                for gate, mask in zip(self.gates, self._support(), strict=True):
-                    gate.mask = mask
-                self._key = key  # before the values, which ask for the support
-                for gate in self.gates:
-                    gate.held = gate.value() if self.finished else None
+        key = self._support.state(self.step, fixed=self.finished)
+        if not self._support.is_of(key):
+            self._support.update(key, self.scheduled, fixed=self.finished)
         return key
 
-    def _is_sharded(self) -> bool:
-        """Whether ``fully_shard`` has spread the gates; it stays so while they are gathered."""
-        self._sharded = self._sharded or any(is_sharded(gate.log_alpha) for gate in self.gates)
-        return self._sharded
-
-    def _support(self) -> list[Tensor]:
-        return self.support_at(self.scheduled)
-
-    @torch.no_grad()
     def support_at(self, allowed: float) -> list[Tensor]:
         """The largest log-odds that fit into a size, ``min_keep`` of every array first; of equal ones the first."""
-        device = self.gates[0].log_alpha.device
-        arrays = [whole(gate.log_alpha.detach()).flatten() for gate in self.gates]
-        rank = torch.cat([a.to(device) for a in arrays])
-        least = self.size.least(self.budget.min_keep).tolist()
-        for part, n in zip(torch.split(rank, [len(a) for a in arrays]), least, strict=True):
-            part[part.topk(int(n)).indices] = torch.inf
-        order = rank.argsort(descending=True, stable=True).cpu().numpy()
-        array_of = np.repeat(np.arange(len(arrays)), self.size.counts)[order]
-        stays = np.zeros(len(order), np.bool_)
-        stays[order[fitting(self.size, array_of, allowed)]] = True
-        masks = torch.split(torch.from_numpy(stays), [len(a) for a in arrays])
-        return [m.view(g.log_alpha.shape).to(g.log_alpha.device) for m, g in zip(masks, self.gates, strict=True)]
-
-
-def _state_of(gate: Gate) -> tuple[object, ...]:
-    """What the support and the final values depend on."""
-    found = gate.log_alpha
-    version = None if found.is_inference() else found._version
-    return version, found.data_ptr(), found.device, gate.temperature, gate.estimator
+        return self._support.masks(allowed)

@@ -10,8 +10,8 @@ import numpy.typing as npt
 import torch
 
 from l0hooks.errors import InvalidValueError, explain
-from l0hooks.items import ItemGate, Options, check_counts
-from l0hooks.rows import indices_like, scaled, take, total
+from l0hooks.items import ItemGate, Options
+from l0hooks.rows import check_counts, indices_like, scaled, take, total
 from l0hooks.selection import check_weighted, gated_weights, preserving
 
 Origins = npt.NDArray[np.str_]

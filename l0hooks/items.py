@@ -8,12 +8,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from l0hooks.budget import Budget, BudgetRule, MakeSchedule, ScheduleName
+from l0hooks.budget import Budget, BudgetRule
 from l0hooks.budgeting import set_budget
 from l0hooks.errors import InvalidValueError, StateError, explain, near_names
 from l0hooks.families import FamilyName
 from l0hooks.gate import Estimator, Gate
-from l0hooks.rows import Ints, indices_like, length, take
+from l0hooks.rows import check_counts, indices_like, indices_of, length, take
+from l0hooks.schedules import MakeSchedule, ScheduleName
 from l0hooks.sizes import Size
 
 Noise = Literal["step", "example"]
@@ -283,29 +284,6 @@ class ItemGate(nn.Module):
     def extra_repr(self) -> str:
         """n and k."""
         return f"{self.n}, k={self.k}"
-
-
-def indices_of(mask: Tensor) -> Ints:
-    """Where ``mask`` is true, ascending."""
-    return np.flatnonzero(mask.cpu().numpy())
-
-
-def check_counts(where: str, n: int, k: int) -> tuple[int, int]:
-    """``n`` and ``k`` as Python integers, if k of n items can be chosen.
-
-    Raises
-    ------
-    InvalidValueError
-        If they are not integers, or not 1 <= k <= n.
-    """
-    for name, value in (("the number of items", n), ("k", k)):
-        if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
-            raise InvalidValueError(explain(where, f"{name} must be an integer.", got=repr(value)))
-    if not 1 <= k <= n:
-        raise InvalidValueError(
-            explain(where, "k must be a number of items that there are.", expected=f"1 <= k <= {n}", got=k)
-        )
-    return int(n), int(k)
 
 
 def _times(x: Tensor, z: Tensor) -> Tensor:

@@ -2,28 +2,36 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from l0hooks.errors import InvalidValueError, UnsupportedModuleError, explain, near_names
-from l0hooks.items import check_counts
-from l0hooks.quadratics import Features, Kernel, Moments, Quadratic, distance, greedy, swap
-from l0hooks.rows import Ints, is_pandas
+from l0hooks.quadratics import (
+    Features,
+    Kernel,
+    Moments,
+    Quadratic,
+    distance,
+    fourier_features,
+    greedy,
+    median_distance,
+    swap,
+)
+from l0hooks.rows import Ints, check_counts, is_pandas, values_of
 from l0hooks.selection import SampleGate
 
 Objective = Literal["kernel_mean", "moments"]
 Loss = Callable[[Tensor], Tensor]
 _WHOLE = 5000  # samples up to which the kernel itself is held: 200 MB
 _FEATURES = 1024
-_PART = 10_000  # samples whose random features are computed at once
-_PAIRED = 1000  # samples whose distances give the bandwidth
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,34 +167,21 @@ def match_samples(
     if len(counted) < total:
         data, p = data[counted], p[counted]
     n, k = check_counts("match_samples", len(data), k)
-    limits = {
-        "starts": (starts, 1),
-        "sweeps": (sweeps, 0),
-        "steps": (steps, 2),
-        "draws": (draws, 1),
-        "features": (_FEATURES if features is None else features, 2),
-    }
-    for name, (value, least) in limits.items():
-        if type(value) is not int or value < least:
-            raise _invalid(f"{name} must be large enough.", value, f"an integer >= {least}")
+    count = _FEATURES if features is None else features
+    _check_least(starts=(starts, 1), sweeps=(sweeps, 0), steps=(steps, 2), draws=(draws, 1), features=(count, 2))
     found: dict[str, Any]
+    value_of: Callable[[Tensor], float]
     if callable(objective):
         if sample_weight is not None or features is not None:
             raise _invalid("a loss of your own has its own weights and features.", "sample_weight or features", "none")
         rows = _by_gates(objective, n, k, steps, gate_lr)
-
-        def value_of(rows: Tensor) -> float:
-            return _value(objective, rows, n)
-
-        found = {"objective": getattr(objective, "__name__", type(objective).__name__)}
+        value_of = functools.partial(_value, objective, n=n)
+        found = {"objective": objective.__name__ if inspect.isroutine(objective) else type(objective).__name__}
     else:
         form, found = _form(objective, data, p, features, generator)
         begin = [greedy(form, k), *(_random(p, k, generator) for _ in range(starts - 1))]
         rows, found["swaps"] = min((swap(form, rows, sweeps) for rows in begin), key=lambda one: distance(form, one[0]))
-
-        def value_of(rows: Tensor) -> float:
-            return distance(form, rows)
-
+        value_of = functools.partial(distance, form)
         found["objective"] = objective
     indices = counted[rows].sort().values
     chance = [value_of(_random(p, k, generator)) for _ in range(draws)]
@@ -199,6 +194,13 @@ def match_samples(
         draws=draws,
         **found,
     )
+
+
+def _check_least(**counts: tuple[int, int]) -> None:
+    """Refuse what is no integer, or less than the least that goes with it."""
+    for name, (value, least) in counts.items():
+        if type(value) is not int or value < least:
+            raise _invalid(f"{name} must be large enough.", value, f"an integer >= {least}")
 
 
 def _form(
@@ -220,27 +222,6 @@ def _form(
     count = _FEATURES if features is None else features
     phi = fourier_features(z, count, bandwidth, generator)
     return Features(phi, p), {"bandwidth": bandwidth, "features": phi.shape[1]}
-
-
-def median_distance(z: Tensor, generator: torch.Generator | None = None) -> float:
-    """The median distance between samples, of at most 1000 of them; their mean if half are equal, 1 if all are."""
-    some = z if len(z) <= _PAIRED else z[torch.randperm(len(z), generator=generator)[:_PAIRED]]
-    apart = torch.nn.functional.pdist(some)
-    if not len(apart):
-        return 1.0
-    return float(apart.median()) or float(apart.mean()) or 1.0
-
-
-def fourier_features(z: Tensor, count: int, bandwidth: float, generator: torch.Generator | None = None) -> Tensor:
-    """cos and sin of random projections, whose products estimate exp(−‖x − y‖²/2σ²): shape (n, 2·(count // 2))."""
-    half = count // 2
-    directions = torch.randn(z.shape[1], half, generator=generator, dtype=z.dtype) / bandwidth
-    phi = torch.empty(len(z), 2 * half, dtype=z.dtype)
-    for start in range(0, len(z), _PART):  # phi is what fills the memory: there is no second matrix of its size
-        part = slice(start, start + _PART)
-        projected = z[part] @ directions
-        phi[part, :half], phi[part, half:] = projected.cos(), projected.sin()
-    return phi.div_(math.sqrt(half))
 
 
 def _by_gates(loss: Loss, n: int, k: int, steps: int, gate_lr: float) -> Tensor:
@@ -270,7 +251,7 @@ def _random(p: Tensor, k: int, generator: torch.Generator | None) -> Tensor:
 def _numbers(x: Any) -> Tensor:
     """``x`` as float64, shape (n, d)."""
     if is_pandas(x):
-        x = _values(x)
+        x = values_of(x)
     if not isinstance(x, (Tensor, np.ndarray)):
         expected = "a Tensor, a NumPy array or a pandas DataFrame"
         raise UnsupportedModuleError(
@@ -288,14 +269,6 @@ def _numbers(x: Any) -> Tensor:
     if not bool(data.isfinite().all()):
         raise _invalid("the data must be finite.", "NaN or infinity")
     return data
-
-
-def _values(frame: Any) -> npt.NDArray[Any]:
-    """A frame's values; columns of nullable numbers as float64, with NaN for what is missing."""
-    dtypes = [frame.dtype] if frame.ndim == 1 else list(frame.dtypes)
-    if all(dtype.kind in "biuf" for dtype in dtypes):
-        return np.asarray(frame.to_numpy(dtype=np.float64, na_value=np.nan))
-    return np.asarray(frame.to_numpy())
 
 
 def _weights(given: Any, n: int) -> Tensor:

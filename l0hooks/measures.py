@@ -12,8 +12,8 @@ from torch.nn.parameter import UninitializedParameter
 
 from l0hooks.errors import StateError, explain
 from l0hooks.penalties import iter_gated
+from l0hooks.report import Summary
 from l0hooks.sizes import Unit
-from l0hooks.summary import Summary
 from l0hooks.tracing import count_positions
 from l0hooks.weights import iter_sites
 

@@ -14,7 +14,8 @@ from l0hooks.errors import StateError, explain
 from l0hooks.extras import import_extra
 from l0hooks.gate import Gate, iter_gates
 from l0hooks.penalties import iter_gated
-from l0hooks.summary import Summary, SummaryRow, summary
+from l0hooks.report import Summary, SummaryRow
+from l0hooks.summary import summary
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -15,6 +15,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+_PART = 10_000  # samples whose random features are computed at once
+_PAIRED = 1000  # samples whose distances give the bandwidth
 _GAIN = 1e-9  # of the form's value: a swap that gains less is rounding
 _ROUNDING = 1e-14  # of c: what the three terms leave when they cancel
 
@@ -169,3 +171,24 @@ def swap(form: Quadratic, rows: Tensor, sweeps: int) -> tuple[Tensor, int]:
         if exchanges == before:
             break
     return torch.tensor(chosen), exchanges
+
+
+def median_distance(z: Tensor, generator: torch.Generator | None = None) -> float:
+    """The median distance between samples, of at most 1000 of them; their mean if half are equal, 1 if all are."""
+    some = z if len(z) <= _PAIRED else z[torch.randperm(len(z), generator=generator)[:_PAIRED]]
+    apart = torch.nn.functional.pdist(some)
+    if not len(apart):
+        return 1.0
+    return float(apart.median()) or float(apart.mean()) or 1.0
+
+
+def fourier_features(z: Tensor, count: int, bandwidth: float, generator: torch.Generator | None = None) -> Tensor:
+    """cos and sin of random projections, whose products estimate exp(−‖x − y‖²/2σ²): shape (n, 2·(count // 2))."""
+    half = count // 2
+    directions = torch.randn(z.shape[1], half, generator=generator, dtype=z.dtype) / bandwidth
+    phi = torch.empty(len(z), 2 * half, dtype=z.dtype)
+    for start in range(0, len(z), _PART):  # phi is what fills the memory: there is no second matrix of its size
+        part = slice(start, start + _PART)
+        projected = z[part] @ directions
+        phi[part, :half], phi[part, half:] = projected.cos(), projected.sin()
+    return phi.div_(math.sqrt(half))

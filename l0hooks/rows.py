@@ -24,10 +24,36 @@ def is_pandas(x: object) -> bool:
     return pandas is not None and isinstance(x, (pandas.DataFrame, pandas.Series))
 
 
+def values_of(frame: Any) -> npt.NDArray[Any]:
+    """A frame's values; columns of nullable numbers as float64, with NaN for what is missing."""
+    dtypes = [frame.dtype] if frame.ndim == 1 else list(frame.dtypes)
+    if all(dtype.kind in "biuf" for dtype in dtypes):
+        return np.asarray(frame.to_numpy(dtype=np.float64, na_value=np.nan))
+    return np.asarray(frame.to_numpy())
+
+
 def is_sparse(x: object) -> bool:
     """Whether ``x`` is a scipy.sparse array or matrix, of any format."""
     scipy_sparse = sys.modules.get("scipy.sparse")
     return scipy_sparse is not None and bool(scipy_sparse.issparse(x))
+
+
+def check_counts(where: str, n: int, k: int) -> tuple[int, int]:
+    """``n`` and ``k`` as Python integers, if k of n items can be chosen.
+
+    Raises
+    ------
+    InvalidValueError
+        If they are not integers, or not 1 <= k <= n.
+    """
+    for name, value in (("the number of items", n), ("k", k)):
+        if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
+            raise InvalidValueError(explain(where, f"{name} must be an integer.", got=repr(value)))
+    if not 1 <= k <= n:
+        raise InvalidValueError(
+            explain(where, "k must be a number of items that there are.", expected=f"1 <= k <= {n}", got=k)
+        )
+    return int(n), int(k)
 
 
 def length(where: str, x: Any, axis: int) -> int:
@@ -100,6 +126,11 @@ def take(x: Any, indices: Ints, axis: int) -> Any:
         rows = x.tocsr() if axis == 0 else x.tocsc()
         return rows[where].asformat(x.format if x.format in _KEPT else "csr")
     return x[where]
+
+
+def indices_of(mask: Tensor) -> Ints:
+    """Where ``mask`` is true, ascending."""
+    return np.flatnonzero(mask.cpu().numpy())
 
 
 def indices_like(x: object, indices: Ints, device: torch.device) -> Tensor | Ints:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Literal
 
 from l0hooks.errors import InvalidValueError, explain
 
 Schedule = Callable[[int], float]
+MakeSchedule = Callable[[float, float, int], Schedule]
+ScheduleName = Literal["cubic", "linear", "cosine", "exponential"]
 
 
 def linear(start: float, stop: float, steps: int) -> Schedule:
@@ -121,6 +124,9 @@ def cubic(start: float, stop: float, steps: int) -> Schedule:
     """
     _check_steps("cubic", steps)
     return lambda step: _between(stop, start, (1 - _progress(step, steps)) ** 3)
+
+
+NAMED: dict[str, MakeSchedule] = {"cubic": cubic, "linear": linear, "cosine": cosine, "exponential": exponential}
 
 
 def _between(start: float, stop: float, t: float) -> float:

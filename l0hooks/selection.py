@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from l0hooks.errors import InvalidValueError, explain
-from l0hooks.items import ItemGate, Options, indices_of
-from l0hooks.rows import indices_like, is_pandas, is_sparse, scaled, take, total
+from l0hooks.items import ItemGate, Options
+from l0hooks.rows import indices_like, indices_of, is_pandas, is_sparse, scaled, take, total
 
 
 class SampleGate(ItemGate):

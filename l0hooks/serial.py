@@ -7,8 +7,6 @@ modules' sizes, sets the attributes that pruning had to repair, and loads strict
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,15 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from l0hooks import storage
 from l0hooks.errors import InvalidValueError, StateError, explain
-from l0hooks.extras import import_extra
 from l0hooks.layers import CONVOLUTIONS
 from l0hooks.penalties import iter_gated
 from l0hooks.shrink import rewritten_from
 from l0hooks.structure.rewrite import rewrite
 from l0hooks.structure.surgery import Cut, apply_cuts
+from l0hooks.structure.ties import same_tensor
 
-_FORMAT = "l0hooks 1"
 _DTYPES = (
     *(torch.float32, torch.float64, torch.float16, torch.bfloat16),
     *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool),
@@ -58,20 +56,17 @@ def save_pruned(model: nn.Module, path: str | Path) -> None:
     >>> torch.equal(model[0].weight, again[0].weight)
     True
     """
-    safetensors = import_extra("safetensors.torch", extra="examples", where="save_pruned")
     _check_plain(model)
     state, hidden = _first_names(model), _hidden(model)
     tensors = {name: tensor.detach().contiguous().clone() for name, tensor in {**state, **hidden}.items()}
     plan: dict[str, Any] = {
-        "format": _FORMAT,
         "tied": {name: first for name, first in _ties(model).items() if name != first},
         "hidden": sorted(hidden),
         "attributes": _integers(model),
         "biases": sorted(name for name in model.state_dict() if name.rpartition(".")[2] == "bias"),
         "graph": _graph_plan(model),
     }
-    plan["sha256"] = _digest(tensors, plan)
-    safetensors.save_file(tensors, str(path), metadata={"l0hooks": json.dumps(plan)})
+    storage.write(tensors, plan, path)
 
 
 def load_pruned(factory: Callable[[], nn.Module], path: str | Path) -> nn.Module:
@@ -112,7 +107,7 @@ def load_pruned(factory: Callable[[], nn.Module], path: str | Path) -> nn.Module
       (2): Linear(in_features=5, out_features=2, bias=True)
     )
     """
-    tensors, plan = _read(Path(path))
+    tensors, plan = storage.read(Path(path))
     model = factory()
     _give_biases(model, plan.get("biases", []), path)
     if plan["graph"] is not None:
@@ -240,8 +235,7 @@ def _ties(model: nn.Module) -> dict[str, str]:
     found = {}
     for name, tensor in model.state_dict().items():
         if isinstance(tensor, Tensor):
-            key = (tensor.data_ptr(), tensor.shape, tensor.stride()) if tensor.numel() else (name,)
-            found[name] = first.setdefault(key, name)
+            found[name] = first.setdefault(same_tensor(tensor), name)
     return found
 
 
@@ -268,39 +262,3 @@ def _cut(name: str, old: Tensor, new: Tensor, ties: dict[str, str], path: str | 
         )
     kept = tuple((d, tuple(range(n))) for d, n in enumerate(new.shape) if n != old.shape[d])
     return Cut(tuple(n for n, first in ties.items() if first == name), tuple(old.shape), kept)
-
-
-def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    safetensors = import_extra("safetensors", extra="examples", where="load_pruned")
-
-    def refuse(got: str) -> InvalidValueError:
-        return InvalidValueError(
-            explain(f"load_pruned {path}", "the file must be one that save_pruned wrote, undamaged.", got=got)
-        )
-
-    try:
-        with safetensors.safe_open(str(path), framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a mapping
-    except safetensors.SafetensorError as error:
-        raise refuse(str(error)) from error
-    if "l0hooks" not in metadata:
-        raise refuse("a safetensors file without a plan")
-    try:
-        plan = json.loads(metadata["l0hooks"])
-    except ValueError as error:
-        raise refuse("a plan that is not JSON") from error
-    if not isinstance(plan, dict) or plan.get("format") != _FORMAT:
-        raise refuse(f"format {plan.get('format') if isinstance(plan, dict) else None!r}, not {_FORMAT!r}")
-    if plan.pop("sha256", None) != _digest(tensors, plan):
-        raise refuse("tensors or a plan that differ from those that were written")
-    return tensors, plan
-
-
-def _digest(tensors: dict[str, Tensor], plan: dict[str, Any]) -> str:
-    digest = hashlib.sha256(json.dumps(plan, sort_keys=True).encode())
-    for name in sorted(tensors):
-        tensor = tensors[name].cpu().contiguous()
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()

@@ -12,24 +12,24 @@ ROOT = Path(__file__).parents[1]
 FLOORS = {
     0: ["errors", "memory", "streams"],
     1: ["hard_concrete", "layers", "noise", "schedules", "extras", "rows", "quadratics", "subset"],
-    2: ["distribution", "families", "fused", "stepping", "tracing"],
+    2: ["distribution", "families", "fused", "stepping", "tracing", "report", "storage"],
     3: ["structure", "gate", "kept", "comparison", "constants"],
     4: ["spec", "weights", "optim", "team"],
     5: ["coupled"],
     6: ["penalties", "coupling"],
     7: ["summary", "shrink", "sizes", "planning", "control"],
-    8: ["folding", "serial", "shift", "measures", "plots"],
+    8: ["folding", "serial", "shift", "support", "measures", "plots"],
     9: ["export", "budget", "track"],
     10: ["lagrangian", "integrations"],
     11: ["budgeting"],
     12: ["attach", "items", "calibration"],
-    13: ["selection", "sklearn"],
-    14: ["hybrid", "matching"],
+    13: ["selection"],
+    14: ["hybrid", "matching", "sklearn"],
     15: ["__init__", "__main__"],
 }
 STRUCTURE = {
-    **{"labels": 0, "ties": 0, "roles": 0, "failure": 0, "rules": 1, "trace": 2, "groups": 3},
-    **{"declare": 4, "surgery": 4, "rewrite": 5, "__init__": 5},
+    **{"groups": 0, "labels": 0, "nodes": 0, "ties": 0, "roles": 0, "failure": 0, "declare": 1, "surgery": 1},
+    **{"tracer": 1, "table": 2, "movement": 3, "rules": 4, "trace": 5, "finding": 6, "rewrite": 6, "__init__": 7},
 }
 SUBSET = {
     **{"__init__": 0, "design": 0, "likelihood": 1, "tableau": 1, "path": 1, "grouped": 2, "problem": 3},
@@ -42,11 +42,14 @@ CALIBRATION = {
     **{"progress": 4, "checkpoint": 4, "plots": 1, "export": 2, "result": 6, "report": 7, "driver": 6},
     **{"settings": 6, "calibrator": 7, "cli": 8, "__init__": 8},
 }
+SKLEARN = {
+    **{"base": 0, "rows": 0, "linear": 1, "screening": 1, "gated": 1, "targets": 1, "selector": 2, "__init__": 3},
+}
 PACKAGES = {
     "structure": STRUCTURE,
     "integrations": {"steps": 0, "transformers": 1, "lightning": 1, "__init__": 0},
     "subset": SUBSET,
-    "sklearn": {"base": 0, "rows": 0, "linear": 1, "screening": 1, "gated": 1, "selector": 2, "__init__": 3},
+    "sklearn": SKLEARN,
     "calibration": CALIBRATION,
 }
 FLOOR_OF = {room: floor for floor, rooms in FLOORS.items() for room in rooms}

@@ -11,10 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from l0hooks.budget import Budget
-from l0hooks.budgeting import set_budget
-from l0hooks.gate import Gate
 from l0hooks.schedules import Schedule, exponential
+from l0hooks.selection import FeatureGate
 from l0hooks.sklearn.rows import Floats
 
 _COOL = 0.3  # the temperature at the end
@@ -91,7 +89,7 @@ def regression_loss(output: Tensor, target: Tensor) -> Tensor:
 
 def train_gates(
     network: nn.Module, draw: Draw, loss: Loss, k: int, evidence: Floats, training: Training, prior: float
-) -> Gate:
+) -> FeatureGate:
     """Gates on the input of ``network`` with exactly ``k`` in their support; both are trained **in place**.
 
     Every example has noise of its own. The expected number of open gates is exactly what the schedule says at each
@@ -111,8 +109,8 @@ def train_gates(
 
     Returns
     -------
-    Gate
-        With ``support()`` of ``k`` features, and their ``log_alpha`` and ``keep_prob()``.
+    FeatureGate
+        Of n features; its ``chosen()`` refuses gates that are not numbers.
 
     Examples
     --------
@@ -121,25 +119,25 @@ def train_gates(
     ...     x = torch.randn(len(uniform), 4)
     ...     return x, x[:, 2].abs()
     >>> how = Training(steps=200, batch_size=64, lr=0.01, gate_lr=0.05)
-    >>> gate = train_gates(Networks(4, 1), draw, regression_loss, 1, np.zeros(4), how, 2.0)
-    >>> gate.support()
+    >>> train_gates(Networks(4, 1), draw, regression_loss, 1, np.zeros(4), how, 2.0).chosen()
     tensor([False, False,  True, False])
     """
     n = len(evidence)
-    gate = Gate(n, init_keep_prob=max(0.5, (k + 1) / (n + 1)))
-    budget = Budget(keep=k, steps=training.steps, schedule=_settled_then_falling, prior=0.0)
-    (rule,) = set_budget(gate, budget)
-    rule.start_from([torch.tensor(prior * (evidence / 3).clip(0, 1), dtype=torch.float32)])
-    gate.schedule = exponential(gate.temperature, _COOL, training.steps)
+    start = max(0.5, (k + 1) / (n + 1))
+    features = FeatureGate(
+        n, k, steps=training.steps, schedule=_settled_then_falling, noise="example", init_keep_prob=start
+    )
+    features.rule.start_from([torch.tensor(prior * (evidence / 3).clip(0, 1), dtype=torch.float32)])
+    features.gate.schedule = exponential(features.gate.temperature, _COOL, training.steps)
     weights = {"params": [p for p in network.parameters() if p.requires_grad], "lr": training.lr, "weight_decay": 1e-4}
-    optimizer = torch.optim.Adam([weights, {"params": [gate.log_alpha], "lr": training.gate_lr}])
+    optimizer = torch.optim.Adam([weights, {"params": features.parameters(), "lr": training.gate_lr}])
     network.train()
     for _ in range(training.steps):
         x, target = draw(torch.rand(training.batch_size, dtype=torch.float64))
         optimizer.zero_grad()
-        loss(network(x * gate.sample(examples=len(x))), target).backward()  # type: ignore[no-untyped-call]
+        loss(network(features(x)), target).backward()  # type: ignore[no-untyped-call]
         optimizer.step()
-    return gate
+    return features
 
 
 def _settled_then_falling(start: float, stop: float, steps: int) -> Schedule:
@@ -148,7 +146,7 @@ def _settled_then_falling(start: float, stop: float, steps: int) -> Schedule:
     return lambda step: falling(max(0, step - settle))
 
 
-def order_of(gate: Gate) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
-    """Features from the surest to the least sure: those of the support first."""
-    score = gate.log_alpha.detach().double() + 1e6 * gate.support()
+def order_of(features: FeatureGate) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+    """Features from the surest to the least sure: those that are chosen first."""
+    score = features.gate.log_alpha.detach().double() + 1e6 * features.chosen()
     return np.asarray(score.argsort(descending=True, stable=True).numpy())

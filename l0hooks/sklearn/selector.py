@@ -14,12 +14,11 @@ import torch
 from sklearn.base import BaseEstimator  # type: ignore[import-untyped]
 from sklearn.feature_selection import SelectorMixin  # type: ignore[import-untyped]
 from sklearn.utils import check_random_state  # type: ignore[import-untyped]
-from sklearn.utils.multiclass import check_classification_targets  # type: ignore[import-untyped]
-from sklearn.utils.validation import _check_sample_weight, check_is_fitted, column_or_1d  # type: ignore[import-untyped]
+from sklearn.utils.validation import _check_sample_weight, check_is_fitted  # type: ignore[import-untyped]
 from torch import Tensor, nn
 
-from l0hooks.errors import InvalidValueError, UnsupportedModuleError, explain
-from l0hooks.gate import Gate
+from l0hooks.errors import UnsupportedModuleError, explain
+from l0hooks.selection import FeatureGate
 from l0hooks.sklearn.base import checked_data
 from l0hooks.sklearn.gated import (
     Loss,
@@ -33,6 +32,7 @@ from l0hooks.sklearn.gated import (
 from l0hooks.sklearn.linear import L0Classifier, L0Regressor
 from l0hooks.sklearn.rows import Floats, Indices, Rows
 from l0hooks.sklearn.screening import contrasts, evidence
+from l0hooks.sklearn.targets import encoded, invalid, task_of
 
 Task = Literal["auto", "classification", "regression"]
 MAX_CANDIDATES = 256  # features that the networks see; more if k asks for it
@@ -89,6 +89,8 @@ class L0FeatureSelector(SelectorMixin, BaseEstimator):  # type: ignore[misc]
         From ``fit``: if an option is out of range, or ``k`` larger than the number of features.
     UnsupportedModuleError
         From ``fit``: if the module's output does not fit the task.
+    StateError
+        From ``fit``: if the gates are not numbers after training that diverged.
 
     Examples
     --------
@@ -153,18 +155,22 @@ class L0FeatureSelector(SelectorMixin, BaseEstimator):  # type: ignore[misc]
             If an option is out of range, or ``k`` larger than the number of features.
         UnsupportedModuleError
             If the module's output does not fit the task.
+        StateError
+            If the gates are not numbers after training that diverged.
         """
         self._check_options()
         x, y = checked_data(self, X, y, accept_sparse="csr", dtype=np.float64, ensure_min_samples=2)
         weights = _check_sample_weight(sample_weight, x, dtype=np.float64, ensure_non_negative=True)
         if not weights.any():
-            raise _invalid("weights must not all be zero.", "one above 0", "only zeros")
+            raise invalid("weights must not all be zero.", "one above 0", "only zeros")
         k = self._number_to_keep(x.shape[1])
         for name in ("estimator_", "classes_"):  # of an earlier fit
             if name in vars(self):
                 delattr(self, name)
         self.task_ = task_of(y) if self.task == "auto" else self.task
-        target = self._encode(y)
+        target, classes = encoded(y, self.task_)
+        if classes is not None:
+            self.classes_ = classes
         if k == x.shape[1]:
             self._keep(np.arange(k), k, np.ones(k))
         elif self.estimator == "linear":
@@ -187,11 +193,11 @@ class L0FeatureSelector(SelectorMixin, BaseEstimator):  # type: ignore[misc]
         with torch.inference_mode(False), torch.random.fork_rng(devices=[]), torch.enable_grad():
             torch.manual_seed(seed)
             network = self._network(len(columns), n_classes)
-            gate = self._train(network, rows, target, columns, n_classes, k, found[columns])
+            gates = self._train(network, rows, target, columns, n_classes, k, found[columns])
         importances = np.zeros(rows.n_features)
-        importances[columns] = gate.keep_prob().detach().numpy()
+        importances[columns] = gates.importances().numpy()
         others = np.setdiff1d(np.argsort(-found, kind="stable"), columns, assume_unique=True)
-        self._keep(np.concatenate([columns[order_of(gate)], others]), k, importances)
+        self._keep(np.concatenate([columns[order_of(gates)], others]), k, importances)
         self.estimator_ = network.eval()
 
     def _train(
@@ -203,7 +209,7 @@ class L0FeatureSelector(SelectorMixin, BaseEstimator):  # type: ignore[misc]
         n_classes: int | None,
         k: int,
         found: Floats,
-    ) -> Gate:
+    ) -> FeatureGate:
         """Gates for the columns, trained with the network in the network's own dtype."""
         dtype = next((p.dtype for p in network.parameters() if p.is_floating_point()), torch.float32)
         values = torch.tensor(target, dtype=dtype if n_classes is None else torch.int64)
@@ -258,43 +264,27 @@ class L0FeatureSelector(SelectorMixin, BaseEstimator):  # type: ignore[misc]
         self.ranking_[order] = np.maximum(np.arange(len(order)) - k + 2, 1)
         self.feature_importances_ = importances
 
-    def _encode(self, y: Any) -> Floats:
-        """Class numbers, or the values of a regression."""
-        if self.task_ == "regression":
-            try:
-                values: Floats = np.asarray(y, dtype=np.float64)
-            except (TypeError, ValueError) as error:
-                raise _invalid("a regression needs numbers.", "a numeric target", np.asarray(y).dtype) from error
-            if not np.isfinite(values).all():
-                raise _invalid("a regression needs numbers.", "a finite target", "NaN or infinity")
-            return values
-        check_classification_targets(y)
-        self.classes_, codes = np.unique(y, return_inverse=True)
-        if len(self.classes_) < 2:
-            raise _invalid("a classification needs at least two classes.", ">= 2", f"{len(self.classes_)} class")
-        return np.asarray(codes, dtype=np.float64)
-
     def _number_to_keep(self, n_features: int) -> int:
         if self.k is None:
             return max(1, n_features // 2)
         if self.k > n_features:
-            raise _invalid("k must not be larger than the number of features.", f"at most {n_features}", self.k)
+            raise invalid("k must not be larger than the number of features.", f"at most {n_features}", self.k)
         return int(self.k)
 
     def _check_options(self) -> None:
         counts = {"k": 1 if self.k is None else self.k, "steps": self.steps, "batch_size": self.batch_size}
         for name, value in counts.items():
             if not isinstance(value, Integral) or isinstance(value, bool) or value < 1:
-                raise _invalid(f"{name} must be a positive number.", "an integer >= 1", repr(value))
+                raise invalid(f"{name} must be a positive number.", "an integer >= 1", repr(value))
         for name, rate in {"lr": self.lr, "gate_lr": self.gate_lr}.items():
             if not isinstance(rate, Real) or not 0 < float(rate) < math.inf:
-                raise _invalid(f"{name} must be positive.", "a number > 0", repr(rate))
+                raise invalid(f"{name} must be positive.", "a number > 0", repr(rate))
         if not isinstance(self.estimator, nn.Module) and self.estimator not in ("mlp", "linear"):
-            raise _invalid("the estimator must be known.", '"mlp", "linear" or a torch module', repr(self.estimator))
+            raise invalid("the estimator must be known.", '"mlp", "linear" or a torch module', repr(self.estimator))
         if self.task not in ("auto", "classification", "regression"):
-            raise _invalid("the task must be known.", '"auto", "classification" or "regression"', repr(self.task))
+            raise invalid("the task must be known.", '"auto", "classification" or "regression"', repr(self.task))
         if self.loss is not None and not isinstance(self.estimator, nn.Module):
-            raise _invalid("loss= goes with a torch module.", "estimator=a module", repr(self.estimator))
+            raise invalid("loss= goes with a torch module.", "estimator=a module", repr(self.estimator))
 
     def _get_support_mask(self) -> npt.NDArray[np.bool_]:
         check_is_fitted(self)
@@ -305,24 +295,3 @@ class L0FeatureSelector(SelectorMixin, BaseEstimator):  # type: ignore[misc]
         tags.target_tags.required = True
         tags.input_tags.sparse = True
         return tags
-
-
-def task_of(y: Any) -> Literal["classification", "regression"]:
-    """What ``task="auto"`` means for a target.
-
-    Examples
-    --------
-    >>> task_of(["a", "b"]), task_of([0, 1, 1]), task_of([0.5, 1.5])
-    ('classification', 'classification', 'regression')
-    """
-    values = column_or_1d(y)
-    if values.dtype.kind not in "iuf":
-        return "classification"
-    different = np.unique(values)
-    whole = bool(np.all(different == np.floor(different)))
-    few = len(different) <= max(10, math.isqrt(len(values)))
-    return "classification" if whole and few else "regression"
-
-
-def _invalid(must: str, expected: object, got: object) -> InvalidValueError:
-    return InvalidValueError(explain("L0FeatureSelector", must, expected=expected, got=got))

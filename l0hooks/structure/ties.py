@@ -39,12 +39,12 @@ class Tensors:
     def overlapping(self, name: str) -> str | None:
         """Another tensor that shares memory with this one in another shape: its transpose, or a part."""
         tensor = self.by_name[name]
-        if not _is_placed(tensor):
+        if not is_placed(tensor):
             return None
         first, after = memory_of(tensor)
         for other, (example, *_) in self._tied.items():
             found = self.by_name[example]
-            if other != same_tensor(tensor) and _is_placed(found) and found.device == tensor.device:
+            if other != same_tensor(tensor) and is_placed(found) and found.device == tensor.device:
                 start, end = memory_of(found)
                 if start < after and first < end:
                     return example
@@ -53,7 +53,7 @@ class Tensors:
 
 def same_tensor(tensor: Tensor) -> tuple[Any, ...]:
     """A key that is equal for tensors that are one: the same memory, seen alike."""
-    if not _is_placed(tensor):
+    if not is_placed(tensor):
         return (id(tensor),)
     return tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride()
 
@@ -64,5 +64,6 @@ def memory_of(tensor: Tensor) -> tuple[int, int]:
     return tensor.data_ptr(), tensor.data_ptr() + span * tensor.element_size()
 
 
-def _is_placed(tensor: Tensor) -> bool:
+def is_placed(tensor: Tensor) -> bool:
+    """Whether a tensor has memory of its own to be known by: not if it is empty, or a meta tensor."""
     return tensor.numel() > 0 and not tensor.is_meta

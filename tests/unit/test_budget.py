@@ -543,7 +543,7 @@ def test_after_the_end_the_support_is_not_looked_for_again(monkeypatch):
     optimizer = sgd(model, 0.01)
     train(model, x, optimizer, 8)
     model(x)
-    monkeypatch.setattr(rule, "_support", lambda: pytest.fail("sorted again"))
+    monkeypatch.setattr(rule._support, "masks", lambda allowed: pytest.fail("sorted again"))
     train(model, x, optimizer, 3)
     model.eval()(x)
 

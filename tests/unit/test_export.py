@@ -15,7 +15,7 @@ from torch.nn.utils import parametrize
 from l0hooks import Gate, iter_gates, prune, sparsify, summary
 from l0hooks.errors import SpecError, StateError
 from l0hooks.measures import exported_size
-from l0hooks.summary import Summary
+from l0hooks.report import Summary
 
 CNN_INPUT = (2, 3, 8, 8)
 

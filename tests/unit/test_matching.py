@@ -10,8 +10,8 @@ import torch
 from sklearn.datasets import load_digits
 
 from l0hooks.errors import InvalidValueError, UnsupportedModuleError
-from l0hooks.matching import fourier_features, match_samples, median_distance
-from l0hooks.quadratics import Features, Kernel, Moments, distance, greedy, swap
+from l0hooks.matching import match_samples
+from l0hooks.quadratics import Features, Kernel, Moments, distance, fourier_features, greedy, median_distance, swap
 
 
 def seeded(seed=0):

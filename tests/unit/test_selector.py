@@ -1,6 +1,7 @@
 """L0FeatureSelector: exactly k features, the right ones, for every kind of table, target and module."""
 
 import copy
+import math
 import pickle
 
 import numpy as np
@@ -20,9 +21,9 @@ from sklearn.preprocessing import StandardScaler
 from sklearn.utils.estimator_checks import check_estimator
 from torch import nn
 
-from l0hooks.errors import InvalidValueError, UnsupportedModuleError
+from l0hooks.errors import InvalidValueError, StateError, UnsupportedModuleError
 from l0hooks.sklearn import L0FeatureSelector
-from l0hooks.sklearn.selector import task_of
+from l0hooks.sklearn.targets import task_of
 
 ESTIMATORS = ("mlp", "linear", "module")
 
@@ -239,6 +240,12 @@ def test_a_clone_has_the_options_and_is_not_fitted():
         selector.transform(np.zeros((2, 9)))
 
 
+def test_a_module_gets_its_inputs_in_its_own_dtype():
+    x = np.random.default_rng(0).standard_normal((200, 6))
+    selector = L0FeatureSelector(2, nn.Linear(6, 1).bfloat16(), steps=150, lr=0.03, gate_lr=0.1, random_state=0)
+    assert selector.fit(x, 3 * x[:, 1] - 2 * x[:, 4]).get_support(indices=True).tolist() == [1, 4]
+
+
 def test_half_of_the_features_by_default():
     x, y = table()
     assert L0FeatureSelector(steps=5).fit(x, y).get_support().sum() == 4
@@ -289,3 +296,10 @@ def test_a_module_with_another_output_is_refused(outputs, task, wanted):
     x, y = table()
     with pytest.raises(UnsupportedModuleError, match=rf"shape {wanted}\n  got: \(2, {outputs}\)"):
         make("module", 2, outputs=outputs, task=task).fit(x, y.astype(float))
+
+
+def test_gates_that_are_no_numbers_are_not_ranked():
+    x, y = table()
+    selector = L0FeatureSelector(2, nn.Linear(9, 2), loss=lambda output, _: output.sum() * math.nan, steps=3)
+    with pytest.raises(StateError, match=r"gates must be numbers to be ranked\.\n  got: NaN\n  try: a smaller gate_lr"):
+        selector.fit(x, y)

@@ -1,0 +1,64 @@
+"""What ``L0FeatureSelector`` makes of a target: which task it is, and its numbers."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+from sklearn.utils.multiclass import check_classification_targets  # type: ignore[import-untyped]
+from sklearn.utils.validation import column_or_1d  # type: ignore[import-untyped]
+
+from l0hooks.errors import InvalidValueError, explain
+from l0hooks.sklearn.rows import Floats
+
+
+def task_of(y: Any) -> Literal["classification", "regression"]:
+    """What ``task="auto"`` means for a target.
+
+    Examples
+    --------
+    >>> task_of(["a", "b"]), task_of([0, 1, 1]), task_of([0.5, 1.5])
+    ('classification', 'classification', 'regression')
+    """
+    values = column_or_1d(y)
+    if values.dtype.kind not in "iuf":
+        return "classification"
+    different = np.unique(values)
+    whole = bool(np.all(different == np.floor(different)))
+    few = len(different) <= max(10, math.isqrt(len(values)))
+    return "classification" if whole and few else "regression"
+
+
+def encoded(y: Any, task: Literal["classification", "regression"]) -> tuple[Floats, npt.NDArray[Any] | None]:
+    """Class numbers and the classes, or the values of a regression and None.
+
+    Raises
+    ------
+    InvalidValueError
+        If a regression's target is not finite numbers, or there is one class only.
+
+    Examples
+    --------
+    >>> encoded(["a", "b", "a"], "classification")
+    (array([0., 1., 0.]), array(['a', 'b'], dtype='<U1'))
+    """
+    if task == "regression":
+        try:
+            values: Floats = np.asarray(y, dtype=np.float64)
+        except (TypeError, ValueError) as error:
+            raise invalid("a regression needs numbers.", "a numeric target", np.asarray(y).dtype) from error
+        if not np.isfinite(values).all():
+            raise invalid("a regression needs numbers.", "a finite target", "NaN or infinity")
+        return values, None
+    check_classification_targets(y)
+    classes, codes = np.unique(y, return_inverse=True)
+    if len(classes) < 2:
+        raise invalid("a classification needs at least two classes.", ">= 2", f"{len(classes)} class")
+    return np.asarray(codes, dtype=np.float64), classes
+
+
+def invalid(must: str, expected: object, got: object) -> InvalidValueError:
+    """The error for what ``L0FeatureSelector`` cannot take."""
+    return InvalidValueError(explain("L0FeatureSelector", must, expected=expected, got=got))

@@ -1,0 +1,75 @@
+"""One safetensors file: tensors, and in its header a JSON plan and the digest of both."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from l0hooks.errors import InvalidValueError, explain
+from l0hooks.extras import import_extra
+
+_FORMAT = "l0hooks 1"
+
+
+def write(tensors: dict[str, Tensor], plan: dict[str, Any], path: str | Path) -> None:
+    """Write contiguous ``tensors``, none of which share memory, and a ``plan`` of plain data to ``path``.
+
+    Raises
+    ------
+    MissingExtraError
+        If safetensors is not installed.
+    """
+    safetensors = import_extra("safetensors.torch", extra="examples", where="save_pruned")
+    whole = {"format": _FORMAT, **plan}
+    whole["sha256"] = _digest(tensors, whole)
+    safetensors.save_file(tensors, str(path), metadata={"l0hooks": json.dumps(whole)})
+
+
+def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors and the plan of a file.
+
+    Raises
+    ------
+    InvalidValueError
+        If it is not one that :func:`write` wrote, or differs from it in a bit.
+    MissingExtraError
+        If safetensors is not installed.
+    """
+    safetensors = import_extra("safetensors", extra="examples", where="load_pruned")
+
+    def refuse(got: str) -> InvalidValueError:
+        return InvalidValueError(
+            explain(f"load_pruned {path}", "the file must be one that save_pruned wrote, undamaged.", got=got)
+        )
+
+    try:
+        with safetensors.safe_open(str(path), framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a mapping
+    except safetensors.SafetensorError as error:
+        raise refuse(str(error)) from error
+    if "l0hooks" not in metadata:
+        raise refuse("a safetensors file without a plan")
+    try:
+        plan = json.loads(metadata["l0hooks"])
+    except ValueError as error:
+        raise refuse("a plan that is not JSON") from error
+    if not isinstance(plan, dict) or plan.get("format") != _FORMAT:
+        raise refuse(f"format {plan.get('format') if isinstance(plan, dict) else None!r}, not {_FORMAT!r}")
+    if plan.pop("sha256", None) != _digest(tensors, plan):
+        raise refuse("tensors or a plan that differ from those that were written")
+    return tensors, plan
+
+
+def _digest(tensors: dict[str, Tensor], plan: dict[str, Any]) -> str:
+    digest = hashlib.sha256(json.dumps(plan, sort_keys=True).encode())
+    for name in sorted(tensors):
+        tensor = tensors[name].cpu().contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

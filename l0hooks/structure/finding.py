@@ -1,0 +1,149 @@
+"""``channel_groups``: the groups of a model, gathered from the labels of its traced graph."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from l0hooks.structure.groups import ChannelGroup, ChannelGroups, FrozenChannels, GroupSite, Ints, Kind
+from l0hooks.structure.labels import squeeze_constant, varies
+from l0hooks.structure.trace import export_and_trace
+from l0hooks.structure.tracer import Parameter, Tracer
+
+
+def channel_groups(model: nn.Module, example_inputs: Sequence[Any]) -> ChannelGroups:
+    """The channels, neurons and attention heads that can be removed from ``model``.
+
+    The model is exported in evaluation mode and its graph traced; nothing is changed. A member of a group that is
+    gated where it is *read* may be cut out everywhere else without changing any output.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Any model that ``torch.export`` takes.
+    example_inputs : sequence
+        Positional arguments of ``model``.
+
+    Returns
+    -------
+    ChannelGroups
+        A sequence of :class:`ChannelGroup`; ``.frozen`` says what cannot be removed and why.
+
+    Raises
+    ------
+    UnsupportedModuleError
+        If ``torch.export`` cannot trace the model.
+
+    Examples
+    --------
+    >>> import torch
+    >>> model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
+    >>> print(channel_groups(model, (torch.zeros(2, 8),)))
+    0 outputs → 2 inputs: 16 neurons, 13 parameters each
+    frozen: an output of the model: 2
+    """
+    _, tracer = export_and_trace(model, example_inputs)
+    sites = list(_sites(tracer))
+    group_of, rank, heads = _members(tracer, sites)
+    groups = _assemble(sites, group_of, rank, heads)
+    return ChannelGroups(groups, tuple(_frozen(tracer, group_of)))
+
+
+@dataclass(frozen=True)
+class _Axis:
+    """A parameter's axis and the class of each of its positions."""
+
+    parameter: Parameter
+    axis: int
+    roots: Ints
+
+
+def _sites(tracer: Tracer) -> Iterator[_Axis]:
+    for parameter in tracer.parameters:
+        if parameter.elements is None:
+            for axis, vector in enumerate(parameter.axes):
+                yield _Axis(parameter, axis, tracer.classes.roots(vector).numpy())
+        else:
+            roots = tracer.classes.roots(parameter.elements)
+            for axis in range(roots.dim()):
+                if varies(roots, axis):  # along one axis at most: its slabs are whole
+                    first = roots.movedim(axis, 0).reshape(roots.shape[axis], -1)[:, 0]
+                    yield _Axis(parameter, axis, first.numpy())
+
+
+def _members(tracer: Tracer, sites: list[_Axis]) -> tuple[Ints, Ints, list[bool]]:
+    """For each class its group and its place in it, -1 without; for each group whether its members are heads.
+
+    Classes that run through the same sites, with the same width, form a group.
+    """
+    random = np.random.default_rng(0)
+    signature = np.zeros(len(tracer.classes), np.uint64)
+    first_seen = np.full(len(tracer.classes), np.iinfo(np.int64).max)
+    place = 0
+    for site in sites:
+        classes, first, counts = np.unique(site.roots, return_index=True, return_counts=True)
+        marks = random.integers(1, 2**63, size=int(counts.max(initial=1)) + 1, dtype=np.uint64)
+        signature[classes] += marks[counts]  # equal sums mean equal sites and widths, but for a chance of 2^-63
+        first_seen[classes] = np.minimum(first_seen[classes], place + first)
+        place += len(site.roots)
+    signature[0] = 0
+    members = np.flatnonzero(signature)
+    members = members[np.argsort(first_seen[members], kind="stable")]
+    by_signature: dict[int, list[int]] = {}
+    for member, mark in zip(members.tolist(), signature[members].tolist(), strict=True):
+        by_signature.setdefault(mark, []).append(member)
+    group_of, rank = np.full(len(tracer.classes), -1), np.full(len(tracer.classes), -1)
+    in_heads = {int(r) for labels in tracer.heads for r in np.unique(squeeze_constant(tracer.classes.roots(labels)))}
+    heads: list[bool] = []
+    for classes_of_group in by_signature.values():
+        if len(classes_of_group) > 1:
+            group_of[classes_of_group] = len(heads)
+            rank[classes_of_group] = np.arange(len(classes_of_group))
+            heads.append(classes_of_group[0] in in_heads)
+    return group_of, rank, heads
+
+
+def _assemble(sites: list[_Axis], group_of: Ints, rank: Ints, heads: list[bool]) -> tuple[ChannelGroup, ...]:
+    sizes = np.bincount(group_of[group_of >= 0], minlength=len(heads))
+    found: list[list[GroupSite]] = [[] for _ in heads]
+    for site in sites:
+        groups, ranks = group_of[site.roots], rank[site.roots]
+        for group in np.unique(groups[groups >= 0]).tolist():
+            positions = np.flatnonzero(groups == group)
+            order = positions[np.argsort(ranks[positions], kind="stable")]
+            parameter, reads = site.parameter, site.axis in site.parameter.read_axis
+            indices = order.reshape(sizes[group], -1)
+            names, shape = tuple(parameter.names), tuple(parameter.shape)
+            found[group].append(GroupSite(names, shape, site.axis, indices, reads, parameter.is_buffer))
+    return tuple(
+        ChannelGroup(_kind(group, head), int(size), tuple(group))
+        for group, size, head in zip(found, sizes, heads, strict=True)
+    )
+
+
+def _kind(sites: list[GroupSite], in_attention: bool) -> Kind:
+    weights = [s for s in sites if len(s.shape) > 1 and not s.buffer]
+    if in_attention and any(s.indices.shape[1] > 1 for s in weights):
+        return "head"
+    return "channel" if any(len(s.shape) > 2 for s in weights) else "neuron"
+
+
+def _frozen(tracer: Tracer, group_of: Ints) -> Iterator[FrozenChannels]:
+    """Layers whose outputs cannot be removed, all or some of them, by reason."""
+    by_reason: dict[str, list[str]] = {}
+    for parameter in tracer.parameters:
+        if not parameter.read_axis:
+            continue
+        for axis, labels in enumerate(parameter.axes[:2]):
+            stuck = torch.from_numpy(group_of[tracer.classes.roots(labels).numpy()] < 0)
+            if axis not in parameter.read_axis and stuck.any():
+                name = parameter.names[0].rpartition(".")[0] or parameter.names[0]
+                part = "" if stuck.all() else f" ({int(stuck.sum())} of {len(stuck)})"
+                by_reason.setdefault(tracer.why(labels[stuck]), []).append(name + part)
+    for reason, modules in by_reason.items():
+        yield FrozenChannels(tuple(modules), reason)

@@ -1,0 +1,85 @@
+"""Which gates stay under a budget: the largest log-odds that fit into its size."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from l0hooks.gate import Gate, is_sharded, whole
+from l0hooks.sizes import Size, fitting
+from l0hooks.stepping import steps_taken
+
+
+class FittingSupport:
+    """The support of several arrays of gates, kept with each as ``mask``, and once it is fixed as ``held``.
+
+    Parameters
+    ----------
+    gates : sequence of Gate
+    size : Size
+        By the numbers of gates that stay in each array.
+    min_keep : int, >= 0
+        How many of each array stay at the least.
+    """
+
+    def __init__(self, gates: Sequence[Gate], size: Size, min_keep: int) -> None:
+        self._gates = gates
+        self._size = size
+        self._min_keep = min_keep
+        self._key: tuple[object, ...] = ()
+        self._sharded = False
+
+    def state(self, step: int, *, fixed: bool) -> tuple[object, ...]:
+        """What the masks and, once they are fixed, the values depend on."""
+        steps = None if fixed else steps_taken()  # fused optimisers leave no version
+        sharded = self.is_sharded()  # gathering and freeing change versions and addresses, not values
+        return (step, steps, *(() if sharded else map(_state_of, self._gates)))
+
+    def is_of(self, state: tuple[object, ...]) -> bool:
+        """Whether the gates hold the masks of ``state``."""
+        return state == self._key and self._gates[0].mask is not None
+
+    def update(self, state: tuple[object, ...], allowed: float, *, fixed: bool) -> None:
+        """Give every gate its mask for the size ``allowed``, and its final values if the support is fixed."""
+        with torch.inference_mode(False), torch.no_grad():  # training will use them, too
+            for gate, mask in zip(self._gates, self.masks(allowed), strict=True):
+                gate.mask = mask
+            self._key = state  # before the values, which ask for the support
+            for gate in self._gates:
+                gate.held = gate.value() if fixed else None
+
+    def is_sharded(self) -> bool:
+        """Whether ``fully_shard`` has spread the gates; it stays so while they are gathered."""
+        self._sharded = self._sharded or any(is_sharded(gate.log_alpha) for gate in self._gates)
+        return self._sharded
+
+    @torch.no_grad()
+    def masks(self, allowed: float) -> list[Tensor]:
+        """The largest log-odds that fit into a size, ``min_keep`` of every array first; of equal ones the first.
+
+        Returns
+        -------
+        list of Tensor, boolean, each of the shape and on the device of its array
+        """
+        device = self._gates[0].log_alpha.device
+        arrays = [whole(gate.log_alpha.detach()).flatten() for gate in self._gates]
+        rank = torch.cat([a.to(device) for a in arrays])
+        least = self._size.least(self._min_keep).tolist()
+        for part, n in zip(torch.split(rank, [len(a) for a in arrays]), least, strict=True):
+            part[part.topk(int(n)).indices] = torch.inf
+        order = rank.argsort(descending=True, stable=True).cpu().numpy()
+        array_of = np.repeat(np.arange(len(arrays)), self._size.counts)[order]
+        stays = np.zeros(len(order), np.bool_)
+        stays[order[fitting(self._size, array_of, allowed)]] = True
+        masks = torch.split(torch.from_numpy(stays), [len(a) for a in arrays])
+        return [m.view(g.log_alpha.shape).to(g.log_alpha.device) for m, g in zip(masks, self._gates, strict=True)]
+
+
+def _state_of(gate: Gate) -> tuple[object, ...]:
+    """What the support and the final values depend on."""
+    found = gate.log_alpha
+    version = None if found.is_inference() else found._version
+    return version, found.data_ptr(), found.device, gate.temperature, gate.estimator
