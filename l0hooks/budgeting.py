@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from l0hooks.budget import Budget, BudgetRule, invalid_budget
 from l0hooks.errors import SpecError, StateError, explain
+from l0hooks.gated import Gated, iter_gated
 from l0hooks.lagrangian import LagrangianRule
-from l0hooks.penalties import Gated, iter_gated
 from l0hooks.sizes import Size, size_of
 from l0hooks.spec import Pattern, matches, named_modules, no_match
 

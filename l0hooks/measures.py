@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
 from l0hooks.errors import StateError, explain
-from l0hooks.penalties import iter_gated
+from l0hooks.gated import iter_gated
 from l0hooks.report import Summary
 from l0hooks.sizes import Unit
 from l0hooks.tracing import count_positions

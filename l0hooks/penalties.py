@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Literal, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from l0hooks.coupled import CoupledPlan, CoupledWeight
 from l0hooks.errors import SpecError, StateError, explain, near_names
 from l0hooks.gate import Gate, whole
+from l0hooks.gated import Gated, iter_gated
 from l0hooks.spec import Pattern, matches, no_match
-from l0hooks.structure import ChannelGroup
-from l0hooks.team import expected_l0, keep_probs
-from l0hooks.weights import Site, sites_among
+from l0hooks.team import expected_l0
 
 Strength = float | Tensor | tuple[float, float]
 F = TypeVar("F", bound=Callable[..., Tensor])
@@ -30,132 +27,6 @@ class _Penalty(NamedTuple):
 
 
 _registry: dict[str, _Penalty] = {}
-
-
-@dataclass(frozen=True)
-class Coupled:
-    """A coupled group: its plan, its number there, and the gates of all groups of the plan.
-
-    ``prefix`` is what a wrapper puts before the names in the plan; ``otherwise`` names the plan's weights that have
-    gates of their own, which count by these.
-    """
-
-    plan: CoupledPlan
-    number: int
-    gates: tuple[Gate, ...]
-    prefix: str = ""
-    otherwise: frozenset[str] = frozenset()
-
-    @property
-    def group(self) -> ChannelGroup:
-        """The group itself."""
-        return self.plan.groups[self.number]
-
-    def expected(self, unit: Literal["params", "macs"]) -> Tensor | float:
-        """The expected cost of the whole plan, told by its first group."""
-        return 0.0 if self.number else self.plan.expected(keep_probs(self.gates), self.otherwise, macs=unit == "macs")
-
-
-@dataclass(frozen=True)
-class Gated:
-    """One gate and the weights it multiplies; a standalone gate has none.
-
-    Attributes
-    ----------
-    name : str
-        Qualified name of the module whose weight is gated, or of the standalone gate.
-    module : nn.Module
-        That module.
-    gate : Gate
-    sites : tuple of Site
-        Several if the weight is tied, or if the gate is a coupled group's.
-    coupled : Coupled or None
-        The group that the gate belongs to.
-
-    Examples
-    --------
-    >>> from l0hooks import sparsify
-    >>> model = nn.Sequential(nn.Linear(8, 4))
-    >>> _ = sparsify(model, "output")
-    >>> (gated,) = iter_gated(model)
-    >>> gated.name, gated.gate.log_alpha.shape, [site.weight.shape for site in gated.weights()]
-    ('0', torch.Size([4]), [torch.Size([4, 8])])
-    """
-
-    name: str
-    module: nn.Module
-    gate: Gate
-    sites: tuple[Site, ...] = ()
-    coupled: Coupled | None = None
-
-    def weights(self) -> Iterator[Site]:
-        """The sites with different weights: tied ones once."""
-        yield from {site.weight.data_ptr() or id(site.weight): site for site in self.sites}.values()
-
-
-def iter_gated(model: nn.Module) -> Iterator[Gated]:
-    """Every gate below ``model`` once, with the weights it multiplies."""
-    modules = dict(model.named_modules())  # one walk: a penalty's gates cost less than finding them
-    by_gate: dict[int, list[Site]] = {}
-    for site in sites_among(modules.items()):
-        for gate in site.gating.gates:
-            by_gate.setdefault(id(gate), []).append(site)
-    groups = _coupled(by_gate)
-    for name, gate in modules.items():
-        if isinstance(gate, Gate):
-            sites = tuple(by_gate.get(id(gate), ()))
-            coupled = groups.get(id(gate))
-            if coupled is not None:
-                yield Gated(
-                    coupled.prefix + coupled.group.name, _written_by(model, modules, coupled), gate, sites, coupled
-                )
-            elif sites:
-                yield Gated(sites[0].module_name, sites[0].module, gate, sites)
-            else:
-                yield Gated(name, gate, gate)
-
-
-def _coupled(by_gate: Mapping[int, list[Site]]) -> dict[int, Coupled]:
-    """The group of every coupled gate, by the gate's id."""
-    members: dict[int, tuple[CoupledPlan, str, dict[int, Gate]]] = {}
-    for sites in by_gate.values():
-        gating = sites[0].gating
-        if isinstance(gating, CoupledWeight):
-            prefix = sites[0].name.removesuffix(gating.name)
-            _, _, gates = members.setdefault(id(gating.plan), (gating.plan, prefix, {}))
-            gates.update(zip(gating.numbers, gating.gates, strict=True))
-            if not sites[0].name.endswith(gating.name):
-                raise _not_whole(gating.name)
-    own = {s.name for sites in by_gate.values() for s in sites if not isinstance(s.gating, CoupledWeight)}
-    found = {}
-    for plan, prefix, gates in members.values():
-        otherwise = frozenset(name.removeprefix(prefix) for name in own)
-        if len(gates) < len(plan.groups):
-            raise _not_whole(next(group.name for n, group in enumerate(plan.groups) if n not in gates))
-        ordered = tuple(gates[number] for number in range(len(plan.groups)))
-        for number, gate in enumerate(ordered):
-            found[id(gate)] = Coupled(plan, number, ordered, prefix, otherwise)
-    return found
-
-
-def _written_by(model: nn.Module, modules: Mapping[str, nn.Module], coupled: Coupled) -> nn.Module:
-    first = (*coupled.group.writers, *coupled.group.sites)[0]
-    name = (coupled.prefix + first.module).rstrip(".")
-    try:
-        return modules[name] if name in modules else model.get_submodule(name)  # a second name of a module
-    except AttributeError as error:
-        raise _not_whole(first.names[0]) from error
-
-
-def _not_whole(name: str) -> StateError:
-    return StateError(
-        explain(
-            f"coupled gates at {name!r}",
-            "groups run through the whole model.",
-            expected="the model that was sparsified, or one that contains it",
-            got="a part of it",
-        )
-    )
 
 
 def register_penalty(

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from l0hooks import storage
 from l0hooks.errors import InvalidValueError, StateError, explain
+from l0hooks.gated import iter_gated
 from l0hooks.layers import CONVOLUTIONS
-from l0hooks.penalties import iter_gated
 from l0hooks.shrink import rewritten_from
 from l0hooks.structure.rewrite import rewrite
 from l0hooks.structure.surgery import Cut, apply_cuts

@@ -14,7 +14,7 @@ from torch import nn
 
 from l0hooks.comparison import Comparison
 from l0hooks.errors import StateError, UnsupportedModuleError, explain
-from l0hooks.penalties import Gated
+from l0hooks.gated import Gated
 from l0hooks.structure import ChannelGroup
 from l0hooks.structure.rewrite import rewrite
 from l0hooks.structure.surgery import Bools, Cut, apply_cuts, plan_cuts

@@ -13,7 +13,7 @@ from torch.nn.parameter import UninitializedParameter
 
 from l0hooks.coupled import CoupledPlan
 from l0hooks.errors import SpecError, explain
-from l0hooks.penalties import Gated
+from l0hooks.gated import Gated
 from l0hooks.tracing import count_positions, total_macs
 from l0hooks.weights import Site
 

@@ -11,8 +11,8 @@ from torch import nn
 from torch.nn.parameter import UninitializedParameter
 
 from l0hooks.gate import Gate
+from l0hooks.gated import Coupled, Gated, iter_gated
 from l0hooks.layers import tensors_of
-from l0hooks.penalties import Coupled, Gated, iter_gated
 from l0hooks.report import CoupledTotals, Summary, SummaryRow
 from l0hooks.spec import named_modules
 from l0hooks.structure import ChannelGroup

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from l0hooks import Budget, Gate, GateSpec, prune, set_budget, sparsify
 from l0hooks.errors import InvalidValueError, SpecError, StateError
-from l0hooks.penalties import iter_gated
+from l0hooks.gated import iter_gated
 from l0hooks.weights import iter_sites
 
 FAMILIES = ("hard_concrete", "straight_through", "stg", "deterministic")

@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from l0hooks import GateSpec, channel_groups, iter_gates, param_groups, penalty, prune, sparsify, summary
 from l0hooks.errors import SpecError, StateError, UnsupportedModuleError
-from l0hooks.penalties import iter_gated
+from l0hooks.gated import iter_gated
 from l0hooks.weights import iter_sites
 
 BY_EXAMPLE = GateSpec(granularity="coupled", noise="example", init_mean=0.6)

@@ -10,7 +10,7 @@ from torch import nn
 from l0hooks import Gate, GateSpec, iter_gates, penalty, register_penalty, set_temperature, sparsify
 from l0hooks import penalties as room
 from l0hooks.errors import SpecError, StateError
-from l0hooks.penalties import iter_gated
+from l0hooks.gated import iter_gated
 from l0hooks.team import keep_probs
 
 NAMES = ["l0", "l2", "expected_l2", "params", "macs"]
