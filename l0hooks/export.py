@@ -18,6 +18,7 @@ from l0hooks.gate import is_sharded
 from l0hooks.measures import count_parameters
 from l0hooks.noise import Door, unhook
 from l0hooks.penalties import iter_gated
+from l0hooks.placement import is_meta
 from l0hooks.shrink import members_that_stay, rewritten_from, shrink
 from l0hooks.structure import ChannelGroup
 from l0hooks.structure.surgery import Bools
@@ -157,6 +158,15 @@ def _check(model: nn.Module, sparse_format: str | None, block_size: object) -> N
     if not gated:
         raise StateError(explain("prune", "the model must hold gates.", got="none", hint="sparsify(model, ...) first"))
     for one in gated:
+        if any(is_meta(tensor) for tensor in (one.gate.log_alpha, *(site.weight for site in one.sites))):
+            raise StateError(
+                explain(
+                    f"prune at {one.name!r}",
+                    "weights and gates must have data.",
+                    got="device meta",
+                    hint="model.to_empty(device=...) and load_state_dict first",
+                )
+            )
         if not one.sites:
             raise StateError(
                 explain(

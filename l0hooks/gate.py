@@ -13,6 +13,7 @@ from l0hooks.families import Family, FamilyName, HardConcreteFamily, initial_log
 from l0hooks.fused import Constants, LastSample, expected_count, is_traced, sampled
 from l0hooks.hard_concrete import GAMMA, ZETA, check_constants
 from l0hooks.noise import Door, NoiseSource
+from l0hooks.placement import Traversal, is_meta, start_values
 from l0hooks.schedules import Schedule
 from l0hooks.stepping import Rule, gate_of, register
 from l0hooks.streams import Stream
@@ -58,6 +59,8 @@ class Gate(nn.Module):
         Which node of the graph multiplied a weight with the gates last.
     schedule, scheduled_steps : Schedule or None, int
         What the temperature follows, and how many steps of the optimiser it has taken.
+    start : float
+        The log-odds that all gates started with, and start with again when they come from the meta device.
 
     Raises
     ------
@@ -101,7 +104,7 @@ class Gate(nn.Module):
             raise InvalidValueError(explain("Gate", "every axis must be positive.", expected=">= 1", got=size))
         self.family: Family = make_family(family, gamma, zeta)
         self.temperature = self.family.default_temperature if temperature is None else temperature
-        start = initial_log_alpha(self.family, init_mean, init_keep_prob, self.temperature)
+        self.start = start = initial_log_alpha(self.family, init_mean, init_keep_prob, self.temperature)
         low, high = self.family.limits
         self.limits = (min(low, start), max(high, start))
         self.estimator = check_estimator_name(estimator)
@@ -115,6 +118,7 @@ class Gate(nn.Module):
         self.mask: Tensor | None = None  # the rule's: which gates stay, and, once they are fixed, their values
         self.held: Tensor | None = None
         self.last_sample = LastSample()
+        self._traversal = Traversal()
         self._key = register(self)
 
     @property
@@ -197,7 +201,10 @@ class Gate(nn.Module):
         self._refresh()
         if self.rule is not None and self.mask is not None:
             return self.mask
-        log_alpha = whole(self.log_alpha.detach())
+        return self._alone(whole(self.log_alpha.detach()))
+
+    def _alone(self, log_alpha: Tensor) -> Tensor:
+        """Which gates stay where no rule decides."""
         stays = self.family.median(log_alpha, self.temperature) > 0
         if self.estimator == "paper":
             stays &= self.family.paper(log_alpha, self.temperature) > 0
@@ -217,6 +224,19 @@ class Gate(nn.Module):
     def keep_prob(self) -> Tensor:
         """P(z ≠ 0) of every gate, differentiable."""
         return self.family.keep_prob(whole(self.log_alpha), self.temperature)
+
+    def kept(self) -> int:
+        """How many gates stay; on the meta device, at the start."""
+        if is_meta(self.log_alpha):
+            return self.log_alpha.numel() * int(self._alone(torch.tensor(self.start, device="cpu")))
+        return int(self.support().sum())
+
+    @torch.no_grad()
+    def mean_keep_prob(self) -> float:
+        """The mean of :meth:`keep_prob`, as a number; on the meta device, at the start."""
+        if is_meta(self.log_alpha):
+            return float(self.family.keep_prob(torch.tensor(self.start, device="cpu"), self.temperature).double())
+        return float(self.keep_prob().double().mean())
 
     def expected_l0(self) -> Tensor:
         """The expected number of gates that are not zero, differentiable, shape ()."""
@@ -253,7 +273,7 @@ class Gate(nn.Module):
     def get_extra_state(self) -> Tensor:
         """The temperature, its schedule's step and the rule's state, so that a checkpoint resumes with them."""
         state = () if self.rule is None else self.rule.state()
-        return torch.tensor([self.temperature, self.scheduled_steps, *state], dtype=torch.float64)
+        return torch.tensor([self.temperature, self.scheduled_steps, *state], dtype=torch.float64, device="cpu")
 
     def set_extra_state(self, state: Tensor) -> None:
         """Restore the temperature, its schedule's step and the rule's state."""
@@ -271,8 +291,17 @@ class Gate(nn.Module):
             moved = fn(tensor)
             return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
 
+        without_data = self._traversal.fills(fn, self.log_alpha)
         super()._apply(keep_dtype, recurse)  # type: ignore[no-untyped-call]
+        if without_data and not is_meta(self.log_alpha):
+            with torch.no_grad():
+                self.log_alpha.fill_(self.start)
         return self
+
+    def materialise(self, device: torch.device) -> None:
+        """Give log-odds on the meta device memory on ``device``, and their start; others stay as they are."""
+        if is_meta(self.log_alpha):
+            self.log_alpha = start_values(self.log_alpha, self.start, device)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)

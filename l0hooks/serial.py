@@ -20,6 +20,7 @@ from l0hooks.errors import InvalidValueError, StateError, explain
 from l0hooks.extras import import_extra
 from l0hooks.layers import CONVOLUTIONS
 from l0hooks.penalties import iter_gated
+from l0hooks.placement import has_meta, is_meta, same_tensor
 from l0hooks.shrink import rewritten_from
 from l0hooks.structure.rewrite import rewrite
 from l0hooks.structure.surgery import Cut, apply_cuts
@@ -80,7 +81,8 @@ def load_pruned(factory: Callable[[], nn.Module], path: str | Path) -> nn.Module
     Parameters
     ----------
     factory : callable
-        Builds the dense model, as it was before pruning.
+        Builds the dense model, as it was before pruning. On the meta device that takes no memory; the model then holds
+        the tensors of the file themselves, on the CPU.
     path : str or Path
 
     Returns
@@ -116,6 +118,7 @@ def load_pruned(factory: Callable[[], nn.Module], path: str | Path) -> nn.Module
     model = factory()
     _give_biases(model, plan.get("biases", []), path)
     if plan["graph"] is not None:
+        _refuse_graph_on_meta(model, path)
         cuts = [
             Cut(tuple(n), tuple(shape), tuple((d, tuple(k)) for d, k in kept))
             for n, shape, kept in plan["graph"]["cuts"]
@@ -141,8 +144,21 @@ def load_pruned(factory: Callable[[], nn.Module], path: str | Path) -> nn.Module
         own: dict[str, Any] = modules[module_name].__dict__ if module_name in modules else {}
         if type(own.get(attribute)) is int:
             own[attribute] = value
-    model.load_state_dict({name: tensors[first] for name, first in names.items()}, strict=True)
+    _load(model, tensors, names, path)
     return model
+
+
+def _refuse_graph_on_meta(model: nn.Module, path: str | Path) -> None:
+    """The constants of a graph are not in the file."""
+    if has_meta(model):
+        raise InvalidValueError(
+            explain(
+                f"load_pruned {path}",
+                "a rewritten graph is made from a model that has data.",
+                got="a factory that builds on the meta device",
+                hint="a factory that builds the model with data",
+            )
+        )
 
 
 def _integers(model: nn.Module) -> list[tuple[str, str, int]]:
@@ -174,22 +190,56 @@ def _give_biases(model: nn.Module, biases: object, path: str | Path) -> None:
 
 
 def _hidden(model: nn.Module) -> dict[str, Tensor]:
-    """The floating buffers that the state leaves out: pruning may have cut them."""
+    """The buffers that the state leaves out: pruning may have cut them, and on the meta device they have no data."""
     if isinstance(model, torch.fx.GraphModule):
         return {}
     state = model.state_dict()
-    return {name: b for name, b in model.named_buffers() if name not in state and b.is_floating_point()}
+    return {name: b for name, b in model.named_buffers() if name not in state}
 
 
 def _load_hidden(model: nn.Module, hidden: dict[str, Tensor]) -> None:
-    """Replace those buffers that are smaller than the factory's; others it may well make in another size."""
+    """Replace those buffers that are smaller than the factory's, or that it made without data.
+
+    Others it may well make in another size.
+    """
     for name, old in _hidden(model).items():
         new = hidden.get(name)
-        if new is None or new.dim() != old.dim() or new.shape == old.shape:
+        if new is None:
             continue
-        if all(a <= b for a, b in zip(new.shape, old.shape, strict=True)):
-            path, _, attribute = name.rpartition(".")
+        smaller = new.dim() == old.dim() and new.shape != old.shape and old.is_floating_point()
+        path, _, attribute = name.rpartition(".")
+        if is_meta(old):
+            model.get_submodule(path)._buffers[attribute] = new
+        elif smaller and all(a <= b for a, b in zip(new.shape, old.shape, strict=True)):
             model.get_submodule(path)._buffers[attribute] = new.to(old)
+
+
+def _load(model: nn.Module, tensors: dict[str, Tensor], names: dict[str, str], path: str | Path) -> None:
+    """Copy the tensors into the model; what is on the meta device takes them as they are."""
+    if not any(is_meta(tensor) for tensor in (*model.parameters(), *model.buffers())):
+        model.load_state_dict({name: tensors[first] for name, first in names.items()}, strict=True)
+        return
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    placed: dict[str, Tensor] = {}
+    for name, old in _first_names(model).items():
+        new = tensors[name] if is_meta(old) else tensors[name].to(old.device)
+        placed[name] = nn.Parameter(new, requires_grad=parameters[name].requires_grad) if name in parameters else new
+    model.load_state_dict({name: placed[first] for name, first in names.items()}, strict=True, assign=True)
+    left = [name for name, buffer in model.named_buffers() if is_meta(buffer)]
+    left += [f"{n}.{k}".lstrip(".") for n, m in model.named_modules() for k, v in vars(m).items() if _lacks_data(v)]
+    if left:
+        raise InvalidValueError(
+            explain(
+                f"load_pruned {path}",
+                "the file must hold all that the factory makes on the meta device.",
+                got=f"nothing for {', '.join(left[:4])}",
+                hint="a factory that builds the model with data; or save_pruned again, with this version",
+            )
+        )
+
+
+def _lacks_data(value: object) -> bool:
+    return isinstance(value, Tensor) and is_meta(value)
 
 
 def _graph_plan(model: nn.Module) -> dict[str, Any] | None:
@@ -224,7 +274,9 @@ def _made_inputs(described: list[dict[str, Any]]) -> tuple[Any, ...]:
 
 def _check_plain(model: nn.Module) -> None:
     got = None
-    if next(iter_gated(model), None) is not None:
+    if has_meta(model):
+        got = "parameters on the meta device, which have no data"
+    elif next(iter_gated(model), None) is not None:
         got = "a model with gates: prune it first"
     elif isinstance(model, torch.fx.GraphModule) and rewritten_from(model) is None:
         got = "a graph that prune did not return in this process: torch.export.save it"
@@ -240,8 +292,7 @@ def _ties(model: nn.Module) -> dict[str, str]:
     found = {}
     for name, tensor in model.state_dict().items():
         if isinstance(tensor, Tensor):
-            key = (tensor.data_ptr(), tensor.shape, tensor.stride()) if tensor.numel() else (name,)
-            found[name] = first.setdefault(key, name)
+            found[name] = first.setdefault(same_tensor(tensor) if tensor.numel() else (name,), name)
     return found
 
 

@@ -14,6 +14,7 @@ from l0hooks.families import HardConcreteFamily
 from l0hooks.fused import Constants, gated_weight, held_weight, is_traced
 from l0hooks.gate import Gate
 from l0hooks.layers import GateLayout, Granularity
+from l0hooks.placement import Tie, is_meta
 from l0hooks.stepping import steps_taken
 
 
@@ -28,6 +29,8 @@ class Gating(nn.Module):
         How often each weight is used in one pass over the example inputs: multiply-adds per weight.
     order : tuple of str
         The layer's parameters as they stood before, for pruning.
+    tie : Tie or None
+        With the other layers that have the same weight.
     """
 
     def __init__(self, granularity: Granularity, positions: float | None) -> None:
@@ -35,6 +38,7 @@ class Gating(nn.Module):
         self.granularity = granularity
         self.positions = positions
         self.order: tuple[str, ...] = ()
+        self.tie: Tie | None = None
         self._kept = _Kept()
 
     @property
@@ -77,8 +81,22 @@ class Gating(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Gating:
         self._kept.drop()  # a move to another dtype and back may put other values at the same address
+        if self.tie is not None:  # torch moves the weight next: the one that another layer has got already
+            self.tie.meet(self, fn)
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
+
+    def settle(self, chain: parametrize.ParametrizationList) -> None:
+        """After a checkpoint was loaded: what still has no data gets it where the weight, ``chain``'s, has its own."""
+        if self.tie is not None:
+            self.tie.rejoin(chain)
+        weight = chain.original
+        if isinstance(weight, Tensor) and not is_meta(weight):
+            self._materialise(weight.device)
+
+    def _materialise(self, device: torch.device) -> None:
+        for gate in self.gates:
+            gate.materialise(device)
 
     def _sampled(self, weight: Tensor) -> Tensor:
         return weight * self.factor([gate.sample() for gate in self.gates]).to(weight.dtype)
@@ -257,6 +275,14 @@ def accept_dense(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_:
                 state_dict.setdefault(key, value)
 
 
+def settle_gates(module: nn.Module, _: object) -> None:
+    """After a checkpoint was loaded with ``assign=True``: gates without data start where the weights now are."""
+    for chain in parametrization_lists(module).values():
+        gating = chain[0]
+        if isinstance(gating, Gating):
+            gating.settle(chain)
+
+
 @torch.no_grad()
 def remove_gates(site: Site, *, folded: bool) -> None:
     """Make a gated layer plain again, its weight multiplied with the test-time gates unless it is ``folded`` already.
@@ -276,6 +302,9 @@ def remove_gates(site: Site, *, folded: bool) -> None:
     module.register_parameter(tensor_name, weight if isinstance(weight, nn.Parameter) else nn.Parameter(weight))
     own = module._parameters
     module._parameters = {k: own[k] for k in (*site.gating.order, *own) if k in own}
-    hooks: dict[int, Any] = module._load_state_dict_pre_hooks
-    for key in [k for k, hook in hooks.items() if hook.hook is accept_dense]:
-        del hooks[key]
+    before: dict[int, Any] = module._load_state_dict_pre_hooks
+    for key in [k for k, hook in before.items() if hook.hook is accept_dense]:
+        del before[key]
+    after: dict[int, Any] = module._load_state_dict_post_hooks
+    for key in [k for k, hook in after.items() if hook is settle_gates]:
+        del after[key]

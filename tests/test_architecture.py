@@ -11,7 +11,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 FLOORS = {
     0: ["errors", "memory", "streams"],
-    1: ["hard_concrete", "layers", "noise", "schedules", "extras", "rows", "quadratics", "subset"],
+    1: ["hard_concrete", "layers", "noise", "placement", "schedules", "extras", "rows", "quadratics", "subset"],
     2: ["distribution", "families", "fused", "stepping", "tracing"],
     3: ["structure", "gate", "comparison", "constants"],
     4: ["spec", "weights", "optim", "team"],

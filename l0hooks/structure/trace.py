@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from l0hooks.placement import beside, same_tensor
 from l0hooks.structure.failure import export_failure
 from l0hooks.structure.labels import Classes, compress, constant, squeeze_constant, squeeze_other, varies
 from l0hooks.structure.rules import FILLED, POINTWISE, RULES, first_of, name_of, shape_of
@@ -190,7 +191,7 @@ class Tracer:
     def permute_weight(self, node: fx.Node, source: fx.Node) -> Reference:
         """A parameter with its axes in another order."""
         reference: Reference = self.values[source]
-        sizes = torch.empty(tuple(range(1, len(reference.order) + 1)))
+        sizes = torch.empty(tuple(range(1, len(reference.order) + 1)), device="cpu")
         order = tuple(n - 1 for n in node.target(sizes, *node.args[1:]).shape)  # type: ignore[operator]
         return Reference(reference.parameter, tuple(reference.order[d] for d in order))
 
@@ -239,12 +240,11 @@ class Tracer:
             name = names.get(node.name)
             tensor = None if name is None else program.state_dict.get(name, program.constants.get(name))
             if isinstance(tensor, Tensor) and tensor.is_floating_point() and tensor.dim() > 0:
-                placed = tensor.numel() > 0 and not tensor.is_meta
-                key = (tensor.data_ptr(), tensor.shape, tensor.stride()) if placed else (id(tensor),)
+                key = same_tensor(tensor)
                 if key not in tied:
                     tied[key] = Parameter([], tensor.shape, node.name in buffers)
                     self.parameters.append(tied[key])
-                    if placed:
+                    if tensor.numel() > 0 and not tensor.is_meta:
                         memory.append((*memory_of(tensor), tied[key]))
                 tied[key].names.append(str(name))
                 self.values[node] = Reference(tied[key], tuple(range(tensor.dim())))
@@ -384,7 +384,7 @@ def export_and_trace(model: nn.Module, example_inputs: Sequence[Any]) -> tuple[t
     """
     with evaluating(model):
         try:
-            program = torch.export.export(model, tuple(example_inputs), strict=False)
+            program = torch.export.export(model, beside(model, example_inputs), strict=False)
         except OUT_OF_MEMORY:
             raise
         except Exception as error:
