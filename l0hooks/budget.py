@@ -154,6 +154,11 @@ class BudgetRule:
     limits : (float, float) or None
         For the log-odds, wider than a gate's own: a common shift must not press its gates together at an end.
 
+    Raises
+    ------
+    StateError
+        If a gate is on the meta device, where log-odds have no data.
+
     Examples
     --------
     >>> from l0hooks import set_budget

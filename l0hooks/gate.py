@@ -12,6 +12,7 @@ from l0hooks.errors import InvalidValueError, explain, near_names
 from l0hooks.families import Family, FamilyName, HardConcreteFamily, initial_log_alpha, make_family
 from l0hooks.fused import Constants, LastSample, expected_count, is_traced, sampled
 from l0hooks.hard_concrete import GAMMA, ZETA, check_constants
+from l0hooks.memory import pieces
 from l0hooks.noise import Door, NoiseSource
 from l0hooks.placement import Traversal, is_meta, start_values
 from l0hooks.schedules import Schedule
@@ -180,8 +181,14 @@ class Gate(nn.Module):
             "paper": self.family.paper,
             "mean": self.family.mean,
         }[self.estimator]
-        z = estimate(whole(self.log_alpha) if log_alpha is None else log_alpha, self.temperature)
-        stays = self.support() if support is None else support
+        location = whole(self.log_alpha) if log_alpha is None else log_alpha
+        z = estimate(location, self.temperature)
+        if support is not None:
+            stays = support
+        elif self.rule is None:
+            stays = self._alone(location.detach(), z.detach() if self.estimator == "median" else None)
+        else:
+            stays = self.support()
         return torch.where(stays, z if self.rule is None else z.clamp(min=self.family.least_open), 0.0)
 
     def final(self) -> Tensor:
@@ -203,9 +210,9 @@ class Gate(nn.Module):
             return self.mask
         return self._alone(whole(self.log_alpha.detach()))
 
-    def _alone(self, log_alpha: Tensor) -> Tensor:
+    def _alone(self, log_alpha: Tensor, median: Tensor | None = None) -> Tensor:
         """Which gates stay where no rule decides."""
-        stays = self.family.median(log_alpha, self.temperature) > 0
+        stays = (self.family.median(log_alpha, self.temperature) if median is None else median) > 0
         if self.estimator == "paper":
             stays &= self.family.paper(log_alpha, self.temperature) > 0
         return stays
@@ -229,14 +236,27 @@ class Gate(nn.Module):
         """How many gates stay; on the meta device, at the start."""
         if is_meta(self.log_alpha):
             return self.log_alpha.numel() * int(self._alone(torch.tensor(self.start, device="cpu")))
-        return int(self.support().sum())
+        if self.rule is not None:
+            return int(self.support().sum())
+        return sum(int(self._alone(location).sum()) for (location,) in pieces(whole(self.log_alpha.detach())))
+
+    @torch.no_grad()
+    def multiply(self, weight: Tensor, out: Tensor) -> Tensor:
+        """``weight``, of the shape of ``log_alpha``, times the test-time gates, into ``out``; +0.0 for closed ones."""
+        mask = None if self.rule is None else self.support()
+        for w, location, stays, product in pieces(weight, whole(self.log_alpha), mask, out):
+            z = self.value(location, support=stays).to(w.dtype)
+            torch.mul(w, z, out=product).masked_fill_(z == 0, 0.0)
+        return out
 
     @torch.no_grad()
     def mean_keep_prob(self) -> float:
         """The mean of :meth:`keep_prob`, as a number; on the meta device, at the start."""
         if is_meta(self.log_alpha):
             return float(self.family.keep_prob(torch.tensor(self.start, device="cpu"), self.temperature).double())
-        return float(self.keep_prob().double().mean())
+        location = whole(self.log_alpha)
+        sums = [self.family.keep_prob(part, self.temperature).sum(dtype=torch.float64) for (part,) in pieces(location)]
+        return float(torch.stack(sums).sum()) / location.numel()
 
     def expected_l0(self) -> Tensor:
         """The expected number of gates that are not zero, differentiable, shape ()."""

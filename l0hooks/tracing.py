@@ -98,7 +98,8 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     """Evaluation mode without gradients; every module's own mode and the random state come back afterwards."""
     modes = [(module, module.training) for module in model.modules()]
     gpus = {p.device.index for p in model.parameters() if p.device.type == "cuda"}
-    model.eval()
+    if any(training for _, training in modes):  # else what evaluation has kept stays kept
+        model.eval()
     try:
         with torch.random.fork_rng(gpus), torch.no_grad():
             yield

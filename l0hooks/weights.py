@@ -14,6 +14,7 @@ from l0hooks.families import HardConcreteFamily
 from l0hooks.fused import Constants, gated_weight, held_weight, is_traced
 from l0hooks.gate import Gate
 from l0hooks.layers import GateLayout, Granularity
+from l0hooks.memory import fresh_like
 from l0hooks.placement import Tie, is_meta
 from l0hooks.stepping import steps_taken
 
@@ -72,6 +73,19 @@ class Gating(nn.Module):
         """The weight times the test-time gates, differentiable; +0.0 wherever a gate is closed."""
         factor = self.factor([gate.value() for gate in self.gates]).to(weight.dtype)
         return torch.where(factor == 0, 0.0, weight * factor)
+
+    def fold_into(self, weight: Tensor, out: Tensor) -> Tensor:
+        """:meth:`fold` without a gradient, into ``out``, which may be ``weight`` itself."""
+        return out.copy_(self.fold(weight))
+
+    @property
+    def kept(self) -> object:
+        """The holder of the kept product; a copy with the same weight and log-odds may have it, too."""
+        return self._kept
+
+    def forget(self) -> None:
+        """Drop the kept product."""
+        self._kept.drop()
 
     def train(self, mode: bool = True) -> Gating:
         """Switch modes; the kept product does not outlive the switch."""
@@ -133,6 +147,11 @@ class GatedWeight(Gating):
     def factor(self, values: Sequence[Tensor], rest: float = 1.0) -> Tensor:
         return self.layout.spread(values[0])
 
+    def fold_into(self, weight: Tensor, out: Tensor) -> Tensor:
+        if self.layout.pattern is None:
+            return self.gate.multiply(weight, out)
+        return super().fold_into(weight, out)
+
     def _sampled(self, weight: Tensor) -> Tensor:
         gate, family = self.gate, self.gate.family
         if gate.rule is not None and gate.rule.finished and self.layout.pattern is None and not is_traced():
@@ -165,7 +184,7 @@ class _Kept:
             or self._key != self._key_of(owner, of, self._product)
         ):
             with torch.inference_mode(False), torch.no_grad():
-                self._product = owner.fold(of[0])
+                self._product = owner.fold_into(of[0], fresh_like(of[0]))
             self._gates = None
             self._of = tuple(map(weakref.ref, of))
             self._key = self._key_of(owner, of, self._product)
@@ -291,7 +310,7 @@ def remove_gates(site: Site, *, folded: bool) -> None:
     """
     module, tensor_name, weight = site.module, site.tensor_name, site.weight
     if not folded:
-        weight.copy_(site.gating.fold(weight))
+        site.gating.fold_into(weight, out=weight)
     plain: type[nn.Module] = type(module).__bases__[0]
     del module.parametrizations[tensor_name]  # type: ignore[operator, union-attr]  # torch types it as Module
     if parametrization_lists(module):
