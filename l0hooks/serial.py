@@ -20,8 +20,9 @@ from l0hooks.errors import InvalidValueError, StateError, explain
 from l0hooks.extras import import_extra
 from l0hooks.layers import CONVOLUTIONS
 from l0hooks.penalties import iter_gated
-from l0hooks.placement import has_meta, is_meta, same_tensor
+from l0hooks.placement import has_meta
 from l0hooks.shrink import rewritten_from
+from l0hooks.stored import first_names, hidden_buffers, load_hidden, load_tensors, ties
 from l0hooks.structure.rewrite import rewrite
 from l0hooks.structure.surgery import Cut, apply_cuts
 
@@ -61,11 +62,11 @@ def save_pruned(model: nn.Module, path: str | Path) -> None:
     """
     safetensors = import_extra("safetensors.torch", extra="examples", where="save_pruned")
     _check_plain(model)
-    state, hidden = _first_names(model), _hidden(model)
+    state, hidden = first_names(model), hidden_buffers(model)
     tensors = {name: tensor.detach().contiguous().clone() for name, tensor in {**state, **hidden}.items()}
     plan: dict[str, Any] = {
         "format": _FORMAT,
-        "tied": {name: first for name, first in _ties(model).items() if name != first},
+        "tied": {name: first for name, first in ties(model).items() if name != first},
         "hidden": sorted(hidden),
         "attributes": _integers(model),
         "biases": sorted(name for name in model.state_dict() if name.rpartition(".")[2] == "bias"),
@@ -125,8 +126,8 @@ def load_pruned(factory: Callable[[], nn.Module], path: str | Path) -> nn.Module
         ]
         model = rewrite(model, cuts, _made_inputs(plan["graph"]["inputs"]))
     hidden = {name: tensors.pop(name) for name in plan["hidden"]}
-    names = _ties(model)
-    expected = set(_first_names(model))
+    names = ties(model)
+    expected = set(first_names(model))
     if expected != set(tensors) or any(names[name] != first for name, first in plan["tied"].items() if name in names):
         raise InvalidValueError(
             explain(
@@ -137,14 +138,14 @@ def load_pruned(factory: Callable[[], nn.Module], path: str | Path) -> nn.Module
                 hint="the factory that built the model before it was pruned",
             )
         )
-    apply_cuts(model, [_cut(name, old, tensors[name], names, path) for name, old in _first_names(model).items()])
-    _load_hidden(model, hidden)
+    apply_cuts(model, [_cut(name, old, tensors[name], names, path) for name, old in first_names(model).items()])
+    load_hidden(model, hidden)
     modules = dict(model.named_modules())
     for module_name, attribute, value in plan["attributes"]:
         own: dict[str, Any] = modules[module_name].__dict__ if module_name in modules else {}
         if type(own.get(attribute)) is int:
             own[attribute] = value
-    _load(model, tensors, names, path)
+    load_tensors(model, tensors, names, path)
     return model
 
 
@@ -187,59 +188,6 @@ def _give_biases(model: nn.Module, biases: object, path: str | Path) -> None:
             continue
         if module.bias is None:
             module.bias = nn.Parameter(weight.new_zeros(weight.shape[0]), requires_grad=weight.requires_grad)
-
-
-def _hidden(model: nn.Module) -> dict[str, Tensor]:
-    """The buffers that the state leaves out: pruning may have cut them, and on the meta device they have no data."""
-    if isinstance(model, torch.fx.GraphModule):
-        return {}
-    state = model.state_dict()
-    return {name: b for name, b in model.named_buffers() if name not in state}
-
-
-def _load_hidden(model: nn.Module, hidden: dict[str, Tensor]) -> None:
-    """Replace those buffers that are smaller than the factory's, or that it made without data.
-
-    Others it may well make in another size.
-    """
-    for name, old in _hidden(model).items():
-        new = hidden.get(name)
-        if new is None:
-            continue
-        smaller = new.dim() == old.dim() and new.shape != old.shape and old.is_floating_point()
-        path, _, attribute = name.rpartition(".")
-        if is_meta(old):
-            model.get_submodule(path)._buffers[attribute] = new
-        elif smaller and all(a <= b for a, b in zip(new.shape, old.shape, strict=True)):
-            model.get_submodule(path)._buffers[attribute] = new.to(old)
-
-
-def _load(model: nn.Module, tensors: dict[str, Tensor], names: dict[str, str], path: str | Path) -> None:
-    """Copy the tensors into the model; what is on the meta device takes them as they are."""
-    if not any(is_meta(tensor) for tensor in (*model.parameters(), *model.buffers())):
-        model.load_state_dict({name: tensors[first] for name, first in names.items()}, strict=True)
-        return
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    placed: dict[str, Tensor] = {}
-    for name, old in _first_names(model).items():
-        new = tensors[name] if is_meta(old) else tensors[name].to(old.device)
-        placed[name] = nn.Parameter(new, requires_grad=parameters[name].requires_grad) if name in parameters else new
-    model.load_state_dict({name: placed[first] for name, first in names.items()}, strict=True, assign=True)
-    left = [name for name, buffer in model.named_buffers() if is_meta(buffer)]
-    left += [f"{n}.{k}".lstrip(".") for n, m in model.named_modules() for k, v in vars(m).items() if _lacks_data(v)]
-    if left:
-        raise InvalidValueError(
-            explain(
-                f"load_pruned {path}",
-                "the file must hold all that the factory makes on the meta device.",
-                got=f"nothing for {', '.join(left[:4])}",
-                hint="a factory that builds the model with data; or save_pruned again, with this version",
-            )
-        )
-
-
-def _lacks_data(value: object) -> bool:
-    return isinstance(value, Tensor) and is_meta(value)
 
 
 def _graph_plan(model: nn.Module) -> dict[str, Any] | None:
@@ -286,22 +234,7 @@ def _check_plain(model: nn.Module) -> None:
         raise StateError(explain("save_pruned", "the model must be plain and dense.", got=got))
 
 
-def _ties(model: nn.Module) -> dict[str, str]:
-    """For every tensor of the state its first name: its own, unless it is tied to an earlier one."""
-    first: dict[tuple[Any, ...], str] = {}
-    found = {}
-    for name, tensor in model.state_dict().items():
-        if isinstance(tensor, Tensor):
-            found[name] = first.setdefault(same_tensor(tensor) if tensor.numel() else (name,), name)
-    return found
-
-
-def _first_names(model: nn.Module) -> dict[str, Tensor]:
-    state = model.state_dict()
-    return {name: state[name] for name, first in _ties(model).items() if name == first}
-
-
-def _cut(name: str, old: Tensor, new: Tensor, ties: dict[str, str], path: str | Path) -> Cut:
+def _cut(name: str, old: Tensor, new: Tensor, names: dict[str, str], path: str | Path) -> Cut:
     """A cut that gives ``old`` the shape of ``new``; which indices stay does not matter, their values are loaded."""
     if (
         old.dim() != new.dim()
@@ -318,7 +251,7 @@ def _cut(name: str, old: Tensor, new: Tensor, ties: dict[str, str], path: str | 
             )
         )
     kept = tuple((d, tuple(range(n))) for d, n in enumerate(new.shape) if n != old.shape[d])
-    return Cut(tuple(n for n, first in ties.items() if first == name), tuple(old.shape), kept)
+    return Cut(tuple(n for n, first in names.items() if first == name), tuple(old.shape), kept)
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 FLOORS = {
     0: ["errors", "memory", "streams"],
     1: ["hard_concrete", "layers", "noise", "placement", "schedules", "extras", "rows", "quadratics", "subset"],
-    2: ["distribution", "families", "fused", "stepping", "tracing"],
+    2: ["distribution", "families", "fused", "stepping", "stored", "tracing"],
     3: ["structure", "gate"],
     4: ["spec", "weights", "optim", "team"],
     5: ["coupled", "copies"],
