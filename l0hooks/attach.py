@@ -19,12 +19,22 @@ from l0hooks.gate import Gate
 from l0hooks.kept import read_directly
 from l0hooks.layers import tensors_of
 from l0hooks.noise import Door, NoiseSource
+from l0hooks.placement import Tie, same_tensor
 from l0hooks.planning import Spec, WeightPlan, every_reader, plan_gates
 from l0hooks.spec import GateSpec, Pattern, named_modules
 from l0hooks.structure import ChannelGroup
 from l0hooks.summary import Summary, summary
 from l0hooks.tracing import count_positions
-from l0hooks.weights import GatedWeight, Gating, accept_dense, iter_sites, own_class, remove_gates
+from l0hooks.weights import (
+    GatedWeight,
+    Gating,
+    accept_dense,
+    iter_sites,
+    own_class,
+    parametrization_lists,
+    remove_gates,
+    settle_gates,
+)
 
 
 def sparsify(
@@ -63,17 +73,24 @@ def sparsify(
     Summary
         What was gated; prints as a table.
 
+    Notes
+    -----
+    A model on the meta device gets its gates there, and runs there on ``example_inputs``. They start when their memory
+    comes: by ``model.to_empty(device=...)``, or with the weights by ``load_state_dict(..., assign=True)``. Whether
+    weights are finite is not looked at then, and budgets are set afterwards: :func:`l0hooks.set_budget`.
+
     Raises
     ------
     SpecError
-        If a pattern matches nothing, a weight is gated already, tied to one that is left out, not finite, on the
-        meta device, or not divisible into the blocks asked for; if ``groups`` overlap, do not fit the model, or
-        nothing is coupled.
+        If a pattern matches nothing, a weight is gated already, tied to one that is left out, not finite, or not
+        divisible into the blocks asked for; if ``groups`` overlap, do not fit the model, or nothing is coupled.
     UnsupportedModuleError
         If a pattern names a module without a weight that can carry gates, or coupled groups are to be found in a
         model that ``torch.export`` cannot trace.
     InvalidValueError
         If the budget cannot be reached.
+    StateError
+        If there is to be a budget on the meta device.
 
     Examples
     --------
@@ -129,10 +146,10 @@ def _attach(
             index=next(numbers),
         )
 
-    gates: dict[int, Gate] = {}
+    gates: dict[tuple[Any, ...], Gate] = {}
     hangings: list[tuple[nn.Module, str, Gating]] = []
     for plan in plans:
-        key = plan.weight.data_ptr()
+        key = same_tensor(plan.weight)
         if key not in gates:
             gates[key] = make(plan.layout.shape, plan.spec, plan.module, plan.weight.device)
         count = None if positions is None else positions.get((id(plan.module), plan.tensor_name), 0)
@@ -175,6 +192,22 @@ def _hang(hangings: Sequence[tuple[nn.Module, str, Gating]]) -> None:
         read_directly(module, tensor_name)
     for module in owners:
         module.register_load_state_dict_pre_hook(accept_dense)  # type: ignore[no-untyped-call]
+        module.register_load_state_dict_post_hook(settle_gates)  # type: ignore[no-untyped-call]
+    _tie(hangings)
+
+
+def _tie(hangings: Sequence[tuple[nn.Module, str, Gating]]) -> None:
+    """Let the parametrizations of one weight know of each other."""
+    shared: dict[tuple[Any, ...], list[tuple[parametrize.ParametrizationList, Gating]]] = {}
+    for module, tensor_name, gating in hangings:
+        chain = parametrization_lists(module)[tensor_name]
+        if isinstance(chain.original, torch.Tensor):
+            shared.setdefault(same_tensor(chain.original), []).append((chain, gating))
+    for places in shared.values():
+        if len(places) > 1:
+            tie = Tie([chain for chain, _ in places])
+            for _, gating in places:
+                gating.tie = tie
 
 
 def _named_positions(model: nn.Module, positions: Mapping[tuple[int, str], float]) -> dict[str, float]:

@@ -10,8 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from l0hooks.errors import InvalidValueError, explain, near_names
+from l0hooks.errors import InvalidValueError, StateError, explain, near_names
 from l0hooks.gate import Gate
+from l0hooks.placement import is_meta
 from l0hooks.schedules import NAMED, MakeSchedule, Schedule, ScheduleName
 from l0hooks.shift import SharedShift
 from l0hooks.sizes import Size, Unit
@@ -145,6 +146,11 @@ class BudgetRule:
     limits : (float, float) or None
         For the log-odds, wider than a gate's own: a common shift must not press its gates together at an end.
 
+    Raises
+    ------
+    StateError
+        If a gate is on the meta device, where log-odds have no data.
+
     Examples
     --------
     >>> from l0hooks import set_budget
@@ -158,6 +164,15 @@ class BudgetRule:
     limits: tuple[float, float] | None = (-30.0, 15.0)
 
     def __init__(self, budget: Budget, gates: Sequence[Gate], size: Size) -> None:
+        if any(is_meta(gate.log_alpha) for gate in gates):
+            raise StateError(
+                explain(
+                    "Budget",
+                    "gates that are put under a budget must have data.",
+                    got="device meta",
+                    hint="model.to_empty(device=...) and load_state_dict, then l0hooks.set_budget(model, Budget(...))",
+                )
+            )
         self.budget = budget
         self.gates = tuple(gates)
         self.size = size

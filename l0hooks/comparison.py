@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from l0hooks.copies import run_copy
 from l0hooks.tracing import OUT_OF_MEMORY, evaluating
 
 
@@ -30,8 +30,9 @@ class Comparison:
 
     def __init__(self, model: nn.Module, example_inputs: Sequence[Any]) -> None:
         self.inputs = list(batches(example_inputs))
-        self.shorter = list(lengths(model, example_inputs))
-        self.expected = self._outputs(model, every_size=True)
+        whole, *others = outputs(model, self.inputs)
+        self.shorter = list(lengths(model, example_inputs, whole))
+        self.expected = [whole, *others, *self._shorter_outputs(model)]
         self.allowed = tolerance(model)
 
     def wrong(self, model: nn.Module, *, every_size: bool = True) -> str:
@@ -50,7 +51,10 @@ class Comparison:
 
     def _outputs(self, model: nn.Module, every_size: bool) -> list[Any]:
         found = outputs(model, self.inputs)
-        return found + outputs(copy.deepcopy(model), self.shorter) if self.shorter and every_size else found
+        return found + self._shorter_outputs(model) if every_size else found
+
+    def _shorter_outputs(self, model: nn.Module) -> list[Any]:
+        return outputs(run_copy(model), self.shorter) if self.shorter else []
 
 
 def batches(example_inputs: Sequence[Any]) -> Iterator[tuple[Any, ...]]:
@@ -66,13 +70,15 @@ def batches(example_inputs: Sequence[Any]) -> Iterator[tuple[Any, ...]]:
         yield pytree.tree_map(resized, tuple(example_inputs))
 
 
-def lengths(model: nn.Module, example_inputs: Sequence[Any]) -> Iterator[tuple[Any, ...]]:
-    """The example inputs at half their sequence length or image size, where ``model`` takes that as the same batch."""
+def lengths(model: nn.Module, example_inputs: Sequence[Any], whole: Any) -> Iterator[tuple[Any, ...]]:
+    """The example inputs at half their sequence length or image size, where ``model`` takes that as the same batch.
+
+    ``whole`` is what it computes for all of them.
+    """
     tensors = _tensors_in(example_inputs)
     if not tensors:
         return
-    model = copy.deepcopy(model)
-    (whole,) = outputs(model, [tuple(example_inputs)])
+    model = run_copy(model)
     first = tensors[0]
     for axes in [(1,), (2,)] if first.dim() < 4 else [tuple(range(2, first.dim()))]:
         if any(axis >= first.dim() or first.shape[axis] < 2 for axis in axes):

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from l0hooks.copies import run_copy
 from l0hooks.layers import CONVOLUTIONS, EMBEDDINGS, TRANSPOSED, is_hugging_face_conv1d
 from l0hooks.tracing import evaluating, slow_attention
 
@@ -52,7 +53,7 @@ def constant_inputs(model: nn.Module, example_inputs: Sequence[Any]) -> dict[str
     >>> constant_inputs(model, (torch.zeros(1, 2),))["2"].tolist()
     [3.0, nan]
     """
-    probe = copy.deepcopy(model)
+    probe = run_copy(model)
     watches = {name: _Watch(m) for name, m in probe.named_modules() if is_standard(m)}
     with ExitStack() as stack:
         for watch in watches.values():

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from l0hooks.gate import Gate
+from l0hooks.placement import Traversal, is_meta
 from l0hooks.structure import ChannelGroup, GroupSite
 from l0hooks.team import Team
 from l0hooks.weights import Gating
@@ -193,12 +194,14 @@ class CoupledWeight(Gating):
         self.coupled = nn.ModuleList(members.values())
         self.example_noise = example_noise
         self.call = RunningCall()
-        index, self.axis = _index_of(plan, self.numbers, name)
+        self._index, self.axis = _index_of(plan, self.numbers, name)
+        self._traversal = Traversal()
         self.shape = tuple(shape)
         self._view = tuple(-1 if d == self.axis else 1 for d in range(len(shape)))
         device = next(iter(members.values())).log_alpha.device
-        whole = len(members) == 1 and np.array_equal(index, 1 + np.arange(len(next(iter(members.values())).log_alpha)))
-        self.register_buffer("index", None if whole else torch.from_numpy(index).to(device), persistent=False)
+        count = len(next(iter(members.values())).log_alpha)
+        whole = len(members) == 1 and np.array_equal(self._index, 1 + np.arange(count))
+        self.register_buffer("index", None if whole else torch.from_numpy(self._index).to(device), persistent=False)
 
     def factor(self, values: Sequence[Tensor], rest: float = 1.0) -> Tensor:
         return self._assemble(values, rest).view(self._view)
@@ -206,6 +209,18 @@ class CoupledWeight(Gating):
     def mask(self, examples: int | None = None) -> Tensor:
         """Sampled gates of the input channels: float32, shape (channels,), or (examples, channels)."""
         return self._assemble([self._team.sample(gate, examples) for gate in self.gates], 1.0)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CoupledWeight:
+        without_data = self.index is not None and self._traversal.fills(fn, self.index)
+        super()._apply(fn, recurse)
+        if without_data and self.index is not None and not is_meta(self.index):
+            self.index.copy_(torch.from_numpy(self._index))
+        return self
+
+    def _materialise(self, device: torch.device) -> None:
+        super()._materialise(device)
+        if self.index is not None and is_meta(self.index):
+            self.index = torch.from_numpy(self._index).to(device)
 
     def _assemble(self, values: Sequence[Tensor], rest: float) -> Tensor:
         if self.index is None:  # one group, its members in order

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any, Literal, overload
@@ -11,17 +10,21 @@ import torch
 from torch import nn
 
 from l0hooks.comparison import Comparison
+from l0hooks.copies import fold_copy
 from l0hooks.coupled import MaskInput
 from l0hooks.errors import SpecError, StateError, explain
 from l0hooks.folding import Closed, after_cuts, closed_channels, cut_closed
 from l0hooks.gate import is_sharded
 from l0hooks.gated import iter_gated
 from l0hooks.measures import count_parameters
+from l0hooks.memory import pieces
 from l0hooks.noise import Door, unhook
+from l0hooks.placement import is_meta
 from l0hooks.shrink import members_that_stay, rewritten_from, shrink
 from l0hooks.structure import ChannelGroup
 from l0hooks.structure.surgery import Bools
 from l0hooks.summary import Summary, summary
+from l0hooks.tracing import evaluating
 from l0hooks.weights import Site, iter_sites, parametrization_lists, remove_gates
 
 SparseFormat = Literal["csr", "bsr"]
@@ -108,13 +111,16 @@ def prune(
     """
     _check(model, sparse_format, block_size)
     _check_coupled(model, example_inputs, inplace=inplace)
-    report = summary(model, example_inputs=example_inputs)
-    comparison = None if example_inputs is None else Comparison(model, example_inputs)
+    with evaluating(model):  # once for all, so that every weight is folded once
+        report = summary(model, example_inputs=example_inputs)
+        comparison = None if example_inputs is None else Comparison(model, example_inputs)
     groups = members_that_stay(iter_gated(model))
     declared = any(one.coupled.plan.declared for one in iter_gated(model) if one.coupled)
     sites = list(iter_sites(model))
     closed = closed_channels(sites) if not inplace and sparse_format is None else {}
-    target = model if inplace else copy.deepcopy(model)
+    for site in sites:
+        site.gating.kept.drop()
+    target = model if inplace else fold_copy(model)
     _remove_all(list(iter_sites(target)))
     for module in target.modules():
         unhook(module, (Door, MaskInput))
@@ -157,6 +163,15 @@ def _check(model: nn.Module, sparse_format: str | None, block_size: object) -> N
     if not gated:
         raise StateError(explain("prune", "the model must hold gates.", got="none", hint="sparsify(model, ...) first"))
     for one in gated:
+        if any(is_meta(tensor) for tensor in (one.gate.log_alpha, *(site.weight for site in one.sites))):
+            raise StateError(
+                explain(
+                    f"prune at {one.name!r}",
+                    "weights and gates must have data.",
+                    got="device meta",
+                    hint="model.to_empty(device=...) and load_state_dict first",
+                )
+            )
         if not one.sites:
             raise StateError(
                 explain(
@@ -165,7 +180,7 @@ def _check(model: nn.Module, sparse_format: str | None, block_size: object) -> N
                     hint="replace it in the model by a constant mask from gate.eval()() first",
                 )
             )
-        if not bool(torch.isfinite(one.gate.log_alpha).all()):
+        if not all(bool(torch.isfinite(part).all()) for (part,) in pieces(one.gate.log_alpha.detach())):
             raise StateError(
                 explain(f"prune at {one.name!r}", "log-odds must be finite.", got="NaN", hint="a smaller gate_lr")
             )

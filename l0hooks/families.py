@@ -169,7 +169,7 @@ class GaussianFamily:
         low, high = -40 * temperature, 1 + 40 * temperature
         for _ in range(80):
             middle = (low + high) / 2
-            below = float(self.mean(torch.tensor(middle, dtype=torch.float64), temperature)) < mean
+            below = float(self.mean(torch.tensor(middle, dtype=torch.float64, device="cpu"), temperature)) < mean
             low, high = (middle, high) if below else (low, middle)
         return (low + high) / 2
 

@@ -12,7 +12,9 @@ from l0hooks.errors import InvalidValueError, explain, near_names
 from l0hooks.families import Family, FamilyName, HardConcreteFamily, initial_log_alpha, make_family
 from l0hooks.fused import Constants, LastSample, expected_count, is_traced, sampled
 from l0hooks.hard_concrete import GAMMA, ZETA, check_constants
+from l0hooks.memory import pieces
 from l0hooks.noise import Door, NoiseSource
+from l0hooks.placement import Traversal, is_meta, start_values
 from l0hooks.schedules import Schedule
 from l0hooks.stepping import Rule, gate_of, register
 from l0hooks.streams import Stream
@@ -58,6 +60,8 @@ class Gate(nn.Module):
         Which node of the graph multiplied a weight with the gates last.
     schedule, scheduled_steps : Schedule or None, int
         What the temperature follows, and how many steps of the optimiser it has taken.
+    start : float
+        The log-odds that all gates started with, and start with again when they come from the meta device.
 
     Raises
     ------
@@ -101,7 +105,7 @@ class Gate(nn.Module):
             raise InvalidValueError(explain("Gate", "every axis must be positive.", expected=">= 1", got=size))
         self.family: Family = make_family(family, gamma, zeta)
         self.temperature = self.family.default_temperature if temperature is None else temperature
-        start = initial_log_alpha(self.family, init_mean, init_keep_prob, self.temperature)
+        self.start = start = initial_log_alpha(self.family, init_mean, init_keep_prob, self.temperature)
         low, high = self.family.limits
         self.limits = (min(low, start), max(high, start))
         self.estimator = check_estimator_name(estimator)
@@ -115,6 +119,7 @@ class Gate(nn.Module):
         self.mask: Tensor | None = None  # the rule's: which gates stay, and, once they are fixed, their values
         self.held: Tensor | None = None
         self.last_sample = LastSample()
+        self._traversal = Traversal()
         self._key = register(self)
 
     @property
@@ -176,8 +181,14 @@ class Gate(nn.Module):
             "paper": self.family.paper,
             "mean": self.family.mean,
         }[self.estimator]
-        z = estimate(whole(self.log_alpha) if log_alpha is None else log_alpha, self.temperature)
-        stays = self.support() if support is None else support
+        location = whole(self.log_alpha) if log_alpha is None else log_alpha
+        z = estimate(location, self.temperature)
+        if support is not None:
+            stays = support
+        elif self.rule is None:
+            stays = self._alone(location.detach(), z.detach() if self.estimator == "median" else None)
+        else:
+            stays = self.support()
         return torch.where(stays, z if self.rule is None else z.clamp(min=self.family.least_open), 0.0)
 
     def final(self) -> Tensor:
@@ -197,8 +208,11 @@ class Gate(nn.Module):
         self._refresh()
         if self.rule is not None and self.mask is not None:
             return self.mask
-        log_alpha = whole(self.log_alpha.detach())
-        stays = self.family.median(log_alpha, self.temperature) > 0
+        return self._alone(whole(self.log_alpha.detach()))
+
+    def _alone(self, log_alpha: Tensor, median: Tensor | None = None) -> Tensor:
+        """Which gates stay where no rule decides."""
+        stays = (self.family.median(log_alpha, self.temperature) if median is None else median) > 0
         if self.estimator == "paper":
             stays &= self.family.paper(log_alpha, self.temperature) > 0
         return stays
@@ -217,6 +231,32 @@ class Gate(nn.Module):
     def keep_prob(self) -> Tensor:
         """P(z ≠ 0) of every gate, differentiable."""
         return self.family.keep_prob(whole(self.log_alpha), self.temperature)
+
+    def kept(self) -> int:
+        """How many gates stay; on the meta device, at the start."""
+        if is_meta(self.log_alpha):
+            return self.log_alpha.numel() * int(self._alone(torch.tensor(self.start, device="cpu")))
+        if self.rule is not None:
+            return int(self.support().sum())
+        return sum(int(self._alone(location).sum()) for (location,) in pieces(whole(self.log_alpha.detach())))
+
+    @torch.no_grad()
+    def multiply(self, weight: Tensor, out: Tensor) -> Tensor:
+        """``weight``, of the shape of ``log_alpha``, times the test-time gates, into ``out``; +0.0 for closed ones."""
+        mask = None if self.rule is None else self.support()
+        for w, location, stays, product in pieces(weight, whole(self.log_alpha), mask, out):
+            z = self.value(location, support=stays).to(w.dtype)
+            torch.mul(w, z, out=product).masked_fill_(z == 0, 0.0)
+        return out
+
+    @torch.no_grad()
+    def mean_keep_prob(self) -> float:
+        """The mean of :meth:`keep_prob`, as a number; on the meta device, at the start."""
+        if is_meta(self.log_alpha):
+            return float(self.family.keep_prob(torch.tensor(self.start, device="cpu"), self.temperature).double())
+        location = whole(self.log_alpha)
+        sums = [self.family.keep_prob(part, self.temperature).sum(dtype=torch.float64) for (part,) in pieces(location)]
+        return float(torch.stack(sums).sum()) / location.numel()
 
     def expected_l0(self) -> Tensor:
         """The expected number of gates that are not zero, differentiable, shape ()."""
@@ -253,7 +293,7 @@ class Gate(nn.Module):
     def get_extra_state(self) -> Tensor:
         """The temperature, its schedule's step and the rule's state, so that a checkpoint resumes with them."""
         state = () if self.rule is None else self.rule.state()
-        return torch.tensor([self.temperature, self.scheduled_steps, *state], dtype=torch.float64)
+        return torch.tensor([self.temperature, self.scheduled_steps, *state], dtype=torch.float64, device="cpu")
 
     def set_extra_state(self, state: Tensor) -> None:
         """Restore the temperature, its schedule's step and the rule's state."""
@@ -271,8 +311,17 @@ class Gate(nn.Module):
             moved = fn(tensor)
             return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
 
+        without_data = self._traversal.fills(fn, self.log_alpha)
         super()._apply(keep_dtype, recurse)  # type: ignore[no-untyped-call]
+        if without_data and not is_meta(self.log_alpha):
+            with torch.no_grad():
+                self.log_alpha.fill_(self.start)
         return self
+
+    def materialise(self, device: torch.device) -> None:
+        """Give log-odds on the meta device memory on ``device``, and their start; others stay as they are."""
+        if is_meta(self.log_alpha):
+            self.log_alpha = start_values(self.log_alpha, self.start, device)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)

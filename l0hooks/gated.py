@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from l0hooks.coupled import CoupledPlan, CoupledWeight
 from l0hooks.errors import StateError, explain
 from l0hooks.gate import Gate
+from l0hooks.placement import same_tensor
 from l0hooks.structure import ChannelGroup
 from l0hooks.team import keep_probs
 from l0hooks.weights import Site, sites_among
@@ -74,7 +75,7 @@ class Gated:
 
     def weights(self) -> Iterator[Site]:
         """The sites with different weights: tied ones once."""
-        yield from {site.weight.data_ptr() or id(site.weight): site for site in self.sites}.values()
+        yield from {same_tensor(site.weight): site for site in self.sites}.values()
 
 
 def iter_gated(model: nn.Module) -> Iterator[Gated]:

@@ -464,6 +464,6 @@ def log_alpha_from_mean(
     low, high = -slack, slack
     for _ in range(80):
         middle = (low + high) / 2
-        below = float(mean(torch.tensor(middle, dtype=torch.float64), temperature, gamma, zeta)) < value
+        below = float(mean(torch.tensor(middle, dtype=torch.float64, device="cpu"), temperature, gamma, zeta)) < value
         low, high = (middle, high) if below else (low, middle)
     return (low + high) / 2

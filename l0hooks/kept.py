@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from l0hooks.memory import fresh_like
 from l0hooks.stepping import steps_taken
 
 if TYPE_CHECKING:
@@ -23,8 +24,8 @@ class Foldable(Protocol):
     gates: tuple[Gate, ...]
     kept: Kept
 
-    def fold(self, weight: Tensor) -> Tensor:
-        """The weight times the test-time gates."""
+    def fold_into(self, weight: Tensor, out: Tensor) -> Tensor:
+        """The weight times the test-time gates, into ``out``."""
         ...
 
 
@@ -46,7 +47,7 @@ class Kept:
         if known is not None:
             return known
         with torch.inference_mode(False), torch.no_grad():
-            product = self._product = owner.fold(of[0])
+            product = self._product = owner.fold_into(of[0], fresh_like(of[0]))
         self._gates = None
         self._of = tuple(map(weakref.ref, of))
         self._key = _key_of(owner, of, product)

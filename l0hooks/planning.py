@@ -14,6 +14,8 @@ from torch.nn.utils import parametrize
 from l0hooks.coupling import choose_groups
 from l0hooks.errors import SpecError, explain
 from l0hooks.layers import GATEABLE, GateLayout, WeightLayout, gate_layout, gateable_weights, is_gateable, tensors_of
+from l0hooks.memory import pieces
+from l0hooks.placement import is_meta, same_tensor, storage_of
 from l0hooks.spec import GateSpec, Pattern, Shorthand, as_spec, first_matches, is_excluded, matches, named_modules
 from l0hooks.structure import ChannelGroup, GroupSite
 from l0hooks.weights import Gating
@@ -161,18 +163,9 @@ def _check_values(name: str, weight: Tensor) -> None:
                 repr(name), "gates multiply real floating-point weights.", expected="a floating dtype", got=weight.dtype
             )
         )
-    if weight.device.type == "meta":
-        raise SpecError(
-            explain(
-                repr(name),
-                "the weight must have data.",
-                got="device meta",
-                hint="model.to_empty(device=...) and load a checkpoint",
-            )
-        )
     if weight.numel() == 0:
         raise SpecError(explain(repr(name), "the weight must have elements.", got=f"shape {tuple(weight.shape)}"))
-    if not bool(torch.isfinite(weight).all()):
+    if not is_meta(weight) and not all(bool(torch.isfinite(piece).all()) for (piece,) in pieces(weight.detach())):
         raise SpecError(
             explain(
                 repr(name),
@@ -186,16 +179,14 @@ def _check_values(name: str, weight: Tensor) -> None:
 def _check_tied(model: nn.Module, plans: list[WeightPlan]) -> None:
     """Refuse a weight whose memory belongs to another parameter too, unless both get the same gates."""
     planned = {(id(p.module), p.tensor_name): p for p in plans}
-    by_storage: dict[int, list[tuple[str, nn.Module, str, Tensor]]] = {}
+    by_storage: dict[tuple[bool, int], list[tuple[str, nn.Module, str, Tensor]]] = {}
     for name, module in named_modules(model):
         for tensor_name, tensor in tensors_of(module):
             full = ".".join(filter(None, (name, tensor_name)))
-            if tensor.device.type != "meta" and not isinstance(tensor, nn.parameter.UninitializedParameter):
-                by_storage.setdefault(tensor.untyped_storage().data_ptr(), []).append(
-                    (full, module, tensor_name, tensor)
-                )
+            if not isinstance(tensor, nn.parameter.UninitializedParameter):
+                by_storage.setdefault(storage_of(tensor), []).append((full, module, tensor_name, tensor))
     for plan in plans:
-        for full, module, tensor_name, tensor in by_storage[plan.weight.untyped_storage().data_ptr()]:
+        for full, module, tensor_name, tensor in by_storage[storage_of(plan.weight)]:
             if (module is plan.module and tensor_name == plan.tensor_name) or not _overlap(plan.weight, tensor):
                 continue
             other = planned.get((id(module), tensor_name))
@@ -203,7 +194,7 @@ def _check_tied(model: nn.Module, plans: list[WeightPlan]) -> None:
                 other is None
                 or replace(other.spec, granularity=plan.spec.granularity) != plan.spec  # input here is output there
                 or other.layout != plan.layout
-                or not _same_memory(plan.weight, tensor)
+                or same_tensor(plan.weight) != same_tensor(tensor)
             ):
                 raise SpecError(
                     explain(
@@ -226,10 +217,6 @@ def _overlap(a: Tensor, b: Tensor) -> bool:
 
     (a0, a1), (b0, b1) = span(a), span(b)
     return a0 < b1 and b0 < a1
-
-
-def _same_memory(a: Tensor, b: Tensor) -> bool:
-    return a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.stride() == b.stride()
 
 
 def every_reader(group: ChannelGroup) -> Iterator[GroupSite]:

@@ -18,10 +18,11 @@ from l0hooks import storage
 from l0hooks.errors import InvalidValueError, StateError, explain
 from l0hooks.gated import iter_gated
 from l0hooks.layers import CONVOLUTIONS
+from l0hooks.placement import has_meta
 from l0hooks.shrink import rewritten_from
+from l0hooks.stored import first_names, hidden_buffers, load_hidden, load_tensors, ties
 from l0hooks.structure.rewrite import rewrite
 from l0hooks.structure.surgery import Cut, apply_cuts
-from l0hooks.structure.ties import same_tensor
 
 _DTYPES = (
     *(torch.float32, torch.float64, torch.float16, torch.bfloat16),
@@ -57,10 +58,10 @@ def save_pruned(model: nn.Module, path: str | Path) -> None:
     True
     """
     _check_plain(model)
-    state, hidden = _first_names(model), _hidden(model)
+    state, hidden = first_names(model), hidden_buffers(model)
     tensors = {name: tensor.detach().contiguous().clone() for name, tensor in {**state, **hidden}.items()}
     plan: dict[str, Any] = {
-        "tied": {name: first for name, first in _ties(model).items() if name != first},
+        "tied": {name: first for name, first in ties(model).items() if name != first},
         "hidden": sorted(hidden),
         "attributes": _integers(model),
         "biases": sorted(name for name in model.state_dict() if name.rpartition(".")[2] == "bias"),
@@ -75,7 +76,8 @@ def load_pruned(factory: Callable[[], nn.Module], path: str | Path) -> nn.Module
     Parameters
     ----------
     factory : callable
-        Builds the dense model, as it was before pruning.
+        Builds the dense model, as it was before pruning. On the meta device that takes no memory; the model then holds
+        the tensors of the file themselves, on the CPU.
     path : str or Path
 
     Returns
@@ -111,14 +113,15 @@ def load_pruned(factory: Callable[[], nn.Module], path: str | Path) -> nn.Module
     model = factory()
     _give_biases(model, plan.get("biases", []), path)
     if plan["graph"] is not None:
+        _refuse_graph_on_meta(model, path)
         cuts = [
             Cut(tuple(n), tuple(shape), tuple((d, tuple(k)) for d, k in kept))
             for n, shape, kept in plan["graph"]["cuts"]
         ]
         model = rewrite(model, cuts, _made_inputs(plan["graph"]["inputs"]))
     hidden = {name: tensors.pop(name) for name in plan["hidden"]}
-    names = _ties(model)
-    expected = set(_first_names(model))
+    names = ties(model)
+    expected = set(first_names(model))
     if expected != set(tensors) or any(names[name] != first for name, first in plan["tied"].items() if name in names):
         raise InvalidValueError(
             explain(
@@ -129,15 +132,28 @@ def load_pruned(factory: Callable[[], nn.Module], path: str | Path) -> nn.Module
                 hint="the factory that built the model before it was pruned",
             )
         )
-    apply_cuts(model, [_cut(name, old, tensors[name], names, path) for name, old in _first_names(model).items()])
-    _load_hidden(model, hidden)
+    apply_cuts(model, [_cut(name, old, tensors[name], names, path) for name, old in first_names(model).items()])
+    load_hidden(model, hidden)
     modules = dict(model.named_modules())
     for module_name, attribute, value in plan["attributes"]:
         own: dict[str, Any] = modules[module_name].__dict__ if module_name in modules else {}
         if type(own.get(attribute)) is int:
             own[attribute] = value
-    model.load_state_dict({name: tensors[first] for name, first in names.items()}, strict=True)
+    load_tensors(model, tensors, names, path)
     return model
+
+
+def _refuse_graph_on_meta(model: nn.Module, path: str | Path) -> None:
+    """The constants of a graph are not in the file."""
+    if has_meta(model):
+        raise InvalidValueError(
+            explain(
+                f"load_pruned {path}",
+                "a rewritten graph is made from a model that has data.",
+                got="a factory that builds on the meta device",
+                hint="a factory that builds the model with data",
+            )
+        )
 
 
 def _integers(model: nn.Module) -> list[tuple[str, str, int]]:
@@ -166,25 +182,6 @@ def _give_biases(model: nn.Module, biases: object, path: str | Path) -> None:
             continue
         if module.bias is None:
             module.bias = nn.Parameter(weight.new_zeros(weight.shape[0]), requires_grad=weight.requires_grad)
-
-
-def _hidden(model: nn.Module) -> dict[str, Tensor]:
-    """The floating buffers that the state leaves out: pruning may have cut them."""
-    if isinstance(model, torch.fx.GraphModule):
-        return {}
-    state = model.state_dict()
-    return {name: b for name, b in model.named_buffers() if name not in state and b.is_floating_point()}
-
-
-def _load_hidden(model: nn.Module, hidden: dict[str, Tensor]) -> None:
-    """Replace those buffers that are smaller than the factory's; others it may well make in another size."""
-    for name, old in _hidden(model).items():
-        new = hidden.get(name)
-        if new is None or new.dim() != old.dim() or new.shape == old.shape:
-            continue
-        if all(a <= b for a, b in zip(new.shape, old.shape, strict=True)):
-            path, _, attribute = name.rpartition(".")
-            model.get_submodule(path)._buffers[attribute] = new.to(old)
 
 
 def _graph_plan(model: nn.Module) -> dict[str, Any] | None:
@@ -219,7 +216,9 @@ def _made_inputs(described: list[dict[str, Any]]) -> tuple[Any, ...]:
 
 def _check_plain(model: nn.Module) -> None:
     got = None
-    if next(iter_gated(model), None) is not None:
+    if has_meta(model):
+        got = "parameters on the meta device, which have no data"
+    elif next(iter_gated(model), None) is not None:
         got = "a model with gates: prune it first"
     elif isinstance(model, torch.fx.GraphModule) and rewritten_from(model) is None:
         got = "a graph that prune did not return in this process: torch.export.save it"
@@ -229,22 +228,7 @@ def _check_plain(model: nn.Module) -> None:
         raise StateError(explain("save_pruned", "the model must be plain and dense.", got=got))
 
 
-def _ties(model: nn.Module) -> dict[str, str]:
-    """For every tensor of the state its first name: its own, unless it is tied to an earlier one."""
-    first: dict[tuple[Any, ...], str] = {}
-    found = {}
-    for name, tensor in model.state_dict().items():
-        if isinstance(tensor, Tensor):
-            found[name] = first.setdefault(same_tensor(tensor), name)
-    return found
-
-
-def _first_names(model: nn.Module) -> dict[str, Tensor]:
-    state = model.state_dict()
-    return {name: state[name] for name, first in _ties(model).items() if name == first}
-
-
-def _cut(name: str, old: Tensor, new: Tensor, ties: dict[str, str], path: str | Path) -> Cut:
+def _cut(name: str, old: Tensor, new: Tensor, names: dict[str, str], path: str | Path) -> Cut:
     """A cut that gives ``old`` the shape of ``new``; which indices stay does not matter, their values are loaded."""
     if (
         old.dim() != new.dim()
@@ -261,4 +245,4 @@ def _cut(name: str, old: Tensor, new: Tensor, ties: dict[str, str], path: str | 
             )
         )
     kept = tuple((d, tuple(range(n))) for d, n in enumerate(new.shape) if n != old.shape[d])
-    return Cut(tuple(n for n, first in ties.items() if first == name), tuple(old.shape), kept)
+    return Cut(tuple(n for n, first in names.items() if first == name), tuple(old.shape), kept)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -38,6 +39,10 @@ class SharedShift:
         self._sums = np.zeros((len(gates), 4))
         self._last = 0.0
         self._key: object = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy measures anew: its gates lie elsewhere."""
+        return self.__dict__ | {"_slopes": [], "_key": None}
 
     def expected(self) -> float:
         """The expected size of the gates as they stand."""

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from l0hooks.comparison import Comparison
+from l0hooks.copies import run_copy
 from l0hooks.errors import StateError, UnsupportedModuleError, explain
 from l0hooks.gated import Gated
 from l0hooks.structure import ChannelGroup
@@ -68,7 +69,7 @@ def shrink(
         If neither computes what it should, or something reads closed members.
     """
     cuts = plan_cuts(groups)
-    small = copy.deepcopy(model)
+    small = copy.deepcopy(model) if declared else run_copy(model)  # cutting puts new tensors in place of old ones
     if declared:
         _refuse_read_members(small, groups, comparison)
     wrong = _cut_modules(small, cuts, groups, comparison)

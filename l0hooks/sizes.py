@@ -14,6 +14,7 @@ from torch.nn.parameter import UninitializedParameter
 from l0hooks.coupled import CoupledPlan
 from l0hooks.errors import SpecError, explain
 from l0hooks.gated import Gated
+from l0hooks.placement import same_tensor
 from l0hooks.tracing import count_positions, total_macs
 from l0hooks.weights import Site
 
@@ -216,7 +217,7 @@ def _total(model: nn.Module, every: Sequence[Gated], positions: Positions | None
     if positions is None:
         own = {id(p) for one in every for p in one.gate.parameters()}
         found = [p for p in model.parameters() if id(p) not in own and not isinstance(p, UninitializedParameter)]
-        return float(sum({p.data_ptr() or id(p): p.numel() for p in found}.values()))  # tied ones once
+        return float(sum({same_tensor(p): p.numel() for p in found}.values()))  # tied ones once
     return total_macs(model, positions)
 
 

@@ -13,6 +13,7 @@ from torch.nn.parameter import UninitializedParameter
 from l0hooks.gate import Gate
 from l0hooks.gated import Coupled, Gated, iter_gated
 from l0hooks.layers import tensors_of
+from l0hooks.placement import same_tensor
 from l0hooks.report import CoupledTotals, Summary, SummaryRow
 from l0hooks.spec import named_modules
 from l0hooks.structure import ChannelGroup
@@ -50,7 +51,7 @@ def summary(model: nn.Module, *, example_inputs: Sequence[Any] | None = None) ->
     positions = None if example_inputs is None else count_positions(model, example_inputs)
     rows = tuple(_row(gated, positions) for gated in iter_gated(model))
     own = {id(p) for gated in iter_gated(model) for p in gated.gate.parameters()}
-    plain = {p.data_ptr() or id(p): p for p in _initialised(model.parameters()) if id(p) not in own}
+    plain = {same_tensor(p): p for p in _initialised(model.parameters()) if id(p) not in own}
     total = sum(p.numel() for p in plain.values())
     firsts = (one.coupled for one in iter_gated(model) if one.coupled and one.coupled.number == 0)
     coupled = tuple(_totals(one, model, positions) for one in firsts)
@@ -82,7 +83,7 @@ def _named(positions: dict[tuple[int, str], float], model: nn.Module, prefix: st
 
 def _kept(gate: Gate) -> int:
     """How many members of a coupled group stay: one at least."""
-    return max(1, int(gate.support().sum()))
+    return max(1, gate.kept())
 
 
 def _coupled_row(gated: Gated, group: ChannelGroup) -> SummaryRow:
@@ -94,7 +95,7 @@ def _coupled_row(gated: Gated, group: ChannelGroup) -> SummaryRow:
         kind=group.kind,
         granularity="coupled",
         gates=group.size,
-        expected_sparsity=1 - float(gated.gate.keep_prob().double().mean()),
+        expected_sparsity=1 - gated.gate.mean_keep_prob(),
         sparsity=1 - kept / group.size,
         parameters=each * group.size,
         parameters_kept=each * kept,
@@ -107,7 +108,7 @@ def _row(gated: Gated, positions: dict[tuple[int, str], float] | None) -> Summar
     if gated.coupled is not None:
         return _coupled_row(gated, gated.coupled.plan.groups[gated.coupled.number])
     gate = gated.gate
-    gates, kept = gate.log_alpha.numel(), int(gate.support().sum())
+    gates, kept, keep_prob = gate.log_alpha.numel(), gate.kept(), gate.mean_keep_prob()
     parameters = sum(site.weight.numel() for site in gated.weights())
     macs = _macs(gated, positions)
     first = gated.sites[0] if gated.sites else None
@@ -119,7 +120,7 @@ def _row(gated: Gated, positions: dict[tuple[int, str], float] | None) -> Summar
         kind=_kind(gated.module),
         granularity=first.gating.granularity if first else None,
         gates=gates,
-        expected_sparsity=1 - float(gate.keep_prob().double().mean()),
+        expected_sparsity=1 - keep_prob,
         sparsity=1 - kept / gates,
         parameters=parameters,
         parameters_kept=kept * parameters // gates,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from l0hooks.errors import SpecError, explain
 from l0hooks.layers import EMBEDDINGS, TRANSPOSED, is_gateable, tensors_of
+from l0hooks.placement import beside, has_meta
 
 OUT_OF_MEMORY = (MemoryError, torch.OutOfMemoryError)  # no reason to believe that a model is wrong
 
@@ -30,7 +31,7 @@ def count_positions(model: nn.Module, example_inputs: Sequence[Any]) -> dict[tup
     Raises
     ------
     SpecError
-        If ``example_inputs`` is a bare tensor.
+        If ``example_inputs`` is a bare tensor, or the model is on the meta device and cannot be run there.
     """
     if isinstance(example_inputs, Tensor):
         raise SpecError(
@@ -54,8 +55,36 @@ def count_positions(model: nn.Module, example_inputs: Sequence[Any]) -> dict[tup
                 stack.callback(handle.remove)
         stack.enter_context(evaluating(model))
         stack.enter_context(slow_attention())
-        model(*example_inputs)
+        try:
+            if has_meta(model):
+                stack.enter_context(_shapes_alone())
+            model(*beside(model, example_inputs))
+        except RuntimeError as error:
+            if not has_meta(model):
+                raise
+            raise _needs_data(error) from error
     return counts
+
+
+def _shapes_alone() -> AbstractContextManager[object]:
+    """Code that asks whether it is traced, before it looks at data, is told that it is."""
+    from torch._subclasses.fake_tensor import FakeTensorMode  # not for those who have data: it takes a while
+
+    mode: AbstractContextManager[object] = FakeTensorMode(allow_non_fake_inputs=True)
+    return mode
+
+
+def _needs_data(error: RuntimeError) -> SpecError:
+    """What to raise where a model on the meta device cannot be run."""
+    return SpecError(
+        explain(
+            "example_inputs",
+            "a model on the meta device is run without data.",
+            expected="all its parameters and buffers there, and code that looks at shapes alone",
+            got=f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}",
+            hint="sparsify it after its weights are loaded, or without example inputs",
+        )
+    )
 
 
 def total_macs(model: nn.Module, positions: Mapping[tuple[int, str], float]) -> float:
@@ -69,7 +98,8 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     """Evaluation mode without gradients; every module's own mode and the random state come back afterwards."""
     modes = [(module, module.training) for module in model.modules()]
     gpus = {p.device.index for p in model.parameters() if p.device.type == "cuda"}
-    model.eval()
+    if any(training for _, training in modes):  # else what evaluation has kept stays kept
+        model.eval()
     try:
         with torch.random.fork_rng(gpus), torch.no_grad():
             yield

@@ -14,6 +14,7 @@ from l0hooks.fused import Constants, gated_weight, held_weight, is_traced
 from l0hooks.gate import Gate
 from l0hooks.kept import Folded, Kept
 from l0hooks.layers import GateLayout, Granularity
+from l0hooks.placement import Tie, is_meta
 
 
 class Gating(nn.Module):
@@ -31,6 +32,8 @@ class Gating(nn.Module):
         The gates that the factor is made of.
     kept : Kept
         The product in evaluation.
+    tie : Tie or None
+        With the other layers that have the same weight.
     """
 
     def __init__(self, granularity: Granularity, positions: float | None, gates: tuple[Gate, ...]) -> None:
@@ -40,6 +43,7 @@ class Gating(nn.Module):
         self.positions = positions
         self.order: tuple[str, ...] = ()
         self.kept = Kept()
+        self.tie: Tie | None = None
 
     def factor(self, values: Sequence[Tensor], rest: float = 1.0) -> Tensor:
         """One array of values for each of ``gates``, laid over the weight; ``rest`` where it has no gate."""
@@ -77,6 +81,10 @@ class Gating(nn.Module):
         factor = self.factor([gate.value() for gate in self.gates]).to(weight.dtype)
         return torch.where(factor == 0, 0.0, weight * factor)
 
+    def fold_into(self, weight: Tensor, out: Tensor) -> Tensor:
+        """:meth:`fold` without a gradient, into ``out``, which may be ``weight`` itself."""
+        return out.copy_(self.fold(weight))
+
     def train(self, mode: bool = True) -> Gating:
         """Switch modes; the kept product does not outlive the switch."""
         self.kept.drop()
@@ -85,8 +93,22 @@ class Gating(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Gating:
         self.kept.drop()  # a move to another dtype and back may put other values at the same address
+        if self.tie is not None:  # torch moves the weight next: the one that another layer has got already
+            self.tie.meet(self, fn)
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
+
+    def settle(self, chain: parametrize.ParametrizationList) -> None:
+        """After a checkpoint was loaded: what still has no data gets it where the weight, ``chain``'s, has its own."""
+        if self.tie is not None:
+            self.tie.rejoin(chain)
+        weight = chain.original
+        if isinstance(weight, Tensor) and not is_meta(weight):
+            self._materialise(weight.device)
+
+    def _materialise(self, device: torch.device) -> None:
+        for gate in self.gates:
+            gate.materialise(device)
 
     def sampled(self, weight: Tensor) -> Tensor:
         """The weight times the gates of the running forward."""
@@ -119,6 +141,11 @@ class GatedWeight(Gating):
 
     def factor(self, values: Sequence[Tensor], rest: float = 1.0) -> Tensor:
         return self.layout.spread(values[0])
+
+    def fold_into(self, weight: Tensor, out: Tensor) -> Tensor:
+        if self.layout.pattern is None:
+            return self.gate.multiply(weight, out)
+        return super().fold_into(weight, out)
 
     def sampled(self, weight: Tensor) -> Tensor:
         gate, family = self.gate, self.gate.family
@@ -189,6 +216,14 @@ def accept_dense(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_:
                 state_dict.setdefault(key, value)
 
 
+def settle_gates(module: nn.Module, _: object) -> None:
+    """After a checkpoint was loaded with ``assign=True``: gates without data start where the weights now are."""
+    for chain in parametrization_lists(module).values():
+        gating = chain[0]
+        if isinstance(gating, Gating):
+            gating.settle(chain)
+
+
 @torch.no_grad()
 def remove_gates(site: Site, *, folded: bool) -> None:
     """Make a gated layer plain again, its weight multiplied with the test-time gates unless it is ``folded`` already.
@@ -197,7 +232,7 @@ def remove_gates(site: Site, *, folded: bool) -> None:
     """
     module, tensor_name, weight = site.module, site.tensor_name, site.weight
     if not folded:
-        weight.copy_(site.gating.fold(weight))
+        site.gating.fold_into(weight, out=weight)
     plain: type[nn.Module] = type(module).__bases__[0]
     del module.parametrizations[tensor_name]  # type: ignore[operator, union-attr]  # torch types it as Module
     if parametrization_lists(module):
@@ -208,6 +243,9 @@ def remove_gates(site: Site, *, folded: bool) -> None:
     module.register_parameter(tensor_name, weight if isinstance(weight, nn.Parameter) else nn.Parameter(weight))
     own = module._parameters
     module._parameters = {k: own[k] for k in (*site.gating.order, *own) if k in own}
-    hooks: dict[int, Any] = module._load_state_dict_pre_hooks
-    for key in [k for k, hook in hooks.items() if hook.hook is accept_dense]:
-        del hooks[key]
+    before: dict[int, Any] = module._load_state_dict_pre_hooks
+    for key in [k for k, hook in before.items() if hook.hook is accept_dense]:
+        del before[key]
+    after: dict[int, Any] = module._load_state_dict_post_hooks
+    for key in [k for k, hook in after.items() if hook is settle_gates]:
+        del after[key]

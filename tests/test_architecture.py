@@ -11,12 +11,12 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 FLOORS = {
     0: ["errors", "memory", "streams"],
-    1: ["hard_concrete", "layers", "noise", "schedules", "extras", "rows", "quadratics", "subset"],
-    2: ["distribution", "families", "fused", "stepping", "tracing", "report", "storage"],
-    3: ["structure", "gate", "kept", "comparison", "constants"],
+    1: ["hard_concrete", "layers", "noise", "placement", "schedules", "extras", "rows", "quadratics", "subset"],
+    2: ["distribution", "families", "fused", "stepping", "stored", "tracing", "report", "storage"],
+    3: ["structure", "gate", "kept"],
     4: ["spec", "weights", "optim", "team"],
-    5: ["coupled"],
-    6: ["gated", "coupling"],
+    5: ["coupled", "copies"],
+    6: ["gated", "coupling", "comparison", "constants"],
     7: ["penalties", "summary", "shrink", "sizes", "planning", "control"],
     8: ["folding", "serial", "shift", "support", "measures", "plots"],
     9: ["export", "budget", "track"],

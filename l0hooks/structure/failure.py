@@ -13,6 +13,7 @@ from typing import Any
 from torch import nn
 
 from l0hooks.errors import UnsupportedModuleError, explain
+from l0hooks.placement import beside
 from l0hooks.tracing import OUT_OF_MEMORY, evaluating
 
 _LIBRARIES = frozenset({"torch", "l0hooks", "numpy", "einops", *sys.stdlib_module_names}) - {"__main__"}
@@ -56,7 +57,7 @@ def export_failure(model: nn.Module, example_inputs: Sequence[Any], error: Excep
 def _own_failure(model: nn.Module, example_inputs: Sequence[Any]) -> Exception | None:
     try:
         with evaluating(model):
-            model(*example_inputs)
+            model(*beside(model, example_inputs))
     except OUT_OF_MEMORY:
         raise
     except Exception as error:  # noqa: BLE001  # a model's own code can raise anything

@@ -39,7 +39,7 @@ class Classes:
             spare = np.arange(len(self._parent), 2 * self._size)
             self._parent = np.concatenate([self._parent, spare])
             self._why = np.concatenate([self._why, np.full(len(spare), _OPEN)])
-        return torch.arange(first, self._size)
+        return torch.arange(first, self._size, device="cpu")
 
     def roots(self, labels: Tensor) -> Tensor:
         """The root of every label, with the strides of 0 kept."""
@@ -135,7 +135,7 @@ def squeeze_constant(labels: Tensor) -> Tensor:
 
 def constant(shape: torch.Size | tuple[int, ...], label: int = 0) -> Tensor:
     """One label everywhere."""
-    return torch.full((1,) * len(shape), label, dtype=torch.int64).expand(tuple(shape))
+    return torch.full((1,) * len(shape), label, dtype=torch.int64, device="cpu").expand(tuple(shape))
 
 
 def along(vector: Tensor, axis: int, shape: torch.Size | tuple[int, ...]) -> Tensor:

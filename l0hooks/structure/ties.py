@@ -6,6 +6,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from l0hooks.placement import same_tensor
+
 
 class Tensors:
     """Initialised parameters and floating buffers under every name they have, in the order of the model's state.
@@ -49,13 +51,6 @@ class Tensors:
                 if start < after and first < end:
                     return example
         return None
-
-
-def same_tensor(tensor: Tensor) -> tuple[Any, ...]:
-    """A key that is equal for tensors that are one: the same memory, seen alike."""
-    if not is_placed(tensor):
-        return (id(tensor),)
-    return tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride()
 
 
 def memory_of(tensor: Tensor) -> tuple[int, int]:

@@ -8,12 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from l0hooks.placement import beside, same_tensor
 from l0hooks.structure.failure import export_failure
 from l0hooks.structure.labels import squeeze_constant, varies
 from l0hooks.structure.movement import FILLED, POINTWISE
 from l0hooks.structure.nodes import first_of, has_shape, is_mutable, name_of, shape_of
 from l0hooks.structure.rules import RULES
-from l0hooks.structure.ties import is_placed, memory_of, same_tensor
+from l0hooks.structure.ties import is_placed, memory_of
 from l0hooks.structure.tracer import Parameter, Reference, Tracer, constants
 from l0hooks.tracing import OUT_OF_MEMORY, evaluating
 
@@ -28,7 +29,7 @@ def export_and_trace(model: nn.Module, example_inputs: Sequence[Any]) -> tuple[t
     """
     with evaluating(model):
         try:
-            program = torch.export.export(model, tuple(example_inputs), strict=False)
+            program = torch.export.export(model, beside(model, example_inputs), strict=False)
         except OUT_OF_MEMORY:
             raise
         except Exception as error:

@@ -179,7 +179,7 @@ class Tracer:
     def permute_weight(self, node: fx.Node, source: fx.Node) -> Reference:
         """A parameter with its axes in another order."""
         reference: Reference = self.values[source]
-        sizes = torch.empty(tuple(range(1, len(reference.order) + 1)))
+        sizes = torch.empty(tuple(range(1, len(reference.order) + 1)), device="cpu")
         order = tuple(n - 1 for n in node.target(sizes, *node.args[1:]).shape)  # type: ignore[operator]
         return Reference(reference.parameter, tuple(reference.order[d] for d in order))
 

@@ -230,3 +230,40 @@ def test_trainers_on_two_processes_end_with_one_support(work: Any, tmp_path: Any
     assert all(map(torch.equal, one["supports"], other["supports"]))
     assert (one["pruned"], other["pruned"]) == (False, True)
     assert (tmp_path / "pruned.safetensors").exists()
+
+
+def from_meta(rank: int) -> dict[str, Any]:
+    """A model that was sparsified and sharded on the meta device, beside one that was loaded first."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+    from torch.distributed.fsdp import fully_shard
+
+    found = {}
+    for spec in ("weight", "output", "coupled"):
+        models, state = [], {}
+        for device in ("cpu", "meta"):
+            torch.manual_seed(0)
+            with torch.device(device):
+                model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 15), nn.ReLU(), nn.Linear(15, 4))
+            l0hooks.sparsify(model, spec, example_inputs=(torch.zeros(2, 8),))
+            state = state or {name: value.clone() for name, value in model.state_dict().items()}  # of the first one
+            fully_shard(model)
+            if device == "meta":
+                model._apply(lambda t: torch.full_like(t, 77, device="cpu"))  # to_empty, as memory may well be
+                found[spec, "start"] = all(
+                    bool((gate.log_alpha.to_local() == gate.start).all()) for _, gate in l0hooks.iter_gates(model)
+                )
+                weights = {name: value for name, value in state.items() if "log_alpha" not in name}
+                options = StateDictOptions(full_state_dict=True, strict=False)
+                set_model_state_dict(model, weights, options=options)
+            models.append(model)
+        outputs = []
+        for model in models:
+            torch.manual_seed(5)
+            outputs.append(model(batch(0, rank)))
+        found[spec, "output"] = bool(torch.equal(*outputs))
+    return found
+
+
+def test_a_model_sharded_on_the_meta_device_is_the_one_that_was_loaded() -> None:
+    for found in in_processes(from_meta):
+        assert found == {(spec, what): True for spec in ("weight", "output", "coupled") for what in ("start", "output")}

@@ -214,7 +214,6 @@ BAD = {
         SpecError,
         r"got: torch\.complex64",
     ),
-    "meta": (lambda: mlp().to("meta"), "weight", {}, SpecError, "'0.weight': (.|\n)*got: device meta"),
     "no_elements": (lambda: with_weight(torch.ones(0, 4)), "weight", {}, SpecError, r"got: shape \(0, 4\)"),
     "weight_norm": (
         lambda: nn.Sequential(nn.Linear(4, 4), parametrizations.weight_norm(nn.Linear(4, 4))),

@@ -381,3 +381,90 @@ def test_sparse_tensors_are_refused(tmp_path):
 def test_a_foreign_graph_is_refused(tmp_path):
     with pytest.raises(StateError, match=r"torch\.export\.save"):
         save_pruned(torch.fx.symbolic_trace(mlp()), tmp_path / "small")
+
+
+class Tables(nn.Module):
+    """A tied weight, a buffer of integers and one of numbers that no state holds."""
+
+    def __init__(self):
+        super().__init__()
+        self.words, self.hidden, self.head = nn.Embedding(9, 6), nn.Linear(6, 8), nn.Linear(8, 6)
+        self.out = nn.Linear(6, 9, bias=False)
+        self.out.weight = self.words.weight
+        self.register_buffer("places", torch.arange(4), persistent=False)
+        self.register_buffer("scale", torch.full((8,), 0.5), persistent=False)
+
+    def forward(self, tokens):
+        h = self.words(tokens + self.places[: tokens.shape[1]])
+        return self.out(self.head((self.hidden(h) * self.scale).relu()))
+
+
+@pytest.fixture
+def shrunk_tables():
+    x = torch.arange(4).view(1, 4)
+    model = Tables()
+    model.head.bias.requires_grad_(False)
+    sparsify(model, "coupled", example_inputs=(x,))
+    for _, gate in iter_gates(model):
+        gate.log_alpha.data[1:3] = -9.0
+    return prune(model, example_inputs=(x,)).eval(), x
+
+
+def on_meta(build=Tables):
+    with torch.device("meta"):
+        return build()
+
+
+def test_a_factory_on_the_meta_device_takes_the_tensors_of_the_file(tmp_path, shrunk_tables):
+    small, x = shrunk_tables
+    assert small.hidden.out_features == 6
+    assert small.scale.shape == (6,)
+    save_pruned(small, tmp_path / "small.safetensors")
+    again = load_pruned(on_meta, tmp_path / "small.safetensors").eval()
+    assert torch.equal(again(x), small(x))
+    assert not any(t.is_meta for t in (*again.parameters(), *again.buffers()))
+    assert again.out.weight is again.words.weight
+    assert again.hidden.out_features == 6
+    assert torch.equal(again.places, torch.arange(4))
+    assert all(p.requires_grad for p in again.parameters())  # the factory's word, as ever
+
+
+def test_what_the_file_does_not_hold_a_factory_must_make_with_data(tmp_path, shrunk_tables):
+    class More(Tables):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("late", torch.zeros(2), persistent=False)
+
+    small, _ = shrunk_tables
+    save_pruned(small, tmp_path / "small.safetensors")
+    with pytest.raises(InvalidValueError, match=r"on the meta device(.|\n)*got: nothing for late"):
+        load_pruned(lambda: on_meta(More), tmp_path / "small.safetensors")
+
+
+def test_a_model_on_the_meta_device_cannot_be_saved(tmp_path):
+    with pytest.raises(StateError, match=r"must be plain and dense(.|\n)*got: parameters on the meta device"):
+        save_pruned(nn.Linear(2, 2, device="meta"), tmp_path / "small.safetensors")
+
+
+class Reshaping(nn.Module):
+    """Its code holds a size by hand."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 8), nn.Linear(8, 2)
+
+    def forward(self, x):
+        return self.b(self.a(x).relu().reshape(-1, 8))
+
+
+def test_a_graph_is_not_rebuilt_on_the_meta_device(tmp_path):
+    model, x = Reshaping(), torch.randn(2, 4)
+    sparsify(model, "coupled", example_inputs=(x,))
+    for _, gate in iter_gates(model):
+        gate.log_alpha.data[1:3] = -9.0
+    small, report = prune(model, example_inputs=(x,), return_report=True)
+    assert "GraphModule" in report.note
+    save_pruned(small, tmp_path / "small.safetensors")
+    torch.testing.assert_close(load_pruned(Reshaping, tmp_path / "small.safetensors")(x), small(x))
+    with pytest.raises(InvalidValueError, match=r"made from a model that has data(.|\n)*got: a factory that builds on"):
+        load_pruned(lambda: on_meta(Reshaping), tmp_path / "small.safetensors")

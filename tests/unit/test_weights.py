@@ -12,7 +12,7 @@ from torch import nn
 from torch.func import functional_call, grad, hessian, jacrev, jvp, vmap
 from torch.nn.utils import parametrize
 
-from l0hooks import GateSpec, iter_gates, prune, set_temperature, sparsify
+from l0hooks import Budget, GateSpec, iter_gates, prune, set_budget, set_temperature, sparsify
 from l0hooks.weights import GatedWeight, iter_sites
 
 GAMMA, ZETA = -0.1, 1.1
@@ -77,8 +77,8 @@ def test_evaluation_multiplies_the_weight_with_the_median_gates(granularity):
 def test_the_fold_is_kept_while_nothing_changes(monkeypatch):
     module = layer()
     folds = []
-    original = GatedWeight.fold
-    monkeypatch.setattr(GatedWeight, "fold", lambda self, weight: folds.append(1) or original(self, weight))
+    original = GatedWeight.fold_into
+    monkeypatch.setattr(GatedWeight, "fold_into", lambda self, *given: folds.append(1) or original(self, *given))
     x = torch.randn(2, 4)
     with torch.no_grad():
         for _ in range(5):
@@ -578,3 +578,26 @@ def test_the_kept_fold_does_not_keep_the_model_alive():
 def test_a_folded_layer_is_what_prune_returns():
     module = layer("input")
     assert torch.equal(prune(module).weight, module.weight)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("estimator", ["median", "paper", "mean"])
+@pytest.mark.parametrize("rule", [False, True])
+def test_a_weight_folded_in_pieces_is_the_weight_folded_at_once(dtype, estimator, rule):
+    torch.manual_seed(0)
+    module = nn.Linear(512, 600).to(dtype)  # more than two pieces
+    sparsify(module, GateSpec(estimator=estimator, temperature=1.5))
+    gate = gate_of(module)
+    gate.log_alpha.data.normal_().mul_(3)
+    if rule:
+        set_budget(module, Budget(keep=1000, steps=3))
+    gating = module.parametrizations.weight[0]
+    weight = module.parametrizations.weight.original.detach()
+    expected = gating.fold(weight)
+    folded = gating.fold_into(weight, torch.full_like(weight, torch.nan))
+    assert torch.equal(folded, expected)
+    assert not bool(torch.signbit(folded[folded == 0]).any())
+    assert gate.kept() == int(gate.support().sum())
+    assert gate.mean_keep_prob() == pytest.approx(float(gate.keep_prob().detach().double().mean()), rel=1e-12)
+    assert gating.fold_into(weight, out=weight) is weight  # in place
+    assert torch.equal(weight, expected)
