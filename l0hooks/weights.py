@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from l0hooks.families import HardConcreteFamily
-from l0hooks.fused import Constants, gated_weight, held_weight, is_traced
+from l0hooks.fused import Constants, gated_weight, held_weight
 from l0hooks.gate import Gate
 from l0hooks.layers import GateLayout, Granularity
+from l0hooks.recording import is_traced
 from l0hooks.stepping import steps_taken
 
 

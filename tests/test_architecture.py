@@ -10,9 +10,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 FLOORS = {
-    0: ["errors", "memory", "streams"],
-    1: ["hard_concrete", "layers", "noise", "schedules", "extras", "rows", "quadratics", "subset"],
-    2: ["distribution", "families", "fused", "stepping", "tracing"],
+    0: ["errors", "memory", "kernels", "recording", "slopes"],
+    1: ["hard_concrete", "layers", "streams", "recomputed", "schedules", "extras", "rows", "quadratics", "subset"],
+    2: ["distribution", "families", "fused", "counting", "noise", "stepping", "tracing"],
     3: ["structure", "gate", "comparison", "constants"],
     4: ["spec", "weights", "optim", "team"],
     5: ["coupled"],
@@ -97,7 +97,7 @@ def test_importing_the_library_imports_no_optional_package() -> None:
         "print(*{m.split('.')[0] for m in set(sys.modules) - before})"
     )
     added = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
-    optional = {"sklearn", "pandas", "matplotlib", "tqdm", "onnx", "safetensors", "scipy"}
+    optional = {"sklearn", "pandas", "matplotlib", "tqdm", "onnx", "safetensors", "scipy", "triton"}
     assert not set(added) & (optional | {"transformers", "accelerate", "lightning", "pytorch_lightning"})
 
 
