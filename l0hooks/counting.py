@@ -12,6 +12,7 @@ from l0hooks.hard_concrete import closing_point, keep_prob
 from l0hooks.memory import fresh_like, pieces
 from l0hooks.recording import wants_plain
 from l0hooks.slopes import count_slope
+from l0hooks.streams import kernels_on
 
 _FEW = 2**15  # below, a call of a Python function costs more than the memory it saves
 
@@ -23,6 +24,10 @@ class _ExpectedCount(torch.autograd.Function):
     def forward(ctx: Any, log_alpha: Tensor, shift: float, sampler: weakref.ref[Any] | None) -> Tensor:
         ctx.shift, ctx.sampler = shift, sampler
         ctx.save_for_backward(log_alpha)
+        kernels = kernels_on(log_alpha.device)
+        if kernels is not None and log_alpha.dtype == torch.float32 and log_alpha.is_contiguous():
+            total: Tensor = kernels.count(log_alpha, shift)
+            return total
         return torch.stack([torch.sub(location, shift).sigmoid_().sum() for (location,) in pieces(log_alpha)]).sum()
 
     @staticmethod

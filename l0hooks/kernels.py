@@ -20,11 +20,11 @@ from torch import Tensor
 
 COUNTERS = 256  # Philox blocks of a program, four elements each: one for each of its threads
 WARPS = 8
+SUMMED = 4096  # elements of a program that adds up
 _LN2 = tl.constexpr(0.6931471805599453)
 _LOG2E = tl.constexpr(1.4426950408889634)
-
-# Seeds and positions must not be compiled in: each forward has new ones.
-_VARYING = ["seed", "first"]
+Numbers = tuple[float, float, float]  # 1/β, γ and ζ − γ
+_VARYING = ["seed", "first"]  # must not be compiled in: each forward has new ones
 
 
 @triton.jit
@@ -151,6 +151,14 @@ def backward_kernel(
         tl.store(grad_log_alpha + i, total, mask=mask)
 
 
+@triton.jit
+def count_kernel(log_alpha: tl.tensor, out: tl.tensor, n: tl.tensor, shift: tl.tensor, summed: tl.constexpr) -> None:
+    """The sum of σ(log_alpha − shift) over the elements of this program."""
+    i = tl.program_id(0).to(tl.int64) * summed + tl.arange(0, summed)
+    location = tl.load(log_alpha + i, mask=i < n, other=-float("inf"))
+    tl.store(out + tl.program_id(0), tl.sum(1 / (1 + tl.exp2((shift - location) * _LOG2E))))
+
+
 def fill(out: Tensor, seed: int, start: int, scale: float | None = None) -> Tensor:
     """Fill ``out`` with uniform numbers, or with ``scale`` times their logits.
 
@@ -176,13 +184,12 @@ def fill(out: Tensor, seed: int, start: int, scale: float | None = None) -> Tens
     >>> torch.equal(torch.cat(apart), together)
     True
     """
-    scale_ = 1.0 if scale is None else scale
-    return _launch(fill_kernel, out, (out,), seed, start, (scale_,), logistic=scale is not None)
+    return _launch(
+        fill_kernel, out, (out,), seed, start, (1.0 if scale is None else scale,), logistic=scale is not None
+    )
 
 
-def gated(
-    weight: Tensor | None, log_alpha: Tensor, seed: int, start: int, numbers: tuple[float, float, float]
-) -> Tensor:
+def gated(weight: Tensor | None, log_alpha: Tensor, seed: int, start: int, numbers: Numbers) -> Tensor:
     """``weight * sample(log_alpha, noise)`` in one pass that keeps no gates; the gates alone without a weight.
 
     Parameters
@@ -191,8 +198,7 @@ def gated(
     log_alpha : Tensor, contiguous, float32, shape of ``weight``
     seed, start : int
         As in :func:`fill`.
-    numbers : (float, float, float)
-        1/β, γ and ζ.
+    numbers : Numbers
 
     Returns
     -------
@@ -200,11 +206,11 @@ def gated(
 
     Examples
     --------
-    >>> gated(torch.full((2,), 3.0), torch.tensor([30.0, -30.0]), 7, 0, (1.5, -0.1, 1.1))
+    >>> gated(torch.full((2,), 3.0), torch.tensor([30.0, -30.0]), 7, 0, (1.5, -0.1, 1.2))
     tensor([3., 0.])
     """
     out = torch.empty_like(log_alpha if weight is None else weight, requires_grad=False)
-    return _launch(forward_kernel, out, (weight, log_alpha, out), seed, start, _widened(numbers))
+    return _launch(forward_kernel, out, (weight, log_alpha, out), seed, start, numbers)
 
 
 def gated_backward(
@@ -213,7 +219,7 @@ def gated_backward(
     log_alpha: Tensor,
     seed: int,
     start: int,
-    numbers: tuple[float, float, float],
+    numbers: Numbers,
     owed: tuple[Tensor, float] | None = None,
     *,
     wanted: tuple[bool, bool] = (True, True),
@@ -238,7 +244,7 @@ def gated_backward(
     Examples
     --------
     >>> three, logits = torch.full((2,), 3.0), torch.tensor([30.0, -30.0])
-    >>> gated_backward(torch.ones(2), three, logits, 7, 0, (1.5, -0.1, 1.1))
+    >>> gated_backward(torch.ones(2), three, logits, 7, 0, (1.5, -0.1, 1.2))
     (tensor([1., 0.]), tensor([0., 0.]))
     """
     slopes = tuple(
@@ -248,13 +254,31 @@ def gated_backward(
     if any(wanted):
         count, shift = (None, 0.0) if owed is None else owed
         tensors = (grad, weight, log_alpha, *slopes, count)
-        _launch(backward_kernel, grad, tensors, seed, start, (*_widened(numbers), shift))
+        _launch(backward_kernel, grad, tensors, seed, start, (*numbers, shift))
     return slopes[0], slopes[1]
 
 
-def _widened(numbers: tuple[float, float, float]) -> tuple[float, float, float]:
-    steep, gamma, zeta = numbers
-    return steep, gamma, zeta - gamma
+def count(log_alpha: Tensor, shift: float) -> Tensor:
+    """Σ σ(log_alpha − shift), read once; always added in the same order.
+
+    Parameters
+    ----------
+    log_alpha : Tensor, contiguous, float32, not empty
+    shift : float
+
+    Returns
+    -------
+    Tensor, float32, shape ()
+
+    Examples
+    --------
+    >>> count(torch.tensor([30.0, -30.0, 1.0]), 1.0)
+    tensor(1.5000)
+    """
+    sums = log_alpha.new_empty(triton.cdiv(log_alpha.numel(), SUMMED), requires_grad=False)
+    with _on(log_alpha.device):
+        count_kernel[(len(sums),)](log_alpha, sums, log_alpha.numel(), shift, summed=SUMMED, num_warps=WARPS)
+    return sums.sum()
 
 
 def _launch(
@@ -266,7 +290,7 @@ def _launch(
     numbers: tuple[float, ...],
     **settings: bool,
 ) -> Tensor:
-    """Run ``kernel`` over the elements of ``like``, which it returns."""
+    """Run ``kernel`` over the elements of ``like``, and return that."""
     n, skip = like.numel(), start % 4
     if n:
         grid = (triton.cdiv(n + skip, 4 * COUNTERS),)

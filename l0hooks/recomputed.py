@@ -73,7 +73,7 @@ def _(log_alpha: Tensor, seed: int, start: int, constants: Sequence[float]) -> T
 
 def _inverted(constants: tuple[float, float, float]) -> tuple[float, float, float]:
     temperature, gamma, zeta = constants
-    return steepness(temperature), gamma, zeta
+    return steepness(temperature), gamma, zeta - gamma
 
 
 def fits(weight: Tensor, log_alpha: Tensor) -> bool:

@@ -18,7 +18,7 @@ from scipy import stats
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from l0hooks import Budget, GateSpec, iter_gates, kernels, param_groups, penalty, prune, sparsify, streams
+from l0hooks import Budget, GateSpec, counting, iter_gates, kernels, param_groups, penalty, prune, sparsify, streams
 from l0hooks import hard_concrete as hc
 from l0hooks.fused import Constants, gated_weight, sampled
 from l0hooks.noise import _uniform_op
@@ -192,7 +192,8 @@ def problem(count: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Ten
 
 
 def steep(constants: tuple[float, float, float]) -> tuple[float, float, float]:
-    return steepness(constants[0]), constants[1], constants[2]
+    temperature, gamma, zeta = constants
+    return steepness(temperature), gamma, zeta - gamma
 
 
 @all_constants
@@ -311,6 +312,16 @@ def test_what_is_no_number_stays_none() -> None:
     assert [slope.isnan().tolist() for slope in slopes if slope is not None] == [[True, False]] * 2
 
 
+@pytest.mark.parametrize("size", [1, 4095, 4096, 4097, 50_000])
+def test_the_count_is_the_sum_of_keep_probabilities(size: int) -> None:
+    log_alpha = torch.randn(size + 9)[:size] * 5
+    log_alpha[0] = 80.0
+    expected = torch.sigmoid(log_alpha.double() + 1.6).sum()
+    torch.testing.assert_close(kernels.count(log_alpha, -1.6).double(), expected, rtol=1e-6, atol=1e-6)
+    assert kernels.count(torch.tensor([math.inf, -math.inf, -80.0]), -1.6) == 1
+    assert kernels.count(torch.tensor([math.nan, 0.0]), -1.6).isnan()
+
+
 @pytest.mark.parametrize("temperature", [0.2, 2 / 3, 1.5])
 @pytest.mark.parametrize("location", [-2.0, 0.0, 1.5])
 def test_gates_have_the_distribution(location: float, temperature: float, wide_blocks: None) -> None:
@@ -340,7 +351,8 @@ def test_gates_have_the_distribution(location: float, temperature: float, wide_b
 @pytest.fixture
 def everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
     """The kernels on the CPU, as if it were a GPU."""
-    monkeypatch.setattr(streams, "kernels_on", lambda device: kernels)
+    for room in (streams, counting):
+        monkeypatch.setattr(room, "kernels_on", lambda device: kernels)
 
 
 def test_pieces_of_a_stream_are_the_whole(everywhere: None) -> None:
@@ -462,6 +474,7 @@ def test_the_gradient_of_a_penalty_comes_in_the_pass_of_the_kernels(everywhere: 
     (by_loss,) = torch.autograd.grad(model(x).square().sum(), gate.log_alpha)
     torch.manual_seed(1)
     loss = model(x).square().sum()
+    assert penalty(model, l0=1.0).item() == pytest.approx(hc.keep_prob(gate.log_alpha).sum().item(), rel=1e-6)
     (loss + penalty(model, l0=2.0) + penalty(model, l0=1.0)).backward()
     p = torch.sigmoid(gate.log_alpha.detach() - hc.closing_point())
     torch.testing.assert_close(gate.log_alpha.grad, by_loss + 3 * p * (1 - p))

@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from l0hooks import Budget, GateSpec, iter_gates, param_groups, penalty, prune, sparsify
 from l0hooks import hard_concrete as hc
+from l0hooks.counting import expected_count
 from l0hooks.fused import Constants, gated_weight
 from l0hooks.streams import Philox, kernels_on, stream
 
@@ -75,6 +76,7 @@ def backward(dtype: str) -> dict[str, str]:
 COMPILED: dict[str, tuple[str, dict[str, str], dict[str, Any], int, int]] = {
     "uniform": ("fill_kernel", FILL, {"logistic": False}, 0, 1),
     "logistic": ("fill_kernel", FILL, {"logistic": True}, 0, 1),
+    "count": ("count_kernel", {"log_alpha": "*fp32", "out": "*fp32"}, {}, 4, 0),
     "gates": ("forward_kernel", {"log_alpha": "*fp32", "out": "*fp32"}, {"weight": None}, 1, 1),
     **{f"forward {t}": ("forward_kernel", forward(t), {}, 2, 1) for t in ("fp32", "bf16", "fp16")},
     **{f"backward {t}": ("backward_kernel", backward(t), {}, 3, 2) for t in ("fp32", "bf16", "fp16")},
@@ -96,7 +98,7 @@ def test_each_kernel_compiles_without_spills_and_with_wide_accesses(
 
     kernel_name, pointers, fixed, loads, stores = COMPILED[name]
     kernel = vars(kernels)[kernel_name]
-    fixed = {"skip": 0, "counters": kernels.COUNTERS, **fixed}
+    fixed = {"skip": 0, "counters": kernels.COUNTERS, "summed": kernels.SUMMED, **fixed}
     types = {arg: "constexpr" if arg in fixed else {**NUMBERS, **FLOATS, **pointers}[arg] for arg in kernel.arg_names}
     aligned = {(i,): [["tt.divisibility", 16]] for i, (arg, t) in enumerate(types.items()) if t[0] == "*" or arg == "n"}
     constants = {(i,): fixed[arg] for i, arg in enumerate(types) if arg in fixed}
@@ -106,10 +108,12 @@ def test_each_kernel_compiles_without_spills_and_with_wide_accesses(
     use = resources(ptx, capability, tmp_path)
     assert use["spilled"] == 0
     assert use["registers"] <= 32  # a multiprocessor then holds as many threads as it can
-    assert compiled.metadata.shared == 0
     assert len(re.findall(r"ld\.global\S*\.v[248]", ptx)) == loads
     assert len(re.findall(r"st\.global\S*\.v[248]", ptx)) == stores
-    assert len(re.findall(r"mul\.wide\.u32|mul\.hi\.u32", ptx)) >= 19  # one Philox for the thread's four elements
+    if name != "count":
+        assert compiled.metadata.shared == 0  # nothing goes from one thread to another
+        # twenty products make one Philox: one for the four elements of a thread, not one for each
+        assert 15 <= len(re.findall(r"mul\.wide\.u32|mul\.hi\.u32", ptx)) <= 25
     if "bf16" in name:
         assert "cvt.rn.bf16" in ptx
 
@@ -132,10 +136,11 @@ def resources(ptx: str, capability: int, folder: Path) -> dict[str, int]:
 def test_neither_seeds_nor_temperatures_are_compiled_in() -> None:
     from l0hooks import kernels
 
-    for name in ("fill_kernel", "forward_kernel", "backward_kernel"):
+    varying = {"fill_kernel": 2, "forward_kernel": 2, "backward_kernel": 2, "count_kernel": 0}
+    for name, count in varying.items():
         parameters = {p.name: p for p in vars(kernels)[name].params}
-        assert {arg for arg, p in parameters.items() if p.is_constexpr} <= {"skip", "counters", "logistic"}
-        assert all(parameters[arg].do_not_specialize for arg in ("seed", "first"))
+        assert {arg for arg, p in parameters.items() if p.is_constexpr} <= {"skip", "counters", "logistic", "summed"}
+        assert sum(p.do_not_specialize for arg, p in parameters.items() if arg in ("seed", "first")) == count
 
 
 # --- on a GPU ---------------------------------------------------------------------------------------------------------
@@ -291,6 +296,13 @@ def test_on_a_gpu_the_gradient_of_a_penalty_comes_in_the_same_pass() -> None:
     for location, slope in zip(locations, by_loss, strict=True):
         p = torch.sigmoid(location.detach() - hc.closing_point())
         torch.testing.assert_close(location.grad, slope + 3 * p * (1 - p), rtol=1e-4, atol=1e-4)
+
+
+@gpu
+def test_on_a_gpu_the_count_is_the_sum_of_keep_probabilities() -> None:
+    log_alpha = torch.randn(1 << 20, device=GPU)
+    expected = hc.keep_prob(log_alpha.double()).sum().item()
+    assert expected_count(log_alpha, Constants()).item() == pytest.approx(expected, rel=1e-6)
 
 
 @gpu
