@@ -10,7 +10,6 @@ from torch import Tensor
 
 from l0hooks.hard_concrete import GAMMA, TEMPERATURE, ZETA
 from l0hooks.memory import fresh, fresh_like, pieces
-from l0hooks.recomputed import fits, recomputed
 from l0hooks.recording import Debt, wants_plain
 from l0hooks.slopes import count_slope, number, reattach, slope_of, slope_times, steepness
 from l0hooks.streams import Philox, Stream
@@ -222,8 +221,11 @@ def gated_weight(weight: Tensor, log_alpha: Tensor, noise: Stream, constants: Co
     >>> gated_weight(torch.ones(2), torch.tensor([30.0, -30.0]), noise, Constants())
     tensor([1., 0.])
     """
-    if isinstance(noise, Philox) and fits(weight, log_alpha):
-        return recomputed(weight, log_alpha, noise.kernels, noise.take(weight.numel()), constants)
+    if isinstance(noise, Philox):
+        from l0hooks.recomputed import fits, recomputed  # needs triton
+
+        if fits(weight, log_alpha):
+            return recomputed(weight, log_alpha, noise.take(weight.numel()), constants)
     gated: Tensor = _GatedWeight.apply(weight, log_alpha, noise, constants)  # type: ignore[no-untyped-call]
     return gated
 

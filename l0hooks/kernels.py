@@ -4,8 +4,7 @@ Random number ``i`` of a seed is lane ``i % 4`` of Philox4x32-10 at the 64-bit c
 23 of its 32 bits are used: u = (r + ½)/2²³, from 2⁻²⁴ to 1 − 2⁻²⁴, all exact in float32 and logit u finite, so that
 probabilities of a gate are off by at most 2⁻²⁴. Neither the size of an array nor that of a block changes a number.
 
-Only ``triton`` and tensors on its device are needed; nothing imports this room before such a tensor is met. With
-``TRITON_INTERPRET=1`` in the environment the same kernels run on the CPU.
+Nothing imports this room before a tensor is met that it is for. With ``TRITON_INTERPRET=1`` it runs on the CPU.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 COUNTERS = 256  # Philox blocks of a program, four elements each: one for each of its threads
-WARPS = 8
+OPTIONS = {"num_warps": 8, "enable_fp_fusion": False}  # fused where it is written: both passes round a gate alike
 SUMMED = 4096  # elements of a program that adds up
 _LN2 = tl.constexpr(0.6931471805599453)
 _LOG2E = tl.constexpr(1.4426950408889634)
@@ -53,10 +52,7 @@ def _elements(counters: tl.constexpr, skip: tl.constexpr) -> tl.tensor:
 
 @triton.jit
 def _squash(u: tl.tensor, location: tl.tensor, steepness: tl.tensor) -> tl.tensor:
-    """σ((logit u + location) · steepness).
-
-    Its products and sums are fused by hand: left to the compiler, two kernels could round the same gate in two ways.
-    """
+    """σ((logit u + location) · steepness)."""
     shifted = tl.fma(_logit2(u), _LN2, location)
     return 1 / (1 + tl.exp2(shifted * steepness * -_LOG2E))
 
@@ -277,7 +273,7 @@ def count(log_alpha: Tensor, shift: float) -> Tensor:
     """
     sums = log_alpha.new_empty(triton.cdiv(log_alpha.numel(), SUMMED), requires_grad=False)
     with _on(log_alpha.device):
-        count_kernel[(len(sums),)](log_alpha, sums, log_alpha.numel(), shift, summed=SUMMED, num_warps=WARPS)
+        count_kernel[(len(sums),)](log_alpha, sums, log_alpha.numel(), shift, summed=SUMMED, **OPTIONS)
     return sums.sum()
 
 
@@ -295,9 +291,7 @@ def _launch(
     if n:
         grid = (triton.cdiv(n + skip, 4 * COUNTERS),)
         with _on(like.device):
-            kernel[grid](
-                *tensors, n, seed, start // 4, *numbers, skip=skip, counters=COUNTERS, num_warps=WARPS, **settings
-            )
+            kernel[grid](*tensors, n, seed, start // 4, *numbers, skip=skip, counters=COUNTERS, **settings, **OPTIONS)
     return like
 
 

@@ -1,14 +1,17 @@
-"""The gated weight whose gates are not kept: Triton kernels draw the same noise in both directions."""
+"""The gated weight whose gates are not kept: Triton kernels draw the same noise in both directions.
+
+Nothing imports this room before a tensor is met that the kernels are for.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from l0hooks import kernels
 from l0hooks.recording import Debt, wants_plain
 from l0hooks.slopes import count_slope, reattach, slope_of, steepness
 
@@ -23,45 +26,42 @@ class _Recomputed(torch.autograd.Function):
         ctx: Any,
         weight: Tensor,
         log_alpha: Tensor,
-        kernels: ModuleType,
         numbers: tuple[int, int],
         constants: tuple[float, float, float],
     ) -> Tensor:
-        ctx.kernels, ctx.numbers, ctx.constants = kernels, numbers, constants
+        ctx.numbers, ctx.constants = numbers, constants
         ctx.debt = Debt()
         ctx.save_for_backward(weight, log_alpha)
-        product: Tensor = kernels.gated(weight, log_alpha, *numbers, _inverted(constants))
-        return product
+        return kernels.gated(weight, log_alpha, *numbers, _inverted(constants))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         weight, log_alpha = ctx.saved_tensors
+        seed, start = ctx.numbers
         owed = ctx.debt.take()
         if wants_plain(grad):
-            gates = torch.ops.l0hooks.philox_gates(log_alpha.detach(), *ctx.numbers, ctx.constants)
+            gates = torch.ops.l0hooks.philox_gates(log_alpha.detach(), seed, start, ctx.constants)
             gates = reattach(gates, log_alpha, ctx.constants)
             to_location = (grad * weight).to(gates.dtype) * slope_of(gates, ctx.constants)
-            return grad * gates.to(weight.dtype), to_location, None, None, None
-        first, *others = owed or [None]
-        to_weight, to_location = ctx.kernels.gated_backward(
+            return grad * gates.to(weight.dtype), to_location, None, None
+        to_weight, to_location = kernels.gated_backward(
             grad.contiguous(),
             weight,
             log_alpha,
-            *ctx.numbers,
+            seed,
+            start,
             _inverted(ctx.constants),
-            first,
+            owed[0] if owed else None,
             wanted=ctx.needs_input_grad[:2],
         )
         if to_location is not None:
-            for count, shift in others:
+            for count, shift in owed[1:]:
                 to_location.add_(count_slope(log_alpha, shift, count))
-        return to_weight, to_location, None, None, None
+        return to_weight, to_location, None, None
 
 
 @torch.library.custom_op("l0hooks::philox_gates", mutates_args=())
 def _gates_op(log_alpha: Tensor, seed: int, start: int, constants: Sequence[float]) -> Tensor:
-    from l0hooks import kernels
-
     temperature, gamma, zeta = constants
     return kernels.gated(None, log_alpha, seed, start, _inverted((temperature, gamma, zeta)))
 
@@ -102,7 +102,6 @@ def fits(weight: Tensor, log_alpha: Tensor) -> bool:
 def recomputed(
     weight: Tensor,
     log_alpha: Tensor,
-    kernels: ModuleType,
     numbers: tuple[int, int],
     constants: tuple[float, float, float],
 ) -> Tensor:
@@ -112,8 +111,6 @@ def recomputed(
     ----------
     weight, log_alpha : Tensor
         That :func:`fits`, of one shape.
-    kernels : module
-        ``l0hooks.kernels``.
     numbers : (int, int)
         The seed of the noise, and which of its numbers comes first.
     constants : (float, float, float)
@@ -122,8 +119,13 @@ def recomputed(
     Returns
     -------
     Tensor, dtype and shape of ``weight``
+
+    Examples
+    --------
+    >>> recomputed(torch.ones(2), torch.tensor([30.0, -30.0]), (7, 0), (2 / 3, -0.1, 1.1))
+    tensor([1., 0.])
     """
     gated: Tensor = _Recomputed.apply(  # type: ignore[no-untyped-call]
-        weight, log_alpha, kernels, numbers, constants
+        weight, log_alpha, numbers, constants
     )
     return gated

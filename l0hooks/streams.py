@@ -137,7 +137,7 @@ class Philox:
     """
 
     def __init__(self, seed: int, kernels: ModuleType) -> None:
-        self.kernels = kernels
+        self._kernels = kernels
         self._seed = seed - 2**64 if seed >= 2**63 else seed  # the same bits in an int64
         self._next = 0
 
@@ -156,11 +156,11 @@ class Philox:
     def _fill(self, out: Tensor, scale: float | None) -> Tensor:
         seed, start = self.take(out.numel())
         if out.is_contiguous() and torch._C._functorch.maybe_current_level() is None:
-            self.kernels.fill(out, seed, start, scale)
+            self._kernels.fill(out, seed, start, scale)
             return out
         with temporarily_clear_interpreter_stack():  # a kernel writes to memory, not to what torch.func wraps around it
             drawn = torch.empty(out.shape, dtype=out.dtype, device=out.device)
-            self.kernels.fill(drawn, seed, start, scale)
+            self._kernels.fill(drawn, seed, start, scale)
         return out.copy_(drawn)
 
 

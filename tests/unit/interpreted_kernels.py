@@ -414,7 +414,7 @@ def test_second_derivatives_are_those_of_the_plain_formulas(constants: tuple[flo
         if wide:
             product = w * hc.sample(a, expected_uniforms(3, 0, 300), *constants)
         else:
-            product = recomputed(w, a, kernels, (3, 0), constants)
+            product = recomputed(w, a, (3, 0), constants)
         first = torch.autograd.grad(product, (w, a), g, create_graph=True)
         second = torch.autograd.grad(sum(s.square().sum() for s in first), (w, a))
         results.append([t.detach().double() for t in (*first, *second)])
@@ -423,7 +423,7 @@ def test_second_derivatives_are_those_of_the_plain_formulas(constants: tuple[flo
 
 def test_batched_gradients(everywhere: None) -> None:
     weight, log_alpha, _ = problem(30)
-    product = recomputed(weight.requires_grad_(), log_alpha.requires_grad_(), kernels, (3, 0), CONSTANTS[0])
+    product = recomputed(weight.requires_grad_(), log_alpha.requires_grad_(), (3, 0), CONSTANTS[0])
     batch = torch.randn(4, 30)
     together = torch.autograd.grad(product, (weight, log_alpha), batch, is_grads_batched=True, retain_graph=True)
     apart = [torch.autograd.grad(product, (weight, log_alpha), g, retain_graph=True) for g in batch]
@@ -436,7 +436,7 @@ def test_a_frozen_argument_gets_no_gradient(trained: int) -> None:
     weight, log_alpha, cotangent = problem(300)
     arguments = [weight, log_alpha]
     arguments[trained].requires_grad_()
-    recomputed(weight, log_alpha, kernels, (3, 0), CONSTANTS[0]).backward(cotangent)
+    recomputed(weight, log_alpha, (3, 0), CONSTANTS[0]).backward(cotangent)
     expected = kernels.gated_backward(cotangent, weight.detach(), log_alpha.detach(), 3, 0, steep(CONSTANTS[0]))
     assert arguments[1 - trained].grad is None
     torch.testing.assert_close(arguments[trained].grad, expected[trained])
@@ -447,7 +447,7 @@ def test_a_cotangent_with_strides_of_its_own() -> None:
     slopes = []
     for g in (torch.ones(()).expand(15, 20), torch.ones(15, 20)):
         w, a = weight.clone().requires_grad_(), log_alpha.clone().requires_grad_()
-        slopes.append(torch.autograd.grad(recomputed(w, a, kernels, (3, 0), CONSTANTS[0]), (w, a), g))
+        slopes.append(torch.autograd.grad(recomputed(w, a, (3, 0), CONSTANTS[0]), (w, a), g))
     torch.testing.assert_close(*slopes)
 
 

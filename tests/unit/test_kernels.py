@@ -22,7 +22,11 @@ from l0hooks.fused import Constants, gated_weight
 from l0hooks.streams import Philox, kernels_on, stream
 
 ROOT = Path(__file__).parents[2]
-INTERPRETED = [Path(__file__).with_name("interpreted_kernels.py"), ROOT / "l0hooks" / "kernels.py"]
+INTERPRETED = [
+    Path(__file__).with_name("interpreted_kernels.py"),
+    ROOT / "l0hooks" / "kernels.py",
+    ROOT / "l0hooks" / "recomputed.py",
+]
 
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 
@@ -103,7 +107,7 @@ def test_each_kernel_compiles_without_spills_and_with_wide_accesses(
     aligned = {(i,): [["tt.divisibility", 16]] for i, (arg, t) in enumerate(types.items()) if t[0] == "*" or arg == "n"}
     constants = {(i,): fixed[arg] for i, arg in enumerate(types) if arg in fixed}
     source = ASTSource(fn=kernel, signature=types, constexprs=constants, attrs=aligned)
-    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": kernels.WARPS})
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=kernels.OPTIONS)
     ptx = compiled.asm["ptx"]
     use = resources(ptx, capability, tmp_path)
     assert use["spilled"] == 0
