@@ -19,6 +19,7 @@ OPTIONAL = (
     "lightning",
     "safetensors",
     "scipy.sparse",
+    "triton",
 )
 added = set(sys.modules) - before
 if added & set(OPTIONAL) or "site-packages" not in l0hooks.__file__:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import random
 import statistics
 import time
 from collections.abc import Callable
@@ -11,9 +13,12 @@ from torch import nn
 
 from benchmarks.contenders import PEER, Contender, has_peer, notes, ours, peers
 from benchmarks.registry import Aim, Panel, Row, Scale, Table, register
-from benchmarks.timing import ratio, rounds
+from benchmarks.timing import medians, ratio, rounds
+from l0hooks.fused import Constants, gated_weight
+from l0hooks.streams import Native, Stream, kernels_on, stream
 
 SIDE, BATCH = 4096, 8192
+DTYPES = {"bfloat16 weights": torch.bfloat16, "float32 weights under autocast": torch.float32}
 
 
 def missing() -> str | None:
@@ -35,11 +40,78 @@ def step_of(contender: Contender, x: torch.Tensor, *, autocast: bool) -> Callabl
     return step
 
 
+def kernels_note(device: torch.device) -> str:
+    """Whether the kernels were used."""
+    if kernels_on(device) is None:
+        return "Triton kernels: not used"
+    return f"Triton kernels: used, triton {importlib.import_module('triton').__version__}"
+
+
+def ideal_bytes(dtype: torch.dtype) -> int:
+    """Bytes that gating a weight must move: forward w, log α → w·z; backward both again and g → two gradients."""
+    w = dtype.itemsize
+    return (w + 4 + w) + (w + 4 + w + w + 4)
+
+
+def gating_of(
+    noise: Callable[[int], Stream], side: int, dtype: torch.dtype, device: torch.device
+) -> Callable[[], None]:
+    """Gating a square weight and both its gradients, nothing else, waited for."""
+    weight, cotangent = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
+    log_alpha = torch.randn(side, side, device=device).requires_grad_()
+    weight.requires_grad_()
+
+    def step() -> None:
+        gated = gated_weight(weight, log_alpha, noise(random.getrandbits(64)), Constants())
+        torch.autograd.grad(gated, (weight, log_alpha), cotangent)
+        wait(device)
+
+    return step
+
+
+def copying(device: torch.device, count: int) -> Callable[[], None]:
+    """A copy of ``count`` bytes, waited for: twice as many are moved."""
+    source, target = (torch.zeros(count, dtype=torch.uint8, device=device) for _ in range(2))
+
+    def step() -> None:
+        target.copy_(source)
+        wait(device)
+
+    return step
+
+
+def wait(device: torch.device) -> None:
+    """Until the device has done all."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def traffic(scale: Scale, device: torch.device, side: int = SIDE) -> Table:
+    """Gating alone, in the bytes that a copy moves in the same time, beside those that must be moved."""
+    copied = side * side * 16
+    ways: dict[str, Callable[[int], Stream]] = {
+        "as it runs": lambda seed: stream(seed, side * side, device),
+        "torch operations": lambda seed: Native(seed, device),
+    }
+    rows: list[Row] = []
+    for title, dtype in DTYPES.items():
+        steps = {name: gating_of(noise, side, dtype, device) for name, noise in ways.items()}
+        steps["copy"] = copying(device, copied)
+        seconds = medians(steps, repeats=scale.repeats(50), warmup=5)
+        for name in ways:
+            moved = seconds[name] / seconds["copy"] * 2 * copied / side**2
+            row: Row = {"gating alone": f"{name}, {title}", "ms": seconds[name] * 1e3, "bytes/weight": moved}
+            rows.append(row | {"ideal": float(ideal_bytes(dtype)), "over ideal": moved / ideal_bytes(dtype)})
+    about = "bytes/weight: what a copy on the same device moves in that time, forward and backward together"
+    return Table(f"gating alone, {side} × {side}", rows, notes=[about, kernels_note(device)])
+
+
 @register("gpu", "bfloat16 training step of Linear(4096, 4096), batch 8192, on CUDA", missing=missing)
 def measure(scale: Scale) -> list[Table]:
-    """Weights in bfloat16, then float32 weights under autocast."""
+    """Weights in bfloat16, then float32 weights under autocast; then gating alone."""
+    device = torch.device("cuda")
     tables = []
-    for title, dtype in {"bfloat16 weights": torch.bfloat16, "float32 weights under autocast": torch.float32}.items():
+    for title, dtype in DTYPES.items():
         x = torch.randn(BATCH, SIDE, device="cuda", dtype=dtype, requires_grad=True)
         layer = {"device": "cuda", "dtype": dtype}
         found = {"dense": Contender(nn.Linear(SIDE, SIDE, **layer)), "l0hooks": ours(nn.Linear(SIDE, SIDE, **layer))}
@@ -54,5 +126,6 @@ def measure(scale: Scale) -> list[Table]:
             rows.append({"layer": name, "ms": statistics.median(taken) * 1e3, "over dense": over})
         aims = [Aim(f"{title}: over dense", ratio(seconds, "l0hooks", "dense"), 1.15)]
         panel = Panel("bars", ("over dense",), "time over dense", reference=1.0)
-        tables.append(Table(f"{torch.cuda.get_device_name()}, {title}", rows, panel, aims, notes()))
-    return tables
+        told = [*notes(), kernels_note(device)]
+        tables.append(Table(f"{torch.cuda.get_device_name()}, {title}", rows, panel, aims, told))
+    return [*tables, traffic(scale, device)]

@@ -8,13 +8,15 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from l0hooks.counting import expected_count
 from l0hooks.errors import InvalidValueError, explain, near_names
 from l0hooks.families import Family, FamilyName, HardConcreteFamily, initial_log_alpha, make_family
-from l0hooks.fused import Constants, LastSample, expected_count, is_traced, sampled
+from l0hooks.fused import Constants, sampled
 from l0hooks.hard_concrete import GAMMA, ZETA, check_constants
 from l0hooks.memory import pieces
 from l0hooks.noise import Door, NoiseSource
 from l0hooks.placement import Traversal, is_meta, start_values
+from l0hooks.recording import LastSample, is_traced
 from l0hooks.schedules import Schedule
 from l0hooks.stepping import Rule, gate_of, register
 from l0hooks.streams import Stream

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import functools
+import logging
+from types import ModuleType
 from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
 _MANY = 2**15  # from here on a generator that is slow to seed and fast to run
 _LEVELS = 2**16
 _WORD = 2**64 - 1
+_log = logging.getLogger("l0hooks")
 
 
 class Stream(Protocol):
@@ -33,7 +37,8 @@ def stream(seed: int, count: int, device: torch.device) -> Stream:
     ----------
     seed : int, in [0, 2⁶⁴)
     count : int
-        How many will be asked for; on the CPU many are drawn in another way than few.
+        How many will be asked for; on the CPU many are drawn in another way than few. On a GPU that Triton can use,
+        all are drawn by its kernels.
     device : torch.device
         Of the tensors that will be filled.
 
@@ -48,7 +53,42 @@ def stream(seed: int, count: int, device: torch.device) -> Stream:
     ... )
     True
     """
+    kernels = kernels_on(device)
+    if kernels is not None:
+        return Philox(seed, kernels)
     return Packed(seed) if device.type == "cpu" and count >= _MANY else Native(seed, device)
+
+
+@functools.cache
+def kernels_on(device: torch.device) -> ModuleType | None:
+    """The room ``kernels``, if its Triton kernels run on ``device``; the log says once why not on a GPU.
+
+    Parameters
+    ----------
+    device : torch.device
+
+    Returns
+    -------
+    module or None
+
+    Examples
+    --------
+    >>> kernels_on(torch.device("cpu")) is None
+    True
+    """
+    if device.type != "cuda":
+        return None
+    if torch.cuda.get_device_capability(device) < (7, 0):
+        _log.info("gates on %s run without Triton kernels: it needs compute capability 7.0", device)
+        return None
+    try:
+        from l0hooks import kernels
+    except ModuleNotFoundError as error:
+        if error.name != "triton":
+            raise
+        _log.info("gates on %s run without Triton kernels: the package triton is not installed", device)
+        return None
+    return kernels
 
 
 class Native:
@@ -88,6 +128,40 @@ class Packed:
         index = self._bits(out.numel()).to(torch.int32)
         torch.index_select(_logits(scale, out.dtype), 0, index, out=out.view(-1))
         return out
+
+
+class Philox:
+    """Philox4x32-10, keyed by the seed, through Triton kernels: 23 bits for each number, (r + ½)/2²³.
+
+    Other kernels draw the same numbers by themselves where they need them: :meth:`take` says which.
+    """
+
+    def __init__(self, seed: int, kernels: ModuleType) -> None:
+        self._kernels = kernels
+        self._seed = seed - 2**64 if seed >= 2**63 else seed  # the same bits in an int64
+        self._next = 0
+
+    def take(self, count: int) -> tuple[int, int]:
+        """Pass over ``count`` numbers: the seed, and which of its numbers was the first of them."""
+        start = self._next
+        self._next += count
+        return self._seed, start
+
+    def uniform_(self, out: Tensor) -> Tensor:
+        return self._fill(out, None)
+
+    def logistic_(self, out: Tensor, scale: float) -> Tensor:
+        return self._fill(out, scale)
+
+    def _fill(self, out: Tensor, scale: float | None) -> Tensor:
+        seed, start = self.take(out.numel())
+        if out.is_contiguous() and torch._C._functorch.maybe_current_level() is None:
+            self._kernels.fill(out, seed, start, scale)
+            return out
+        with temporarily_clear_interpreter_stack():  # a kernel writes to memory, not to what torch.func wraps around it
+            drawn = torch.empty(out.shape, dtype=out.dtype, device=out.device)
+            self._kernels.fill(drawn, seed, start, scale)
+        return out.copy_(drawn)
 
 
 @functools.lru_cache(maxsize=4)

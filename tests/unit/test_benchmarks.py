@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
 import json
 import os
@@ -115,6 +116,18 @@ def test_bytes_of_a_dense_layer_are_counted() -> None:
     assert memory.held_bytes(dense) == 4 * 64**2
     assert memory.saved_bytes(dense, x) == 4 * 4 * 64  # the output, for the square; weight and input are no extra
     assert 4 * 64**2 <= memory.peak_bytes(dense, x) <= 4 * 64**2 + 4 * 4 * 4 * 64 + 64  # the gradient, few activations
+
+
+def test_gating_alone_is_compared_with_the_bytes_it_must_move() -> None:
+    gpu = importlib.import_module("benchmarks.gpu")  # not above: the order of first imports is that of the tables
+    assert gpu.ideal_bytes(torch.bfloat16) == 8 + 14
+    assert gpu.ideal_bytes(torch.float32) == 12 + 20
+    table = gpu.traffic(Scale(quick=True), torch.device("cpu"), side=64)
+    assert [row["ideal"] for row in table.rows] == [22, 22, 32, 32]
+    for row in table.rows:
+        assert row["bytes/weight"] > 0
+        assert row["over ideal"] == pytest.approx(row["bytes/weight"] / row["ideal"])
+    assert table.notes[-1] == "Triton kernels: not used"
 
 
 def test_the_page_is_made_of_the_results_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,10 +13,11 @@ from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 from torch.utils.checkpoint import checkpoint
 
-from l0hooks import fused as fused_module
+from l0hooks import counting as counting_module
 from l0hooks import hard_concrete as hc
 from l0hooks import iter_gates, penalty, sparsify
-from l0hooks.fused import Constants, expected_count, gated_weight, sampled
+from l0hooks.counting import expected_count
+from l0hooks.fused import Constants, gated_weight, sampled
 from l0hooks.memory import PIECE
 
 CONSTANTS = [(2 / 3, -0.1, 1.1), (0.25, -0.1, 1.1), (1.5, -0.5, 1.3)]
@@ -296,7 +297,7 @@ def test_the_expected_count_is_the_sum_of_keep_probabilities(
 
 def test_the_expected_count_of_a_transposed_array_and_its_second_derivative(monkeypatch: pytest.MonkeyPatch) -> None:
     log_alpha = torch.randn(4, 3, dtype=torch.float64).requires_grad_()
-    monkeypatch.setattr(fused_module, "_FEW", 0)
+    monkeypatch.setattr(counting_module, "_FEW", 0)
     assert gradcheck(lambda a: expected_count(a.t(), Constants()), (log_alpha,))
     assert gradgradcheck(lambda a: expected_count(a.t(), Constants()).square(), (log_alpha,))
 
@@ -352,14 +353,14 @@ def loss_of(pair: Pair) -> Tensor:
 def count_dense(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """A list that grows whenever a count computes an array of its own."""
     calls: list[int] = []
-    original = fused_module._count_slope
+    original = counting_module.count_slope
 
     def counted(*args: Any, out: Tensor | None = None) -> Tensor:
         if out is not None:
             calls.append(1)
         return original(*args, out=out)
 
-    monkeypatch.setattr(fused_module, "_count_slope", counted)
+    monkeypatch.setattr(counting_module, "count_slope", counted)
     return calls
 
 

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import math
+import sys
+from collections.abc import Callable, Iterator
+from types import ModuleType
 
 import pytest
 import torch
 from scipy import stats
 from torch import Tensor
 
-from l0hooks.streams import _MANY, Native, Packed, Stream, stream
+import l0hooks
+from l0hooks.streams import _MANY, Native, Packed, Stream, kernels_on, stream
 
 CPU = torch.device("cpu")
 COUNTS = (1000, 4 * _MANY)
@@ -87,3 +92,51 @@ def test_gates_drawn_with_sixteen_bits_close_as_often_as_they_should(keep: float
     drawn = stream(21, 1 << 20, CPU).logistic_(torch.empty(1 << 20), 1.0)
     share = float((drawn + math.log(keep / (1 - keep)) <= 0).double().mean())
     assert abs(share - (1 - keep)) < 5 * math.sqrt(keep * (1 - keep) / (1 << 20)) + 1 / 65536
+
+
+# --- whether a GPU has kernels ----------------------------------------------------------------------------------------
+
+GPU = torch.device("cuda", 0)
+
+
+@pytest.fixture
+def gpu_of(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[tuple[int, int], ModuleType | None], None]]:
+    """A function that feigns a GPU of some compute capability, and what ``import triton`` finds."""
+
+    def feign(capability: tuple[int, int], triton: ModuleType | None) -> None:
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+        monkeypatch.setitem(sys.modules, "triton", triton)
+        monkeypatch.delitem(sys.modules, "triton.language", raising=False)
+        monkeypatch.delitem(sys.modules, "l0hooks.kernels", raising=False)
+        monkeypatch.delattr(l0hooks, "kernels", raising=False)
+
+    kernels_on.cache_clear()
+    yield feign
+    kernels_on.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("capability", "why"),
+    [((9, 0), "the package triton is not installed"), ((6, 1), "it needs compute capability 7.0")],
+    ids=["no triton", "an old GPU"],
+)
+def test_a_gpu_without_kernels_is_told_of_once(
+    gpu_of: Callable[..., None], caplog: pytest.LogCaptureFixture, capability: tuple[int, int], why: str
+) -> None:
+    gpu_of(capability, None)
+    with caplog.at_level(logging.INFO, logger="l0hooks"):
+        assert [kernels_on(GPU) for _ in range(3)] == [None] * 3
+    assert [(record.name, record.levelname) for record in caplog.records] == [("l0hooks", "INFO")]
+    assert caplog.messages == [f"gates on cuda:0 run without Triton kernels: {why}"]
+
+
+def test_a_triton_that_is_broken_is_an_error(gpu_of: Callable[..., None]) -> None:
+    gpu_of((9, 0), ModuleType("triton"))
+    with pytest.raises(ModuleNotFoundError, match=r"triton\.language"):
+        kernels_on(GPU)
+
+
+def test_the_cpu_has_none_and_is_told_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, logger="l0hooks"):
+        assert kernels_on(CPU) is None
+    assert not caplog.records
