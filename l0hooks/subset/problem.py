@@ -34,6 +34,7 @@ class SquaresProblem:
         self.groups = None if groups is None else list(groups)
         self.n_items = design.p if self.groups is None else len(self.groups)
         centred = y - design.average(y) if design.center else y
+        self._y = centred
         self.cross = design.cross(centred)
         self.square = float(design.average(centred * centred).sum())
         self.ridge = alpha / design.scale**2
@@ -104,9 +105,19 @@ class SquaresProblem:
 
     def first_gains(self) -> Floats:
         """What each item would gain as the only one, shape (n_items,)."""
+        return self._alone(self.cross)
+
+    def gains_alone(self, columns: Ints, b: Floats) -> Floats:
+        """What each item would gain as the only one if y were what is left of it by ``b`` on ``columns``.
+
+        No Gram row is needed; what the item shares with those columns is not accounted for.
+        """
+        return self._alone(self.design.cross(self._y - self.design.times(columns, b)))
+
+    def _alone(self, r: Floats) -> Floats:
         if self.groups is None:
-            return quotient(squares(self.cross), self.whole, np.maximum(self.whole, 1.0))
-        return block_gains(self._blocks, self.cross[self._index] * self._real[:, :, None], self._most)
+            return quotient(squares(r), self.whole, np.maximum(self.whole, 1.0))
+        return block_gains(self._blocks, r[self._index] * self._real[:, :, None], self._most)
 
     def entering(self, items: Sequence[int], most: int, least: float) -> tuple[Ints, Floats]:
         """Items to enter for one of ``items``, ``most`` of them, and their best gains; none if none gains ``least``.

@@ -16,8 +16,9 @@ import numpy as np
 from l0hooks.subset.problem import TINY, SquaresProblem
 
 GAIN = 1e-9  # an exchange counts if it gains this part of yᵀy
-WIDTH = 3  # columns of the first working set for each item of the largest support
-LEAST, MOST = 48, 200  # its least size, and the most that the number of columns alone makes it
+WIDTH = 2  # columns of the first working set for each item of the largest support
+LEAST, MOST = 48, 100  # its least size, and the most that the number of columns alone makes it
+STEP, JOIN = 8, 32  # on the way up, after so many items so many columns join the working set
 REACH = 3  # how far beyond the sizes of interest the passes go
 LOOK = 24  # columns that are tried in exchanges before all are
 PASSES = 3  # up and down through the sizes, while it helps
@@ -72,9 +73,12 @@ class SubsetSearch:
 
     def run(self) -> dict[int, Found]:
         """Passes on the working set, then comparison with every column, until nothing gains."""
+        self.tableau.load([])  # also after a start: growth may find a better support than it led to
         for size in range(self.sizes[-1] + 1):
             if size in self.sizes:
                 self._visit()
+            if size and size % STEP == 0 and size + STEP // 2 < self.sizes[-1]:
+                self._look_around()
             if size < self.sizes[-1]:
                 self._grow()
         self._look_at_few()
@@ -86,6 +90,22 @@ class SubsetSearch:
             if sum(self.best[k][0] for k in self.sizes) >= before:
                 break
         return {k: Found(tuple(sorted(self.working[i] for i in self.best[k][1])), self.best[k][0]) for k in self.sizes}
+
+    def _look_around(self) -> None:
+        """Take the columns that say most about what is left of y into the working set: correlations, no Gram rows."""
+        columns, b = self.tableau.fitted()
+        gains = self.problem.gains_alone(self.problem.columns(self.working)[columns], b)
+        gains[self.working] = 0
+        top = np.argsort(-gains, kind="stable")[:JOIN]
+        self._extend([int(i) for i in top if gains[i] > self._least], self.tableau.items)
+
+    def _extend(self, new: list[int], items: Sequence[int]) -> None:
+        """Let columns join the working set; the tableau then holds ``items``, by working number."""
+        if new:
+            self.working += new
+            self.tableau = self.problem.tableau(self.working, self.tableau)
+            self._settled.clear()
+            self.tableau.load(list(items))
 
     def _look_at_few(self) -> None:
         """Begin with the best of all supports where these are few: exchanges of single items can miss it."""
@@ -181,11 +201,10 @@ class SubsetSearch:
         """Take the columns that gain most into the working set, and improve the supports of some sizes with them."""
         for item in set(gaining) & set(self.working):
             del gaining[item]
-        if gaining:
-            self.working += sorted(gaining, key=lambda item: -gaining[item])[: max(LEAST, 2 * self.top)]
-            self.tableau = self.problem.tableau(self.working, self.tableau)
-            self._settled.clear()
+        new = sorted(gaining, key=lambda item: -gaining[item])[: max(LEAST, 2 * self.top)]
         for size in sizes:
+            self._extend(new, self.best[size][1])
+            new = []
             self.tableau.load(list(self.best[size][1]))
             self._descend(len(self.working))
             self._visit()

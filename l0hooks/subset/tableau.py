@@ -199,6 +199,11 @@ class Tableau:
         items = np.array(self.items, dtype=np.int64)
         return np.where(self.swept[items, None], self._t[items, self.m :], 0.0)
 
+    def fitted(self) -> tuple[Ints, Floats]:
+        """The columns of the fit, ascending, and b on them, shape (s, c)."""
+        columns = np.flatnonzero(self.swept)
+        return columns, self._t[columns, self.m :]
+
     def inverse(self, columns: Ints) -> Floats:
         """(X̃ᵀX̃)⁻¹ over the fitted columns."""
         return -self._t[np.ix_(columns, columns)]

@@ -158,6 +158,41 @@ def test_what_enters_is_what_gains_most_by_any_exchange(dependent: bool) -> None
     assert len(none) == 0
 
 
+@pytest.mark.parametrize("groups", [None, [[0, 3], [1], [2, 4, 5], [6], [7, 8]]])
+def test_gains_alone_are_those_of_what_is_left_of_y(groups: Any) -> None:
+    x, y = data(11)
+    indices = None if groups is None else [np.array(g) for g in groups]
+    problem = SquaresProblem(Design(x), y[:, None], groups=indices)
+    tableau = problem.tableau(list(range(problem.n_items)))
+    tableau.load([1, 2])
+    columns, b = tableau.fitted()
+    gains = problem.gains_alone(problem.columns(range(problem.n_items))[columns], b)
+    fitted = [1, 2] if groups is None else [1, 2, 4, 5]
+    full = np.column_stack([np.ones(len(y)), x[:, fitted]])
+    left = y - full @ np.linalg.lstsq(full, y, rcond=None)[0]
+    for item in range(problem.n_items):
+        own = [item] if groups is None else groups[item]
+        assert gains[item] == pytest.approx(2 * (loss_of(x, left, []) - loss_of(x, left, own)), abs=1e-12)
+
+
+def test_columns_hidden_behind_many_others_are_found_by_what_is_left_of_y() -> None:
+    rng = np.random.default_rng(5)
+    strong = rng.normal(size=(300, 12))
+    decoys = np.repeat(strong, 9, axis=1) + 0.05 * rng.normal(size=(300, 108))
+    weak = rng.normal(size=(300, 300))
+    x = np.column_stack([decoys, strong, weak])
+    y = strong.sum(1) + 0.1 * weak[:, 7]
+    problem = SquaresProblem(Design(x), y[:, None])
+    search = SubsetSearch(problem, [13], {12: range(108, 120)})
+    hidden, known = 120 + 7, [search.working.index(i) for i in range(108, 120)]
+    assert hidden not in search.working
+    search.tableau.load(known)
+    search._look_around()
+    assert hidden in search.working
+    assert sorted(search.tableau.items) == sorted(known)
+    assert search.run()[13].items == (*range(108, 120), hidden)
+
+
 def test_a_tableau_stays_exact_over_many_pivots() -> None:
     x, y = data(6, n=50, p=20)
     tableau = SquaresProblem(Design(x), y[:, None]).tableau(list(range(20)))
@@ -321,6 +356,23 @@ def test_a_start_is_improved_and_never_made_worse() -> None:
     start = [70, 71, 72]
     found = SubsetSearch(problem, [3], {3: start}).run()[3]
     assert found.loss / 2 <= loss_of(x, y, start)
+
+
+def test_growth_begins_from_nothing_after_a_start_too() -> None:
+    x, y = data(3, n=60, p=40)
+    problem = SquaresProblem(Design(x), y[:, None])
+    search = SubsetSearch(problem, [6], {6: range(30, 36)})
+    grown: list[int] = []
+    grow = search._grow
+
+    def watched() -> None:
+        grown.append(len(search.tableau.items))
+        grow()
+
+    search._grow = watched  # type: ignore[method-assign]
+    search.run()
+    assert grown[:6] == [0, 1, 2, 3, 4, 5]
+    assert max(grown) < search.top
 
 
 def test_a_price_takes_the_size_of_least_loss_and_price() -> None:
