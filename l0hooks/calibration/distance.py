@@ -18,8 +18,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from l0hooks.calibration.columns import Floats, Sparse
 from l0hooks.calibration.dual import Distance, ProximalDual
-from l0hooks.calibration.problem import Floats, Sparse
 
 _GAP = 1e-5  # relative, where targets are intervals
 _FIRST, _FACTOR, _LAST = 1e-2, 10.0, 1e6  # τ per unit of strength: first, from one to the next, last

@@ -18,8 +18,8 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from l0hooks.calibration.columns import Floats, Sparse, weighted_squares
 from l0hooks.calibration.factor import Factor, conjugate_gradients, factorised
-from l0hooks.calibration.problem import Floats, Sparse
 
 Distance = Literal["chi_square", "raking"]
 _NEWTON = 60  # steps at the most
@@ -150,12 +150,7 @@ class ProximalDual:
     def step(self, point: Point, accuracy: float) -> Point | None:
         """The next point; None where the function falls no further."""
         free = ~self.interval | (point.u != 0) | (point.pull != 0)
-        squares = self.block.data**2
-        squares *= np.repeat(point.curvature, np.diff(self.block.indptr))
-        diagonal: Floats = (
-            np.bincount(self.block.indices, squares, minlength=self.rows).astype(np.float64) + 1 / self.tau
-        )
-        del squares  # their memory is wanted
+        diagonal = weighted_squares(self.block, point.curvature) + 1 / self.tau
         steepest = -point.pull / diagonal
         # those that are about to change their sign take a step of their own
         nearly = self.interval & (point.u * steepest < 0) & (np.abs(point.u) <= np.minimum(np.abs(steepest), _EDGE))

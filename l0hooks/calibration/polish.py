@@ -7,9 +7,10 @@ from typing import Literal
 
 import numpy as np
 
+from l0hooks.calibration.columns import Floats, Sparse, rows_of
 from l0hooks.calibration.distance import nearest_weights
 from l0hooks.calibration.dual import Distance
-from l0hooks.calibration.problem import Floats, Problem, Sparse, median_factor
+from l0hooks.calibration.problem import Problem, median_factor
 from l0hooks.calibration.stage import Selection, refit
 
 Objective = Literal["auto", "least_squares", "distance"]
@@ -95,7 +96,7 @@ def polish(
     >>> done.objective, done.converged, problem.weights(done.selection.g, np.arange(3)).round(4)
     ('distance', True, array([3.5, 3.5, 2. ]))
     """
-    block = problem.columns[selection.units].astype(np.float64)
+    block = rows_of(problem.columns, selection.units)
     many = len(selection.units) / problem.rows
     if not len(selection.units):  # no weight to find, whatever the objective
         misses = problem.misses(np.zeros(problem.rows))
@@ -151,7 +152,7 @@ def _nearest(
         problem.upper if estimates is None else estimates,
         problem.low[units],
         problem.high[units],
-        problem.strength[units],
+        problem.strength(units),
         _common_factor(problem, block),
         distance=distance,
         tolerance=tolerance,

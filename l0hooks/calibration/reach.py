@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from l0hooks.calibration.columns import Flags, Floats, Integers, Sparse
 from l0hooks.calibration.households import Households
-from l0hooks.calibration.problem import Flags, Floats, Integers, Sparse
 
 _SLACK = 1e-9  # relative; far below any error a user would mind
 

@@ -232,7 +232,10 @@ def test_proximal_points_reach_the_optimum_of_lsq_linear(n, rows, bounds) -> Non
     target = block.T @ rng.lognormal(-2, 1, n) * (1 + 0.05 * rng.normal(size=rows))
     low, high = np.full(n, bounds[0]), np.full(n, bounds[1])
     fit = proximal_fit(sparse.csr_array(block), target, low, high, np.full(n, 0.1), tolerance=1e-8)
-    cost = optimize.lsq_linear(block.T, target, bounds, tol=1e-14, max_iter=1000).cost
+    if np.isinf(bounds).all():  # where lsq_linear keeps singular values that are but rounding
+        cost = float(np.square(block.T @ np.linalg.lstsq(block.T, target)[0] - target).sum()) / 2
+    else:
+        cost = optimize.lsq_linear(block.T, target, bounds, tol=1e-14, max_iter=1000).cost
     assert fit.converged
     assert np.all((fit.g >= low) & (fit.g <= high))
     assert fit.residual @ fit.residual / 2 == pytest.approx(cost, rel=1e-5, abs=1e-7 * float(target @ target))
@@ -283,6 +286,31 @@ def test_factors_of_all_kinds_are_inverses_of_the_normal_matrix_nearly(kind) -> 
     solve = factorised(sparse.csr_array(block), curvature, ridge, np.diag(matrix))
     v = rng.normal(size=block.shape[1])
     np.testing.assert_allclose(solve(v), np.linalg.solve(matrix, v), rtol=0.02, atol=0.02)
+
+
+@pytest.mark.parametrize("width", [60, 300])  # one slab of targets, and several
+def test_factors_leave_the_block_as_it_is(width) -> None:
+    rng = np.random.default_rng(width)
+    block = sparse.random_array((200, width), density=0.03, rng=rng, format="csr")
+    before, curvature = block.copy(), rng.random(200) * (rng.random(200) < 0.8)
+    diagonal = 1 + (block.power(2).T @ curvature)
+    solve = factorised(block, curvature, np.ones(width), diagonal)
+    for kept, now in zip(
+        (before.data, before.indices, before.indptr), (block.data, block.indices, block.indptr), strict=True
+    ):
+        np.testing.assert_array_equal(kept, now)
+    matrix = (block.T @ sparse.diags_array(curvature) @ block).toarray() + np.eye(width)
+    v = rng.normal(size=width)
+    np.testing.assert_allclose(solve(v), np.linalg.solve(matrix, v), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_proximal_points_come_nearer_again_after_a_step_that_was_too_long(seed) -> None:
+    rng = np.random.default_rng(seed)
+    block = nested(rng, 250, places=30)
+    target = block.T @ rng.lognormal(-2, 1, 250) * (1 + 0.05 * rng.normal(size=block.shape[1]))
+    fit = proximal_fit(sparse.csr_array(block), target, np.zeros(250), np.full(250, 0.4), np.full(250, 0.1))
+    assert fit.converged
 
 
 def test_proximal_points_with_sparse_factors_reach_the_optimum_of_lsq_linear() -> None:
