@@ -200,8 +200,10 @@ def plain():
     where = np.stack([start + label for start, label in zip(starts, labels, strict=True)], axis=1)
     block = sparse.csr_array((np.ones(where.size), where.ravel(), 4 * np.arange(n + 1)), shape=(n, sum(sizes)))
     target, ones = block.T @ rng.lognormal(0, 0.3, n), np.ones(n)
+    relative, met = block.copy(), np.ones(len(target))
+    relative.data /= target[relative.indices]
     near, seconds = timed(
-        lambda: nearest_weights(block, target, target, 0 * ones, np.inf * ones, ones, distance="raking", tolerance=1e-9)
+        lambda: nearest_weights(relative, met, met, 0 * ones, np.inf * ones, ones, distance="raking", tolerance=1e-11)
     )
     fitted, peer = timed(lambda: proportional_fitting(labels, np.split(target, starts[1:])))
     found["margins"] = {"ours s": seconds, "peer s": peer, "largest difference": float(np.abs(near.g - fitted).max())}

@@ -39,7 +39,7 @@ CALIBRATION = {
     **{
         "columns": -1,
         "problem": 0,
-        "factor": 1,
+        "factor": 1, "margins": 1,
         "least_squares": 1,
         "dual": 2,
         "distance": 3,

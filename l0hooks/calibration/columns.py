@@ -13,7 +13,8 @@ Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]
 Flags = NDArray[np.bool_]
 Sparse = Any  # scipy's stubs disagree from version to version about what an array times an array is
-_PIECE, _PIECES = 10_000, 32  # entries that are worked on at a time, at least; in so many pieces, at most
+_SMALL = 2**20  # entries up to which the matrix is turned round at once
+_PIECE, _FEWEST, _PIECES = 10_000, 4, 32  # entries that are worked on at a time, at least; pieces at the most
 
 
 def stored_by_unit(rows: Sparse, scale: Floats, members: Integers, units: int, dtype: np.dtype[Any]) -> Sparse:
@@ -46,18 +47,8 @@ def stored_by_unit(rows: Sparse, scale: Floats, members: Integers, units: int, d
         rows = rows.copy()
         rows.sum_duplicates()
     (targets, households), entries = rows.shape, rows.nnz
-    index = np.int32 if max(entries, targets) < 2**31 else np.int64
-    ends = np.zeros(households + 1, index)
-    np.cumsum(np.bincount(rows.indices, minlength=households), out=ends[1:])
-    free, data, indices = ends[:-1].copy(), np.empty(entries, dtype), np.empty(entries, index)
-    for _, some in pieces(rows):
-        part = sparse.csc_array(rows[some])
-        counts = np.diff(part.indptr)
-        places = np.arange(part.nnz, dtype=index) + np.repeat(free - part.indptr[:-1].astype(index), counts)
-        data[places] = part.data * scale[some.start + part.indices]
-        indices[places] = some.start + part.indices
-        free += counts.astype(index)
-    columns = sparse.csr_array((data, indices, ends), shape=(households, targets))
+    index = np.int32 if max(entries, targets, households) < 2**31 else np.int64
+    columns = (_at_once if entries <= _SMALL else _by_pieces)(rows, scale, dtype, index)
     if units == households:
         return columns
     inside = np.flatnonzero(members >= 0)
@@ -65,6 +56,31 @@ def stored_by_unit(rows: Sparse, scale: Floats, members: Integers, units: int, d
     merged = sparse.csr_array((ones, (members[inside], inside)), shape=(units, households)) @ columns
     merged.sort_indices()
     return merged
+
+
+def _at_once(rows: Sparse, scale: Floats, dtype: np.dtype[Any], index: type[np.signedinteger[Any]]) -> Sparse:
+    """With a copy beside, and faster."""
+    data = np.empty(rows.nnz, dtype)
+    for part, some in pieces(rows):
+        data[part] = rows.data[part] * np.repeat(scale[some], np.diff(rows.indptr[some.start : some.stop + 1]))
+    entries = (data, rows.indices.astype(index, copy=False), rows.indptr.astype(index, copy=False))
+    turned = sparse.csr_array(entries, shape=rows.shape).tocsc()
+    return sparse.csr_array((turned.data, turned.indices, turned.indptr), shape=rows.shape[::-1])
+
+
+def _by_pieces(rows: Sparse, scale: Floats, dtype: np.dtype[Any], index: type[np.signedinteger[Any]]) -> Sparse:
+    (targets, households), entries = rows.shape, rows.nnz
+    ends = np.zeros(households + 1, index)
+    np.cumsum(np.bincount(rows.indices, minlength=households), out=ends[1:])
+    free, data, indices = ends[:-1].copy(), np.empty(entries, dtype), np.empty(entries, index)
+    for _, some in pieces(rows, most=entries // households):  # each takes some passes over all households
+        part = sparse.csc_array(rows[some])
+        counts = np.diff(part.indptr)
+        places = np.arange(part.nnz, dtype=index) + np.repeat(free - part.indptr[:-1].astype(index), counts)
+        data[places] = part.data * scale[some.start + part.indices]
+        indices[places] = some.start + part.indices
+        free += counts.astype(index)
+    return sparse.csr_array((data, indices, ends), shape=(households, targets))
 
 
 def row_norms(block: Sparse) -> Floats:
@@ -174,7 +190,7 @@ def shared(values: Floats) -> Floats:
     return np.broadcast_to(values[0], values.shape) if len(values) and (values == values[0]).all() else values
 
 
-def pieces(block: Sparse) -> Iterator[tuple[slice, slice]]:
+def pieces(block: Sparse, most: int = _PIECES) -> Iterator[tuple[slice, slice]]:
     """The entries and the rows of a matrix, some at a time.
 
     Examples
@@ -182,7 +198,7 @@ def pieces(block: Sparse) -> Iterator[tuple[slice, slice]]:
     >>> list(pieces(sparse.csr_array(np.eye(3))))
     [(slice(0, 3, None), slice(0, 3, None))]
     """
-    count, rows = max(_PIECE, block.nnz // _PIECES), block.shape[0]
+    count, rows = max(_PIECE, block.nnz // min(_PIECES, max(_FEWEST, most))), block.shape[0]
     first = 0
     while first < rows:
         last = int(np.searchsorted(block.indptr, block.indptr[first] + count, side="right")) - 1

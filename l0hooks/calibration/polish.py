@@ -96,7 +96,8 @@ def polish(
     >>> done.objective, done.converged, problem.weights(done.selection.g, np.arange(3)).round(4)
     ('distance', True, array([3.5, 3.5, 2. ]))
     """
-    block = rows_of(problem.columns, selection.units)
+    every = len(selection.units) == problem.size and problem.columns.dtype == np.float64
+    block = problem.columns if every else rows_of(problem.columns, selection.units)
     many = len(selection.units) / problem.rows
     if not len(selection.units):  # no weight to find, whatever the objective
         misses = problem.misses(np.zeros(problem.rows))

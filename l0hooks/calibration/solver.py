@@ -292,7 +292,10 @@ class Solver:
     def _polish(self) -> Progress:
         """Polish the most promising selection, and forget those that are too far behind it."""
         if self._frugal and not self.candidates:
-            self.problem = self.problem.only(np.unique(np.concatenate([one.selection.units for one in self._pending])))
+            wanted = np.zeros(self.problem.size, np.bool_)
+            for one in self._pending:
+                wanted[one.selection.units] = True
+            self.problem = self.problem.only(np.flatnonzero(wanted))
         self._pending.sort(key=lambda one: one.norm)
         first, options = self._pending[0], self.options
         polished = polish(

@@ -322,3 +322,63 @@ def test_proximal_points_with_sparse_factors_reach_the_optimum_of_lsq_linear() -
     cost = optimize.lsq_linear(block.T, target, (0.0, 0.4), tol=1e-14).cost
     assert fit.converged
     assert fit.residual @ fit.residual / 2 == pytest.approx(cost, rel=1e-6)
+
+
+def margins_problem(seed: int, sizes: tuple[int, ...], n: int = 3000):
+    """Labels of every unit in some margins, the block, and targets that positive weights give."""
+    rng = np.random.default_rng(seed)
+    labels = [rng.integers(0, size, n) for size in sizes]
+    strength = rng.uniform(0.5, 2.0, n)
+    scales = [rng.uniform(0.1, 5.0, size) for size in sizes]  # a target's own unit
+    parts = [sparse.csr_array((s[one] * strength, (np.arange(n), one))) for s, one in zip(scales, labels, strict=True)]
+    block = sparse.hstack(parts, format="csr")
+    return labels, scales, strength, block, block.T @ rng.lognormal(0, 0.4, n)
+
+
+def deming_stephan(labels, scales, strength, target):
+    """Proportional fitting as in the paper, one margin after the other."""
+    x, margins = strength.copy(), np.split(target, np.cumsum([len(s) for s in scales])[:-1])
+    for _ in range(500):
+        for label, scale, wanted in zip(labels, scales, margins, strict=True):
+            x *= (wanted / scale / np.bincount(label, x, minlength=len(wanted)))[label]
+    return x / strength
+
+
+@pytest.mark.parametrize("sizes", [(7,), (4, 9), (40, 5, 3), (2, 3, 4, 5, 6), (300, 7)])
+def test_raking_to_margins_is_proportional_fitting(sizes) -> None:
+    labels, scales, strength, block, target = margins_problem(len(sizes), sizes)
+    ones = np.ones(len(strength))
+    found = nearest_weights(block, target, target, 0 * ones, np.inf * ones, strength, distance="raking", tolerance=1e-9)
+    assert found.feasible
+    assert found.steps == 0  # no Newton step
+    assert abs(found.gap) < 1e-9
+    np.testing.assert_allclose(found.g, deming_stephan(labels, scales, strength, target), rtol=1e-8)
+
+
+@pytest.mark.parametrize("how", ["bounds", "contradiction", "no margin", "uneven", "intervals", "gap in the pattern"])
+def test_raking_to_what_is_no_margin_is_newtons(how) -> None:
+    *_, strength, block, target = margins_problem(11, (30, 4), n=400)
+    low, high, upper = np.zeros(400), np.full(400, np.inf), target.copy()
+    if how == "bounds":
+        low, high = np.full(400, 0.5), np.full(400, 1.15)
+    elif how == "contradiction":
+        target = upper = target * np.where(np.arange(len(target)) < 30, 1.2, 1.0)
+    elif how == "no margin":
+        block = sparse.csr_array(block + sparse.random_array(block.shape, density=0.1, rng=np.random.default_rng(1)))
+        target = upper = block.T @ np.random.default_rng(2).lognormal(0, 0.1, 400)
+    elif how == "uneven":
+        block = block.copy()
+        block.data[::7] *= 1.5
+        target = upper = block.T @ np.random.default_rng(2).lognormal(0, 0.1, 400)
+    elif how == "intervals":
+        upper = target * 1.1
+    else:
+        block = block.tolil()
+        block[3] = 0
+        block = sparse.csr_array(block)
+        target = upper = block.T @ np.random.default_rng(2).lognormal(0, 0.1, 400)
+    found = nearest_weights(block, target, upper, low, high, strength, distance="raking", tolerance=1e-8)
+    assert found.steps > 0
+    assert found.feasible == (how != "contradiction") or how == "bounds"
+    assert np.all((found.g >= low) & (found.g <= high))
+    assert abs(found.gap) < 1e-4
