@@ -7,6 +7,7 @@ from typing import Literal
 
 import numpy as np
 
+from l0hooks.calibration.certificate import can_be_met
 from l0hooks.calibration.columns import Floats, Sparse, rows_of
 from l0hooks.calibration.distance import nearest_weights
 from l0hooks.calibration.dual import Distance
@@ -17,6 +18,7 @@ Objective = Literal["auto", "least_squares", "distance"]
 _ITERATIONS = 400  # of conjugate gradients, before dense factors are taken
 _PLENTY = 4  # units a target, from which on the distance decides
 _PROMISING = 1e-3  # largest scaled miss of a least-squares fit after which the targets may be met
+_UNKNOWN = "whether all targets can be met within the bounds is not known"
 _GAP = 1e-3  # of the duality gap, relative: the weights are then right to some three digits of their distance
 _VIOLATION = 1e-6  # of the projected gradient, relative
 
@@ -163,11 +165,28 @@ def _nearest(
     if estimates is not None:
         reason += " of those with the same estimates"
     if not found.feasible:
+        ends = (problem.lower, problem.upper, problem.low[units], problem.high[units])
+        answer = can_be_met(block, *ends, found.misses, tolerance)
+        if answer.g is not None and estimates is None:
+            return _from_point(problem, selection, block, distance, tolerance, answer.g)
         worst = float(np.max(np.abs(found.misses), initial=0.0))
-        reason = f"not all targets can be met within the bounds: soft compromise, largest scaled miss {worst:.2e}"
+        known = "not all targets can be met within the bounds" if answer.impossible else _UNKNOWN
+        reason = f"{known}: soft compromise, largest scaled miss {worst:.2e}"
     if not converged:
         reason = f"not converged: duality gap {found.gap:.1e} after {found.steps} Newton steps"
     return _polished(problem, selection, found.g, block, "distance", found.feasible, converged, found.gap, reason)
+
+
+def _from_point(
+    problem: Problem, selection: Selection, block: Sparse, distance: Distance, tolerance: float, g: Floats
+) -> Polished:
+    """The nearest weights with the estimates of a point that meets all targets; if they are not found, that point."""
+    estimates = np.clip(np.asarray(block.T @ g, np.float64), problem.lower, problem.upper)
+    nearest = _nearest(problem, selection, block, distance, tolerance, estimates)
+    if nearest.converged and nearest.feasible:
+        return nearest
+    reason = "all targets met; the nearest weights that meet them were not found"
+    return _polished(problem, selection, g, block, "least_squares", True, True, 0.0, reason)
 
 
 def _common_factor(problem: Problem, block: Sparse) -> float:
