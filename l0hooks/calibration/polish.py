@@ -12,7 +12,7 @@ from l0hooks.calibration.columns import Floats, Sparse, rows_of
 from l0hooks.calibration.distance import nearest_weights
 from l0hooks.calibration.dual import Distance
 from l0hooks.calibration.problem import Problem, median_factor
-from l0hooks.calibration.stage import Selection, refit
+from l0hooks.calibration.stage import Refit, Selection, refit
 
 Objective = Literal["auto", "least_squares", "distance"]
 _ITERATIONS = 400  # of conjugate gradients, before dense factors are taken
@@ -111,15 +111,7 @@ def polish(
         nearest = _nearest(problem, selection, block, distance, tolerance)
         if objective == "distance" or nearest.converged:
             return nearest
-    fitted = refit(
-        problem,
-        selection.units,
-        selection.g,
-        iterations=_ITERATIONS,
-        tolerance=_VIOLATION / 2,
-        finish=True,
-        block=block,
-    )
+    fitted = _least_squares(problem, selection, block)
     if objective == "auto" and many > 1 and _feasible(fitted.misses, max(_PROMISING, tolerance)):
         nearest = nearest or _nearest(problem, selection, block, distance, tolerance)
         if not nearest.converged and (problem.lower < problem.upper).any():  # points are far easier than intervals
@@ -133,6 +125,11 @@ def polish(
     if not converged:
         reason = f"not converged: projected gradient {certificate:.1e} after {fitted.fit.iterations} iterations"
     return _polished(problem, selection, fitted.g, block, "least_squares", feasible, converged, certificate, reason)
+
+
+def _least_squares(problem: Problem, selection: Selection, block: Sparse) -> Refit:
+    units, tolerance = selection.units, _VIOLATION / 2
+    return refit(problem, units, selection.g, iterations=_ITERATIONS, tolerance=tolerance, finish=True, block=block)
 
 
 def _feasible(misses: Floats, tolerance: float) -> bool:
@@ -180,7 +177,9 @@ def _nearest(
 def _from_point(
     problem: Problem, selection: Selection, block: Sparse, distance: Distance, tolerance: float, g: Floats
 ) -> Polished:
-    """The nearest weights with the estimates of a point that meets all targets; if they are not found, that point."""
+    """Targets can be met, as ``g`` shows: the nearest weights with the estimates of a point that meets them."""
+    fitted = _least_squares(problem, selection, block)
+    g = fitted.g if _feasible(fitted.misses, tolerance) else g  # that is nearer than a corner
     estimates = np.clip(np.asarray(block.T @ g, np.float64), problem.lower, problem.upper)
     nearest = _nearest(problem, selection, block, distance, tolerance, estimates)
     if nearest.converged and nearest.feasible:
