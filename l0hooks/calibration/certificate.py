@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from scipy import sparse
 
-from l0hooks.calibration.columns import Floats, Sparse
+from l0hooks.calibration.columns import Floats, Sparse, pieces, row_norms
 
 _ROOM = 1e-12  # of the sum of all sizes, for rounding
 _ENTRIES, _SECONDS = 60_000, 20.0  # up to which a linear programme is solved; how long it may take
@@ -78,7 +78,8 @@ def proves_impossible(
     if (np.isinf(limit) & (pull != 0)).any():
         return False
     most = np.where(pull == 0, 0.0, pull * np.where(pull == 0, 0.0, limit))
-    sizes = np.where(np.isinf(limit), 0.0, np.asarray(abs(block) @ np.abs(u), np.float64) * np.abs(limit))
+    # ‖Bᵢ‖·‖u‖ is no less than Σⱼ |Bᵢⱼ uⱼ|
+    sizes = np.where(np.isinf(limit), 0.0, row_norms(block) * float(np.linalg.norm(u)) * np.abs(limit))
     room = _ROOM * (float(sizes.sum()) + float(np.abs(ends * u).sum()))
     return float(most.sum()) + room < float(ends @ u) - tolerance * float(np.abs(u).sum())
 
@@ -89,8 +90,12 @@ def _lowered(block: Sparse, u: Floats, upper: Floats, high: Floats) -> Floats:
     if not free.any() or not np.isfinite(u).all():
         return u
     # rows without negative entries, that may have a negative multiplier
-    useful = (np.isfinite(upper) & (np.asarray(block.min(axis=0).todense()).ravel() >= 0)).astype(np.float64)
-    weight, rounding = np.asarray(block @ useful, np.float64), 1e-2 * _ROOM * np.asarray(abs(block) @ np.abs(u))
+    least = np.zeros(len(u))
+    for part, _ in pieces(block):
+        np.minimum.at(least, block.indices[part], block.data[part])
+    useful = (np.isfinite(upper) & (least >= 0)).astype(np.float64)
+    weight = np.asarray(block @ useful, np.float64)
+    rounding = 1e-2 * _ROOM * row_norms(block) * float(np.linalg.norm(u))
     for _ in range(3):
         pull = np.asarray(block @ u, np.float64)
         up = free & (pull > 0)
