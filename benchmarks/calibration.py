@@ -4,7 +4,7 @@ For each problem: l0-python's SparseCalibrationWeights with settings tuned in it
 ended, ours and three baselines: a random selection polished, random with swaps, greedy with swaps. Every fit runs in a
 process of its own, on one thread; memory is the peak over what the process held when it had the problem.
 ``--plain``: plain calibration against scipy's lsq_linear, the textbook Newton iteration for raking, and iterative
-proportional fitting of four margins.
+proportional fitting of four and of six margins.
 ``--scaling``: time and memory of a whole fit against N, 3,000 targets.
 """
 
@@ -194,22 +194,42 @@ def plain():
     raked, peer = timed(lambda: newton_raking(block, target))
     found["raking"] = {"ours s": seconds, "peer s": peer, "largest difference": float(np.abs(near.g - raked).max())}
 
-    n, sizes = 50_000, (400, 50, 12, 8)
-    labels = [rng.integers(0, size, n) for size in sizes]
-    starts = np.cumsum([0, *sizes[:-1]])
-    where = np.stack([start + label for start, label in zip(starts, labels, strict=True)], axis=1)
-    block = sparse.csr_array((np.ones(where.size), where.ravel(), 4 * np.arange(n + 1)), shape=(n, sum(sizes)))
-    target, ones = block.T @ rng.lognormal(0, 0.3, n), np.ones(n)
-    near, seconds = timed(
-        lambda: nearest_weights(block, target, target, 0 * ones, np.inf * ones, ones, distance="raking", tolerance=1e-9)
-    )
-    fitted, peer = timed(lambda: proportional_fitting(labels, np.split(target, starts[1:])))
-    found["margins"] = {"ours s": seconds, "peer s": peer, "largest difference": float(np.abs(near.g - fitted).max())}
+    found["margins"] = raking_to_margins(rng, 50_000, (400, 50, 12, 8))
+    found["six margins"] = raking_to_margins(rng, 100_000, (5, 10, 15, 20, 35, 50))
     return found
 
 
+def raking_to_margins(rng, n, sizes, repeats=5):
+    """Medians: ours on the matrix, a whole fit with its checks, and proportional fitting, which is given labels."""
+    from l0hooks.calibration import Calibrator
+    from l0hooks.calibration.distance import nearest_weights
+
+    labels = [rng.integers(0, size, n) for size in sizes]
+    starts, many = np.cumsum([0, *sizes[:-1]]), len(sizes)
+    where = np.stack([start + label for start, label in zip(starts, labels, strict=True)], axis=1)
+    block = sparse.csr_array((np.ones(where.size), where.ravel(), many * np.arange(n + 1)), shape=(n, sum(sizes)))
+    target, ones = block.T @ rng.lognormal(0, 0.3, n), np.ones(n)
+    relative, met, matrix = block.copy(), np.ones(len(target)), sparse.csr_array(block.T)
+    relative.data /= target[relative.indices]  # misses are relative, as those of the other
+    kinds = {
+        "ours": lambda: (
+            nearest_weights(relative, met, met, 0 * ones, np.inf * ones, ones, distance="raking", tolerance=1e-11).g
+        ),
+        "fit": lambda: Calibrator(distance="raking", dtype="float64", progress=False).fit(matrix, target).weights,
+        "peer": lambda: proportional_fitting(labels, np.split(target, starts[1:])),
+    }
+    seconds, weights = {kind: [] for kind in kinds}, {}
+    for _ in range(repeats):
+        for kind, function in kinds.items():
+            begin = time.process_time()
+            weights[kind] = function()
+            seconds[kind].append(time.process_time() - begin)
+    apart = float(np.abs(weights["ours"] - weights["peer"]).max())
+    return {f"{kind} s": statistics.median(one) for kind, one in seconds.items()} | {"largest difference": apart}
+
+
 def proportional_fitting(labels, margins):
-    """Deming & Stephan's iteration: every margin in turn, until all are met within 1e-9 of their size."""
+    """Deming & Stephan's iteration: every margin in turn, until all are met within 1e-11 of their size."""
     g = np.ones(len(labels[0]))
     for _ in range(1000):
         worst = 0.0

@@ -42,7 +42,8 @@ SUBSET = {
     **{"squares": 4, "refit": 5, "glm": 6, "choice": 7},
 }
 CALIBRATION = {
-    **{"problem": 0, "factor": 1, "least_squares": 1, "dual": 2, "distance": 3, "proximal": 2, "stage": 3},
+    **{"columns": -1, "problem": 0, "factor": 1, "margins": 1, "certificate": 1, "least_squares": 1, "dual": 2},
+    **{"distance": 3, "proximal": 2, "stage": 3},
     **{"gates": 4, "greedy": 4, "swaps": 4, "priced": 4, "polish": 4, "solver": 5},
     **{"names": 1, "matrix": 2, "households": 2, "targets": 2, "reach": 3, "inputs": 4, "files": 3},
     **{"progress": 4, "checkpoint": 4, "plots": 1, "export": 2, "result": 6, "report": 7, "driver": 6},

@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 
 from l0hooks.calibration.checkpoint import Checkpoint
+from l0hooks.calibration.columns import Floats
 from l0hooks.calibration.driver import Driver, Outcome, prepared
 from l0hooks.calibration.households import check_count
 from l0hooks.calibration.inputs import Inputs, read_inputs
 from l0hooks.calibration.matrix import read_matrix
-from l0hooks.calibration.problem import Floats
 from l0hooks.calibration.progress import Display
 from l0hooks.calibration.result import CalibrationResult
 from l0hooks.calibration.settings import Settings

@@ -18,8 +18,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from l0hooks.calibration.columns import Floats, Sparse
 from l0hooks.calibration.dual import Distance, ProximalDual
-from l0hooks.calibration.problem import Floats, Sparse
+from l0hooks.calibration.margins import fit_margins
 
 _GAP = 1e-5  # relative, where targets are intervals
 _FIRST, _FACTOR, _LAST = 1e-2, 10.0, 1e6  # τ per unit of strength: first, from one to the next, last
@@ -113,13 +114,32 @@ class _Search(ProximalDual):
     """The sequence of problems."""
 
     def solve(self) -> Nearest:
+        return self.by_margins() or self.by_newton()
+
+    def by_margins(self) -> Nearest | None:
+        """The weights where targets are margins and no bound is met: checked, and judged, as any others."""
+        if not self.raking or self.interval.any():
+            return None
+        u = fit_margins(self.block, self.lower, self.q, self.factor, self.tolerance)
+        if u is None:
+            return None
+        t = self.factor * (self.block @ u) / self.q
+        r, _ = self.ratios(t)
+        misses = self.misses(self.factor * (self.block.T @ r))
+        if float(np.abs(misses).max()) > self.tolerance:  # bounds, or what only looked like margins
+            return None
+        self.u, self.products = u, 2
+        return self.result(r, misses, True, t)
+
+    def by_newton(self) -> Nearest:
         self.tau = _FIRST * float(self.q.sum())
         before, growth, lost, whole = np.inf, _FACTOR, 0, float(self.q.sum())
         for _ in range(_OUTER):
             r, arrived = self.minimise()
-            misses = self.misses(r)
+            estimates = self.factor * (self.block.T @ r)
+            misses = self.misses(estimates)
             feasible = float(np.max(np.abs(misses), initial=0.0)) <= self.tolerance
-            norm = float(np.linalg.norm(self.unbalanced(r)))
+            norm = float(np.linalg.norm(self.unbalanced(estimates)))
             if (feasible and self.optimal(r, misses)) or lost == _LOST:
                 break
             if not arrived:  # from here with a smaller τ, which is easier
@@ -139,26 +159,27 @@ class _Search(ProximalDual):
         """Whether feasible weights are the nearest ones: always for points; within intervals others may be nearer."""
         return not self.interval.any() or abs(self.result(r, misses, True).gap) <= _GAP
 
-    def misses(self, r: Floats) -> Floats:
-        estimates = self.factor * (self.block.T @ r)
+    def misses(self, estimates: Floats) -> Floats:
         outside: Floats = estimates - np.clip(estimates, self.lower, self.upper)
         return outside
 
-    def unbalanced(self, r: Floats) -> Floats:
+    def unbalanced(self, estimates: Floats) -> Floats:
         """How far estimates are from where u pulls them; from their intervals where it does not."""
-        estimates = self.factor * (self.block.T @ r)
-        far: Floats = np.where(self.u == 0, self.misses(r), estimates - self.ends(self.u))
+        far: Floats = np.where(self.u == 0, self.misses(estimates), estimates - self.ends(self.u))
         return far
 
-    def result(self, r: Floats, misses: Floats, feasible: bool) -> Nearest:
-        """The duality gap, computed from the weights and u alone."""
-        u = self.u
-        t = self.factor * (self.block @ u) / self.q
-        best, _ = self.ratios(t)
-        cost = float(self.q @ self.distances(r))
+    def result(self, r: Floats, misses: Floats, feasible: bool, t: Floats | None = None) -> Nearest:
+        """The duality gap, computed from the weights and u alone; with t = Aᵀu/q, r is r(u)."""
+        u, best = self.u, r
+        if t is None:
+            t = self.factor * (self.block @ u) / self.q
+            best, _ = self.ratios(t)
+            cost = float(self.q @ self.distances(r))
+        else:  # φ(r) = t·r − φ*(t)
+            cost = float(self.q @ (t * r)) - self.conjugate(t, r)
         if feasible:
             primal = cost
-            dual = float(u @ self.ends(u)) - float(self.q @ (t * best - self.distances(best)))
+            dual = float(u @ self.ends(u)) - self.conjugate(t, best)
         else:
             estimates = self.factor * (self.block.T @ r)
             missed = estimates - np.clip(estimates - self.dual / self.tau, self.lower, self.upper)

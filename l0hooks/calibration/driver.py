@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 
 from l0hooks.calibration.checkpoint import Checkpoint
+from l0hooks.calibration.columns import Floats, shared
 from l0hooks.calibration.inputs import Inputs
 from l0hooks.calibration.polish import Polished
-from l0hooks.calibration.problem import Floats, Loss, Problem, prepare
+from l0hooks.calibration.problem import Loss, Problem, prepare
 from l0hooks.calibration.progress import Callback, Display, Update, Watch
 from l0hooks.calibration.reach import weight_limits
 from l0hooks.calibration.solver import Options, Solver
@@ -82,7 +83,7 @@ def prepared(inputs: Inputs, *, loss: Loss, consistency: float, offset: float = 
         low, high = low[first], high[first]
     low /= problem.design
     high /= problem.design
-    return replace(problem, low=low, high=high)
+    return replace(problem, low=shared(low), high=shared(high))
 
 
 class Driver:

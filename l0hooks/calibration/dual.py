@@ -18,8 +18,8 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from l0hooks.calibration.columns import Floats, Sparse, weighted_squares
 from l0hooks.calibration.factor import Factor, conjugate_gradients, factorised
-from l0hooks.calibration.problem import Floats, Sparse
 
 Distance = Literal["chi_square", "raking"]
 _NEWTON = 60  # steps at the most
@@ -99,11 +99,13 @@ class ProximalDual:
         """r and dr/dt for t = Aᵀu/q."""
         if self.raking:
             bent = np.exp(np.minimum(t, _LARGEST))
-            raw = bent * (1 + np.maximum(t - _LARGEST, 0))
+            raw = bent if t.max(initial=0.0) <= _LARGEST else bent * (1 + np.maximum(t - _LARGEST, 0))
             slope = bent
         else:
             raw, slope = 1 + t, np.ones_like(t)
         inside = (raw > self.low) & (raw < self.high)
+        if inside.all():
+            return raw, slope
         return np.clip(raw, self.low, self.high), np.where(inside, slope, 0.0)
 
     def distances(self, r: Floats) -> Floats:
@@ -113,6 +115,15 @@ class ProximalDual:
         with np.errstate(divide="ignore", invalid="ignore"):
             values: Floats = np.where(r > 0, r * np.log(r), 0.0) - r + 1
         return values
+
+    def conjugate(self, t: Floats, r: Floats) -> float:
+        """Σ qᵢ φ*(tᵢ), r = r(t): without a logarithm where r is within its bounds."""
+        if not self.raking:
+            return float(self.q @ (t * r - self.distances(r)))
+        values, bent = r - 1, (r <= self.low) | (r >= self.high) | (t > _LARGEST)
+        if bent.any():
+            values[bent] = t[bent] * r[bent] - self.distances(r[bent])
+        return float(self.q @ values)
 
     def ends(self, u: Floats) -> Floats:
         """What each u pulls the estimates towards; zero where it does not pull."""
@@ -124,7 +135,7 @@ class ProximalDual:
         self.products += 2
         r, slope = self.ratios(t := self.factor * (self.block @ u) / self.q)
         moved = u - self.dual
-        value = float(self.q @ (t * r - self.distances(r))) - float(self.ends(u) @ u)
+        value = self.conjugate(t, r) - float(self.ends(u) @ u)
         value += float(moved @ moved) / 2 / self.tau
         estimates = self.factor * (self.block.T @ r)
         above = estimates + moved / self.tau - self.lower  # the slopes to both sides
@@ -150,12 +161,7 @@ class ProximalDual:
     def step(self, point: Point, accuracy: float) -> Point | None:
         """The next point; None where the function falls no further."""
         free = ~self.interval | (point.u != 0) | (point.pull != 0)
-        squares = self.block.data**2
-        squares *= np.repeat(point.curvature, np.diff(self.block.indptr))
-        diagonal: Floats = (
-            np.bincount(self.block.indices, squares, minlength=self.rows).astype(np.float64) + 1 / self.tau
-        )
-        del squares  # their memory is wanted
+        diagonal = weighted_squares(self.block, point.curvature) + 1 / self.tau
         steepest = -point.pull / diagonal
         # those that are about to change their sign take a step of their own
         nearly = self.interval & (point.u * steepest < 0) & (np.abs(point.u) <= np.minimum(np.abs(steepest), _EDGE))

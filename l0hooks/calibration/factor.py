@@ -15,11 +15,11 @@ from numpy.typing import NDArray
 from scipy import linalg, sparse
 from scipy.sparse.linalg import splu
 
-from l0hooks.calibration.problem import Floats, Sparse
+from l0hooks.calibration.columns import Floats, Integers, Sparse, pieces, scale_rows
 
 _RAISED = 1e-5  # what is added to a unit diagonal, so that float32 can factorise it
-_SPARSE_SPEED, _DENSE_SPEED, _CHUNK = 3e8, 4e10, 2000  # products a second of either kind; rows made dense at a time
-_SLAB = 256  # rows of a sparse product made at a time
+_SPARSE_SPEED, _DENSE_SPEED, _CHUNK = 3e8, 4e10, 1000  # products a second of either kind; rows made dense at a time
+_SLAB, _SLABS = 256, 16  # rows of a sparse product made at a time, at the most; with this share of all entries
 _FILLED = 0.1  # share of entries from which a matrix counts as dense
 _STALE_SPARSE, _STALE_DENSE = 30, 20  # iterations with an old factor, after which a new one costs less
 
@@ -64,16 +64,12 @@ def factorised(block: Sparse, curvature: Floats, ridge: Floats, diagonal: Floats
     """
     root = 1 / np.sqrt(diagonal)
     used = np.flatnonzero(curvature)
-    weighted = block[used].astype(np.float32)
-    weighted.data *= np.repeat(np.sqrt(curvature[used]), np.diff(weighted.indptr)).astype(np.float32)
-    weighted.data *= root.astype(np.float32)[weighted.indices]
-    entries = np.diff(weighted.indptr).astype(np.float64)
+    entries = np.diff(block.indptr)[used].astype(np.float64)
     rows, raised = block.shape[1], ridge * root**2 + _RAISED
     if float(entries @ entries) / _SPARSE_SPEED < float(rows) ** 2 * len(used) / _DENSE_SPEED:
-        matrix = _sparse_product(weighted, raised)
-        del weighted  # its memory is wanted
+        matrix = _sparse_product(block, curvature, root, raised)
         return _dense_factor(matrix, root) if isinstance(matrix, np.ndarray) else _sparse_factor(matrix, root)
-    dense = _dense_product(weighted)
+    dense = _dense_product(block, used, curvature, root)
     dense[np.diag_indices_from(dense)] += raised.astype(np.float32)
     return _dense_factor(dense, root)
 
@@ -114,37 +110,66 @@ def conjugate_gradients(
     return x, residual
 
 
-def _sparse_product(weighted: Sparse, ridge: Floats) -> Any:
-    """Bᵀ B + diag(ridge), some rows at a time, since scipy's product takes several times its memory.
+def _sparse_product(block: Sparse, curvature: Floats, root: Floats, ridge: Floats) -> Any:
+    """The scaled matrix, some rows at a time: no second copy of the block, nor what scipy's whole product would take.
 
     A CSC array, or a NumPy array where more than a tenth is not zero.
     """
-    count = weighted.shape[1]
-    diagonal = sparse.diags_array(np.sqrt(ridge).astype(np.float32), format="csr")
-    right = sparse.vstack([weighted, diagonal], format="csr")
-    left = right.T.tocsr()
+    count = block.shape[1]
     most = int(_FILLED * count**2)
     data, indices, ends = np.empty(most, np.float32), np.empty(most, np.int32), np.zeros(count + 1, np.int32)
-    for start in range(0, count, _SLAB):
-        slab, filled = left[start : start + _SLAB] @ right, ends[start]
+    slabs = _slabs(block)
+    for some in slabs:
+        slab, filled = _slab(block, curvature, root, ridge, some), ends[some.start]
         if filled + slab.nnz > most:
             break
         part = slice(filled, filled + slab.nnz)
         data[part], indices[part] = slab.data, slab.indices
-        ends[start + 1 : start + 1 + slab.shape[0]] = filled + slab.indptr[1:]
+        ends[some.start + 1 : some.stop + 1] = filled + slab.indptr[1:]
     else:  # symmetric: rows are columns
         return sparse.csc_array((data[: ends[-1]], indices[: ends[-1]], ends), shape=(count, count))
     del data, indices
     dense = np.zeros((count, count), np.float32)
-    for start in range(0, count, _SLAB):
-        dense[start : start + _SLAB] = (left[start : start + _SLAB] @ right).toarray()
+    for some in slabs:
+        dense[some] = _slab(block, curvature, root, ridge, some).toarray()
     return dense
 
 
-def _dense_product(weighted: Sparse) -> NDArray[np.float32]:
-    matrix = np.zeros((weighted.shape[1],) * 2, np.float32)
-    for start in range(0, weighted.shape[0], _CHUNK):
-        part = weighted[start : start + _CHUNK].toarray()
+def _slabs(block: Sparse) -> list[slice]:
+    """Targets taken together: not too many, and not too many households'."""
+    support = np.zeros(block.shape[1], np.int64)
+    for part, _ in pieces(block):
+        support += np.bincount(block.indices[part], minlength=len(support))
+    found, start, entries = [], 0, np.concatenate([[0], np.cumsum(support)])
+    while start < len(support):
+        stop = int(np.searchsorted(entries, entries[start] + block.nnz // _SLABS, side="right")) - 1
+        stop = min(max(stop, start + 1), start + _SLAB, len(support))
+        found.append(slice(start, stop))
+        start = stop
+    return found
+
+
+def _slab(block: Sparse, curvature: Floats, root: Floats, ridge: Floats, some: slice) -> Sparse:
+    """Rows of the scaled matrix."""
+    left = block[:, some]
+    left = left.copy() if left is block else left  # a slice of all is no copy
+    scale_rows(left, curvature)
+    left.eliminate_zeros()  # of units at their bounds
+    slab = left.T.tocsr() @ block
+    scale_rows(slab, root[some])
+    slab.data = np.multiply(slab.data, root[slab.indices], dtype=np.float32, casting="same_kind")
+    diagonal = ridge[some].astype(np.float32)
+    return slab + sparse.diags_array(diagonal, offsets=some.start, shape=slab.shape, format="csr")
+
+
+def _dense_product(block: Sparse, used: Integers, curvature: Floats, root: Floats) -> NDArray[np.float32]:
+    matrix = np.zeros((block.shape[1],) * 2, np.float32)
+    for start in range(0, len(used), _CHUNK):
+        some = used[start : start + _CHUNK]
+        rows = block[some]
+        scale_rows(rows, np.sqrt(curvature[some]))
+        rows.data *= root[rows.indices]
+        part = rows.astype(np.float32).toarray()
         matrix += part.T @ part
     return matrix
 

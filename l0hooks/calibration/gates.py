@@ -17,8 +17,9 @@ from torch import Tensor
 
 from l0hooks.budget import Budget
 from l0hooks.budgeting import set_budget
+from l0hooks.calibration.columns import Floats, Integers
 from l0hooks.calibration.least_squares import bounded_fit
-from l0hooks.calibration.problem import Floats, Integers, Problem
+from l0hooks.calibration.problem import Problem
 from l0hooks.calibration.stage import Progress, Selection, State, largest
 from l0hooks.gate import Gate
 from l0hooks.hard_concrete import GAMMA, ZETA

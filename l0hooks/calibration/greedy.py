@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from l0hooks.calibration.problem import Floats, Problem
+from l0hooks.calibration.columns import Floats
+from l0hooks.calibration.problem import Problem
 from l0hooks.calibration.stage import Progress, Selection, State, largest, refit
 
 _ROUNDS, _ITERATIONS = (100, 40), (100, 30)  # with few units, at most one for two targets; with more
@@ -48,7 +49,6 @@ class GreedyStage:
         self._units = np.flatnonzero(problem.kept)
         self._g = np.maximum(problem.low[self._units], np.minimum(1.0, problem.high[self._units]))
         self._misses = problem.misses(problem.estimates(self._g, self._units))
-        self._norms = np.where(problem.norms > 0, problem.norms, np.inf)
 
     @property
     def done(self) -> bool:
@@ -68,7 +68,7 @@ class GreedyStage:
     def advance(self) -> Progress:
         """One block."""
         problem = self.problem
-        scores = -problem.gradient(self._misses) / self._norms
+        scores = problem.promise(self._misses)
         scores[self._units] = -np.inf
         new = largest(scores, min(self._block, self.keep - len(self._units)))
         units = np.concatenate([self._units, new])

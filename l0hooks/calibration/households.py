@@ -10,8 +10,9 @@ from typing import Any
 
 import numpy as np
 
+from l0hooks.calibration.columns import Flags, Floats, Integers
 from l0hooks.calibration.names import Axis, is_frame
-from l0hooks.calibration.problem import BoundsOn, Flags, Floats, Integers
+from l0hooks.calibration.problem import BoundsOn
 from l0hooks.errors import InvalidValueError, explain
 
 

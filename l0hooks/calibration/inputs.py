@@ -11,10 +11,11 @@ from typing import Any
 
 import numpy as np
 
+from l0hooks.calibration.columns import Flags, Floats, Sparse, pieces
 from l0hooks.calibration.households import Households, check_count, read_households
 from l0hooks.calibration.matrix import read_matrix
 from l0hooks.calibration.names import Axis, few, is_frame, is_series
-from l0hooks.calibration.problem import BoundsOn, Flags, Floats, Precision, Sparse
+from l0hooks.calibration.problem import BoundsOn, Precision
 from l0hooks.calibration.reach import reachable_range, weight_limits, within
 from l0hooks.calibration.targets import (
     CalibrationWarning,
@@ -272,6 +273,7 @@ def _warn_unreachable(
 
 def _stored_zeros(matrix: Sparse) -> Any:
     """How many stored entries of each row are zero."""
-    zeros = np.flatnonzero(matrix.data == 0)
+    parts = (part for part, _ in pieces(matrix))
+    zeros = np.concatenate([part.start + np.flatnonzero(matrix.data[part] == 0) for part in parts])
     rows = np.searchsorted(matrix.indptr, zeros, side="right") - 1
     return np.bincount(rows, minlength=matrix.shape[0])

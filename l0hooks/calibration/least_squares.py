@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from l0hooks.calibration.problem import Floats, Sparse
+from l0hooks.calibration.columns import Floats, Sparse, row_norms
 
 _PROPORTION = 1.0  # of the bound to the free gradient that is still no reason to change the face
 _REFRESH = 50  # steps after which the residual is computed anew: float32 products drift
@@ -44,7 +44,7 @@ class Fit:
 
 def column_norms(block: Sparse) -> Floats:
     """‖Bᵢ‖ of every row of ``block``, 1 for a row of zeros."""
-    norms = np.sqrt(np.asarray(block.multiply(block).sum(axis=1), np.float64).ravel())
+    norms = row_norms(block)
     return np.where(norms > 0, norms, 1.0)
 
 

@@ -11,8 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import sparse
 
+from l0hooks.calibration.columns import Sparse, pieces
 from l0hooks.calibration.names import Axis, check_distinct, few, is_frame
-from l0hooks.calibration.problem import Sparse
 from l0hooks.errors import InvalidValueError, explain
 
 _WHERE = "M"
@@ -145,7 +145,8 @@ def _real(kind: Any) -> bool:
 
 
 def _check_finite(matrix: Sparse, targets: Axis, households: Axis) -> None:
-    bad = np.flatnonzero(~np.isfinite(matrix.data))
+    parts = (part for part, _ in pieces(matrix))  # no array of the matrix's size is made
+    bad = np.concatenate([part.start + np.flatnonzero(~np.isfinite(matrix.data[part])) for part in parts])
     if not len(bad):
         return
     row = int(np.searchsorted(matrix.indptr, bad[0], side="right")) - 1

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from l0hooks.calibration.problem import Floats, Integers
+from l0hooks.calibration.columns import Floats, Integers
 from l0hooks.errors import InvalidValueError, explain, near_names
 
 Kind = Literal["target", "household"]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from l0hooks.calibration.problem import Floats
+from l0hooks.calibration.columns import Floats
 from l0hooks.extras import import_extra
 
 if TYPE_CHECKING:

@@ -7,15 +7,18 @@ from typing import Literal
 
 import numpy as np
 
+from l0hooks.calibration.certificate import can_be_met
+from l0hooks.calibration.columns import Floats, Sparse, rows_of
 from l0hooks.calibration.distance import nearest_weights
 from l0hooks.calibration.dual import Distance
-from l0hooks.calibration.problem import Floats, Problem, Sparse, median_factor
-from l0hooks.calibration.stage import Selection, refit
+from l0hooks.calibration.problem import Problem, median_factor
+from l0hooks.calibration.stage import Refit, Selection, refit
 
 Objective = Literal["auto", "least_squares", "distance"]
 _ITERATIONS = 400  # of conjugate gradients, before dense factors are taken
 _PLENTY = 4  # units a target, from which on the distance decides
 _PROMISING = 1e-3  # largest scaled miss of a least-squares fit after which the targets may be met
+_UNKNOWN = "whether all targets can be met within the bounds is not known"
 _GAP = 1e-3  # of the duality gap, relative: the weights are then right to some three digits of their distance
 _VIOLATION = 1e-6  # of the projected gradient, relative
 
@@ -95,7 +98,8 @@ def polish(
     >>> done.objective, done.converged, problem.weights(done.selection.g, np.arange(3)).round(4)
     ('distance', True, array([3.5, 3.5, 2. ]))
     """
-    block = problem.columns[selection.units].astype(np.float64)
+    every = len(selection.units) == problem.size and problem.columns.dtype == np.float64
+    block = problem.columns if every else rows_of(problem.columns, selection.units)
     many = len(selection.units) / problem.rows
     if not len(selection.units):  # no weight to find, whatever the objective
         misses = problem.misses(np.zeros(problem.rows))
@@ -107,15 +111,7 @@ def polish(
         nearest = _nearest(problem, selection, block, distance, tolerance)
         if objective == "distance" or nearest.converged:
             return nearest
-    fitted = refit(
-        problem,
-        selection.units,
-        selection.g,
-        iterations=_ITERATIONS,
-        tolerance=_VIOLATION / 2,
-        finish=True,
-        block=block,
-    )
+    fitted = _least_squares(problem, selection, block)
     if objective == "auto" and many > 1 and _feasible(fitted.misses, max(_PROMISING, tolerance)):
         nearest = nearest or _nearest(problem, selection, block, distance, tolerance)
         if not nearest.converged and (problem.lower < problem.upper).any():  # points are far easier than intervals
@@ -129,6 +125,11 @@ def polish(
     if not converged:
         reason = f"not converged: projected gradient {certificate:.1e} after {fitted.fit.iterations} iterations"
     return _polished(problem, selection, fitted.g, block, "least_squares", feasible, converged, certificate, reason)
+
+
+def _least_squares(problem: Problem, selection: Selection, block: Sparse) -> Refit:
+    units, tolerance = selection.units, _VIOLATION / 2
+    return refit(problem, units, selection.g, iterations=_ITERATIONS, tolerance=tolerance, finish=True, block=block)
 
 
 def _feasible(misses: Floats, tolerance: float) -> bool:
@@ -151,7 +152,7 @@ def _nearest(
         problem.upper if estimates is None else estimates,
         problem.low[units],
         problem.high[units],
-        problem.strength[units],
+        problem.strength(units),
         _common_factor(problem, block),
         distance=distance,
         tolerance=tolerance,
@@ -161,11 +162,30 @@ def _nearest(
     if estimates is not None:
         reason += " of those with the same estimates"
     if not found.feasible:
+        ends = (problem.lower, problem.upper, problem.low[units], problem.high[units])
+        answer = can_be_met(block, *ends, found.misses, tolerance)
+        if answer.g is not None and estimates is None:
+            return _from_point(problem, selection, block, distance, tolerance, answer.g)
         worst = float(np.max(np.abs(found.misses), initial=0.0))
-        reason = f"not all targets can be met within the bounds: soft compromise, largest scaled miss {worst:.2e}"
+        known = "not all targets can be met within the bounds" if answer.impossible else _UNKNOWN
+        reason = f"{known}: soft compromise, largest scaled miss {worst:.2e}"
     if not converged:
         reason = f"not converged: duality gap {found.gap:.1e} after {found.steps} Newton steps"
     return _polished(problem, selection, found.g, block, "distance", found.feasible, converged, found.gap, reason)
+
+
+def _from_point(
+    problem: Problem, selection: Selection, block: Sparse, distance: Distance, tolerance: float, g: Floats
+) -> Polished:
+    """Targets can be met, as ``g`` shows: the nearest weights with the estimates of a point that meets them."""
+    fitted = _least_squares(problem, selection, block)
+    g = fitted.g if _feasible(fitted.misses, tolerance) else g  # that is nearer than a corner
+    estimates = np.clip(np.asarray(block.T @ g, np.float64), problem.lower, problem.upper)
+    nearest = _nearest(problem, selection, block, distance, tolerance, estimates)
+    if nearest.converged and nearest.feasible:
+        return nearest
+    reason = "all targets met; the nearest weights that meet them were not found"
+    return _polished(problem, selection, g, block, "least_squares", True, True, 0.0, reason)
 
 
 def _common_factor(problem: Problem, block: Sparse) -> float:

@@ -71,7 +71,6 @@ class PricedSwapStage:
         iterations: int = _ITERATIONS,
     ) -> None:
         self.problem, self.price, self.rounds, self.iterations = problem, price, rounds, iterations
-        self._norms = np.where(problem.norms > 0, problem.norms, np.inf)
         self._round, self._count = 0, 0
         self._now, self._misses = selection, problem.misses(np.zeros(problem.rows))
         self._cost = float(self._misses @ self._misses) / 2  # of nobody
@@ -114,7 +113,7 @@ class PricedSwapStage:
     def _widened(self) -> Selection:
         """The units as they stand and J more."""
         units, g = self._now.units, self._now.g
-        scores = -self.problem.gradient(self._misses) / self._norms
+        scores = self.problem.promise(self._misses)
         scores[units] = -np.inf
         more = min(self._count, self.problem.size - len(units))
         new = largest(scores, more) if more else units[:0]

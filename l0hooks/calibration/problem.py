@@ -11,24 +11,29 @@ rows of a few units are one slice.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 from scipy import sparse
 
+from l0hooks.calibration.columns import (
+    Flags,
+    Floats,
+    Integers,
+    Sparse,
+    row_norms,
+    scale_rows,
+    shared,
+    stored_by_unit,
+)
 from l0hooks.errors import InvalidValueError, explain
 
-Floats = NDArray[np.float64]
-Integers = NDArray[np.int64]
-Flags = NDArray[np.bool_]
-Sparse = Any  # scipy's stubs disagree from version to version about what an array times an array is
 Loss = Literal["relative", "squared"]
 BoundsOn = Literal["ratio", "weight"]
 Precision = Literal["float32", "float64"]
-_PIECE = 100_000  # entries that are worked on at a time, at least
 
 
 @dataclass(frozen=True)
@@ -49,8 +54,6 @@ class Problem:
         Bounds of g for a unit that is chosen.
     design : float64, shape (n,)
         d, so that w = g·d.
-    strength : float64, shape (n,)
-        What a unit's distance to its design weight counts; mean 1.
     norms : float64, shape (n,)
         ‖Bᵢ‖.
     kept : bool, shape (n,)
@@ -67,7 +70,6 @@ class Problem:
     low: Floats
     high: Floats
     design: Floats
-    strength: Floats
     norms: Floats
     kept: Flags
     members: Integers
@@ -95,6 +97,17 @@ class Problem:
     def gradient(self, misses: Floats) -> Floats:
         """Bᵀ r for all units."""
         return np.asarray(self.columns @ misses.astype(self.columns.dtype), np.float64)
+
+    def promise(self, misses: Floats) -> Floats:
+        """−Bᵢᵀr/‖Bᵢ‖: how fast each unit's column, by itself, lowers the loss; zero for an empty one."""
+        promised = self.gradient(misses)
+        np.divide(promised, self.norms, out=promised, where=self.norms > 0)
+        return np.negative(promised, out=promised)
+
+    def strength(self, units: Integers) -> Floats:
+        """What a unit's distance to its design weight counts; mean 1 over all units."""
+        counts: Floats = self.design[units] / self.design.mean()
+        return counts
 
     def error(self, misses: Floats) -> float:
         """Mean \\|relative error\\| over the targets, for scaled misses."""
@@ -203,12 +216,11 @@ def prepare(
     members = _members(households, clusters, np.asarray(leave_out, np.int64))
     weights = np.ones(households) if design_weights is None else np.asarray(design_weights, np.float64)
     base = _design_of_units(weights, members)
-    columns = _columns(rows, scale, members, len(base), np.dtype(dtype))
+    columns = stored_by_unit(rows, scale, members, len(base), np.dtype(dtype))
     factor = _common_factor(columns, base, scale * low_target, scale * high_target)
     design = base * factor
-    for part, some in _pieces(columns):
-        columns.data[part] *= np.repeat(design[some], np.diff(columns.indptr[some.start : some.stop + 1]))
-    per_g = np.full(len(base), factor) if bounds_on == "ratio" else design
+    scale_rows(columns, design)
+    per_g = np.broadcast_to(factor, len(base)) if bounds_on == "ratio" else design
     kept = np.zeros(len(base) + 1, np.bool_)
     kept[members[np.asarray(keep, np.int64)]] = True
     with np.errstate(over="ignore"):
@@ -218,11 +230,10 @@ def prepare(
             upper=scale * high_target,
             scale=scale,
             denominators=denominators,
-            low=bounds[0] / per_g,
-            high=bounds[1] / per_g,
+            low=shared(bounds[0] / per_g),
+            high=shared(bounds[1] / per_g),
             design=design,
-            strength=design / design.mean(),
-            norms=_norms(columns),
+            norms=row_norms(columns),
             kept=kept[:-1],
             members=members,
         )
@@ -271,6 +282,8 @@ def _with_conditions(
 
 def _members(households: int, clusters: ArrayLike | None, leave_out: Integers) -> Integers:
     """The unit of each household, numbered in the order of their first households; −1 for those left out."""
+    if clusters is None and not len(leave_out):
+        return np.arange(households)
     labels = np.arange(households) if clusters is None else np.asarray(clusters)
     _, first, inverse = np.unique(labels, return_index=True, return_inverse=True)
     out = np.zeros(len(first), np.bool_)
@@ -287,40 +300,11 @@ def _members(households: int, clusters: ArrayLike | None, leave_out: Integers) -
 
 def _design_of_units(weights: Floats, members: Integers) -> Floats:
     inside = members >= 0
+    if inside.all() and members[-1] == len(members) - 1:  # every household is a unit of its own
+        return weights
     count = np.bincount(members[inside])
     mean: Floats = np.bincount(members[inside], weights[inside]) / count
     return mean
-
-
-def _columns(rows: Sparse, scale: Floats, members: Integers, units: int, dtype: np.dtype[Any]) -> Sparse:
-    """diag(scale)·M, stored unit by unit, a few rows of M after the other: nothing of its size is needed beside it."""
-    if not rows.has_canonical_format:
-        rows = rows.copy()
-        rows.sum_duplicates()
-    (targets, households), entries = rows.shape, rows.nnz
-    index = np.int32 if max(entries, targets) < 2**31 else np.int64
-    ends = np.zeros(households + 1, index)
-    np.cumsum(np.bincount(rows.indices, minlength=households), out=ends[1:])
-    free, data, indices = ends[:-1].copy(), np.empty(entries, dtype), np.empty(entries, index)
-    first, piece = 0, max(_PIECE, entries // 32)
-    while first < targets:
-        last = int(np.searchsorted(rows.indptr, rows.indptr[first] + piece, side="right")) - 1
-        last = min(max(first + 1, last), targets)
-        part = sparse.csc_array(rows[first:last])
-        counts = np.diff(part.indptr)
-        places = np.arange(part.nnz, dtype=index) + np.repeat(free - part.indptr[:-1].astype(index), counts)
-        data[places] = part.data * scale[first + part.indices]
-        indices[places] = first + part.indices
-        free += counts.astype(index)
-        first = last
-    columns = sparse.csr_array((data, indices, ends), shape=(households, targets))
-    if units == rows.shape[1]:
-        return columns
-    inside = np.flatnonzero(members >= 0)
-    ones = np.ones(len(inside), dtype)
-    merged = sparse.csr_array((ones, (members[inside], inside)), shape=(units, rows.shape[1])) @ columns
-    merged.sort_indices()
-    return merged
 
 
 def _common_factor(columns: Sparse, design: Floats, lower: Floats, upper: Floats) -> float:
@@ -328,27 +312,3 @@ def _common_factor(columns: Sparse, design: Floats, lower: Floats, upper: Floats
     estimates = np.asarray(columns.T @ design.astype(columns.dtype), np.float64)
     factor = median_factor(estimates, lower, upper)
     return 1.0 if factor is None else factor
-
-
-def _norms(columns: Sparse) -> Floats:
-    """The Euclidean norm of every row, in float64 sums."""
-    sums = np.zeros(columns.shape[0])
-    for part, some in _pieces(columns):
-        starts = columns.indptr[some.start : some.stop + 1]
-        filled = np.diff(starts) > 0
-        if filled.any():
-            squares = np.square(columns.data[part], dtype=np.float64)
-            sums[some][filled] = np.add.reduceat(squares, (starts[:-1] - starts[0])[filled])
-    norms: Floats = np.sqrt(sums)
-    return norms
-
-
-def _pieces(columns: Sparse) -> Iterator[tuple[slice, slice]]:
-    """The entries and the rows of a matrix, some at a time."""
-    count, rows = max(_PIECE, columns.nnz // 32), columns.shape[0]
-    first = 0
-    while first < rows:
-        last = int(np.searchsorted(columns.indptr, columns.indptr[first] + count, side="right")) - 1
-        last = min(max(first + 1, last), rows)
-        yield slice(columns.indptr[first], columns.indptr[last]), slice(first, last)
-        first = last

@@ -12,14 +12,13 @@ targets, found by semismooth Newton steps: each changes as many bounds as it mus
 from __future__ import annotations
 
 import numpy as np
-from scipy import sparse
 
+from l0hooks.calibration.columns import Floats, Sparse, weighted_squares
 from l0hooks.calibration.factor import Factor, conjugate_gradients, factorised
 from l0hooks.calibration.least_squares import Fit, column_norms
-from l0hooks.calibration.problem import Floats, Sparse
 
 _FIRST, _FACTOR = 5e-4, 0.25  # δ, against columns of norm 1: first, and from one point to the next
-_POINTS, _NEWTON = 25, 40  # at the most
+_POINTS, _NEWTON, _QUICK = 25, 40, 20  # at the most; Newton steps after which δ may fall
 _ACCURACY, _SHARE = 0.1, 0.1  # a point is found to this much of the tolerance, or of the step that it is
 _INNER = 300  # conjugate gradients at the most
 
@@ -70,21 +69,21 @@ def proximal_fit(
     efficient semismooth Newton augmented Lagrangian method for solving lasso problems, section 3.
     """
     norms = column_norms(block)
-    data = block.data / np.repeat(norms, np.diff(block.indptr))
-    unit = sparse.csr_array((data, block.indices, block.indptr), shape=block.shape)
-    points = _Points(unit, target, low * norms, high * norms, tolerance, scale)
+    points = _Points(block, norms, target, low * norms, high * norms, tolerance, scale)
     x = np.clip(start * norms, points.low, points.high)
-    best, least, factor = x, points.violation(x), _FACTOR
+    best, least = x, points.violation(x)
     for _ in range(_POINTS):
         if least <= points.goal:
             break
+        before = points.steps
         x = points.following(best)
         violation = points.violation(x)
-        if violation < least:
-            best, least = x, violation
-            points.delta *= factor
-        else:  # not found within the steps: a nearer point is, and δ falls no further
-            points.delta, factor = points.delta / _FACTOR, 1.0
+        if violation >= least:  # not found within the steps: a nearer point is
+            points.delta /= _FACTOR
+            continue
+        best, least = x, violation
+        if points.steps - before <= _QUICK:  # one further off is within reach
+            points.delta *= _FACTOR
     g = np.clip(best / norms, low, high)
     residual = np.asarray(block.T @ g, np.float64) - target
     return Fit(g, residual, least / points.scale, least <= points.goal, points.steps)
@@ -92,38 +91,53 @@ def proximal_fit(
 
 class _Points:
     def __init__(
-        self, block: Sparse, target: Floats, low: Floats, high: Floats, tolerance: float, scale: float | None
+        self,
+        block: Sparse,
+        norms: Floats,
+        target: Floats,
+        low: Floats,
+        high: Floats,
+        tolerance: float,
+        scale: float | None,
     ) -> None:
-        self.block, self.target, self.low, self.high = block, target, low, high
+        self.block, self.norms, self.target, self.low, self.high = block, norms, target, low, high
         self.scale = max(float(np.linalg.norm(target)) if scale is None else scale, 1e-300)
         self.goal = tolerance * self.scale
         self.delta, self.steps = _FIRST, 0
         self.solve: Factor | None = None
 
+    def product(self, x: Floats) -> Floats:
+        """B x."""
+        return np.asarray(self.block.T @ (x / self.norms), np.float64)
+
+    def transposed(self, u: Floats) -> Floats:
+        """Bᵀ u."""
+        return np.asarray(self.block @ u, np.float64) / self.norms
+
     def violation(self, x: Floats) -> float:
         """The norm of the projected gradient."""
-        gradient = self.block @ (self.block.T @ x - self.target)
+        gradient = self.transposed(self.product(x) - self.target)
         gradient = np.where(x <= self.low, np.minimum(gradient, 0), gradient)
         gradient = np.where(x >= self.high, np.maximum(gradient, 0), gradient)
         return float(np.linalg.norm(np.where(self.low == self.high, 0.0, gradient)))
 
     def at(self, x: Floats, u: Floats) -> tuple[float, Floats, Floats, Floats]:
         """Value and gradient of the dual function, y, and 1/δ where it moves with u."""
-        raw = x + self.block @ u / self.delta
+        raw = x + self.transposed(u) / self.delta
         y = np.clip(raw, self.low, self.high)
         # with the largest uᵀB y − δ/2‖y − x‖² of all y, in the form that loses fewest digits
         value = (
             float(u @ u) / 2
-            + float((self.block.T @ x - self.target) @ u)
+            + float((self.product(x) - self.target) @ u)
             + self.delta / 2 * float((raw - x) @ (raw - x))
         )
         value -= self.delta / 2 * float((raw - y) @ (raw - y))
-        gradient = u - self.target + self.block.T @ y
+        gradient = u - self.target + self.product(y)
         return value, gradient, y, np.where((raw > self.low) & (raw < self.high), 1 / self.delta, 0.0)
 
     def following(self, x: Floats) -> Floats:
         """The next proximal point."""
-        u = self.target - self.block.T @ x
+        u = self.target - self.product(x)
         value, gradient, y, curvature = self.at(x, u)
         for _ in range(_NEWTON):
             enough = max(_ACCURACY * self.goal, _SHARE * self.delta * float(np.linalg.norm(y - x)))
@@ -152,15 +166,11 @@ class _Points:
             x, residual = self.conjugate(x, residual, curvature, goal, self.solve.stale)
         if float(np.linalg.norm(residual)) > goal:
             self.solve = None  # its memory is wanted
-            self.solve = factorised(self.block, curvature, np.ones(len(gradient)), self.diagonal(curvature))
+            scaled = curvature / self.norms**2
+            diagonal = 1 + weighted_squares(self.block, scaled)
+            self.solve = factorised(self.block, scaled, np.ones(len(gradient)), diagonal)
             x, residual = self.conjugate(x, residual, curvature, goal, _INNER)
         return x
-
-    def diagonal(self, curvature: Floats) -> Floats:
-        """That of I + B diag(curvature) Bᵀ."""
-        squares = self.block.data**2 * np.repeat(curvature, np.diff(self.block.indptr))
-        sums: Floats = np.bincount(self.block.indices, squares, minlength=len(self.target)).astype(np.float64)
-        return 1 + sums
 
     def conjugate(
         self, x: Floats, residual: Floats, curvature: Floats, goal: float, limit: int
@@ -170,7 +180,7 @@ class _Points:
             return x, residual
 
         def product(p: Floats) -> Floats:
-            image: Floats = self.block.T @ (curvature * (self.block @ p)) + p
+            image: Floats = self.product(curvature * self.transposed(p)) + p
             return image
 
         return conjugate_gradients(product, x, residual, self.solve, goal, limit)

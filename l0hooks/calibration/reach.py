@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from l0hooks.calibration.columns import Flags, Floats, Integers, Sparse, pieces
 from l0hooks.calibration.households import Households
-from l0hooks.calibration.problem import Flags, Floats, Integers, Sparse
 
 _SLACK = 1e-9  # relative; far below any error a user would mind
 
@@ -46,6 +46,8 @@ def reachable_range(matrix: Sparse, low: Floats, high: Floats, chosen: int | Non
     (array([0.]), array([50.]))
     """
     least, largest = np.zeros(matrix.shape[0]), np.zeros(matrix.shape[0])
+    if chosen != 0 and not low.any() and np.isinf(high).all():
+        return _unbounded(matrix, least, largest)
     for row in range(matrix.shape[0]):
         part = slice(matrix.indptr[row], matrix.indptr[row + 1])
         values, who = matrix.data[part], matrix.indices[part]
@@ -57,6 +59,18 @@ def reachable_range(matrix: Sparse, low: Floats, high: Floats, chosen: int | Non
         with np.errstate(over="ignore"):
             largest[row] = _largest_sum(_ends(values, who, low, high), others, chosen)
             least[row] = 0.0 - _largest_sum(_ends(-values, who, low, high), others, chosen)
+    return least, largest
+
+
+def _unbounded(matrix: Sparse, least: Floats, largest: Floats) -> tuple[Floats, Floats]:
+    """The range where every weight from zero to infinity is allowed: signs decide."""
+    for part, some in pieces(matrix):
+        starts = matrix.indptr[some.start : some.stop + 1] - part.start
+        filled = np.diff(starts) > 0
+        if filled.any():
+            data, first = matrix.data[part], starts[:-1][filled]
+            largest[some][filled] = np.where(np.maximum.reduceat(data, first) > 0, np.inf, 0.0)
+            least[some][filled] = np.where(np.minimum.reduceat(data, first) < 0, -np.inf, 0.0)
     return least, largest
 
 

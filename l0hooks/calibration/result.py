@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import numpy as np
 from scipy import sparse
 
+from l0hooks.calibration.columns import Floats, Integers
 from l0hooks.calibration.export import to_frame, write_csv, write_parquet
 from l0hooks.calibration.inputs import Inputs
 from l0hooks.calibration.names import few
 from l0hooks.calibration.plots import calibration_plot
-from l0hooks.calibration.problem import Floats, Integers, larger_ends
+from l0hooks.calibration.problem import larger_ends
 from l0hooks.calibration.progress import percent
 from l0hooks.errors import InvalidValueError, explain
 

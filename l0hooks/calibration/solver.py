@@ -9,12 +9,13 @@ from typing import Literal
 
 import numpy as np
 
+from l0hooks.calibration.columns import rows_of, shared
 from l0hooks.calibration.dual import Distance
 from l0hooks.calibration.gates import GateStage
 from l0hooks.calibration.greedy import GreedyStage, worth_their_price
 from l0hooks.calibration.polish import Objective, Polished, polish
 from l0hooks.calibration.priced import PricedSwapStage, cheapest
-from l0hooks.calibration.problem import Floats, Problem
+from l0hooks.calibration.problem import Problem
 from l0hooks.calibration.stage import Patience, Progress, Selection, Stage, State, refit
 from l0hooks.calibration.swaps import PruneStage, SwapStage
 
@@ -24,6 +25,7 @@ _FLOOR = 1e-3  # of the usual g, n/K: a chosen unit's weight is no smaller
 _EQUAL = 0.01  # errors that differ by less count as equal: the smaller design effect decides
 _NEAR = 1e-2  # root mean square of the scaled misses of an unpolished selection that may yet meet all targets
 _CLOSE = 1.1  # losses of unpolished selections whose square roots differ by no more are all polished
+_UNSETTLED = 2.0  # the same, where the polish lowered the first one's by so much
 _SAME = 1.06  # two starts that end as close as this have met the floor: a third is not tried
 _FEW, _SOME = 1.5, 5.0  # units a target: up to which gates may win, and greedy search
 _MANY = 2.0  # units a target from which a random selection may do
@@ -280,7 +282,8 @@ class Solver:
         selection = self._given("all") if self._selection is None else self._selection
         norm, error = 0.0, np.inf
         if len(self._plan) > 1:
-            fitted = refit(self.problem, selection.units, selection.g, iterations=_ITERATIONS)
+            block = rows_of(self.problem.columns, selection.units, rough=len(selection.units) > self.problem.rows)
+            fitted = refit(self.problem, selection.units, selection.g, iterations=_ITERATIONS, block=block)
             norm, error = float(np.linalg.norm(fitted.misses)), self.problem.error(fitted.misses)
         self._pending.append(Pending(name, selection, norm, error))
         self._selection, self._leg, self._candidate = None, 0, self._candidate + 1
@@ -289,7 +292,10 @@ class Solver:
     def _polish(self) -> Progress:
         """Polish the most promising selection, and forget those that are too far behind it."""
         if self._frugal and not self.candidates:
-            self.problem = self.problem.only(np.unique(np.concatenate([one.selection.units for one in self._pending])))
+            wanted = np.zeros(self.problem.size, np.bool_)
+            for one in self._pending:
+                wanted[one.selection.units] = True
+            self.problem = self.problem.only(np.flatnonzero(wanted))
         self._pending.sort(key=lambda one: one.norm)
         first, options = self._pending[0], self.options
         polished = polish(
@@ -301,11 +307,13 @@ class Solver:
         )
         self.candidates.append(Candidate(first.name, polished))
         reached = min(c.polished.loss for c in self.candidates)
-        edge = _CLOSE * max(first.norm, float(np.sqrt(2 * reached)))
+        gained = first.norm / max(float(np.sqrt(2 * polished.loss)), 1e-300)
+        close = max(_CLOSE, min(gained, _UNSETTLED))  # what the polish may turn round is polished
+        edge = close * max(first.norm, float(np.sqrt(2 * reached)))
         if polished.feasible:  # who may meet all targets, too, may have the smaller design effect
             edge = _NEAR * math.sqrt(self.problem.rows)
         also = "random" if polished.feasible else None
-        least = _CLOSE * first.error
+        least = close * first.error
         self._pending = [one for one in self._pending[1:] if one.norm <= edge or one.error <= least or one.name == also]
         return Progress("polish", 1, 1 + len(self._pending), polished.error, len(first.selection.units))
 
@@ -376,8 +384,7 @@ def _with_floor(problem: Problem, keep: int | None) -> Problem:
     """A positive lower bound where there is none: for all units if their number is fixed, else for those kept."""
     floor = np.minimum(_FLOOR * problem.size / (problem.size if keep is None else keep), problem.high)
     needed = (problem.low <= 0) & (problem.kept | (keep is not None))
-    low: Floats = np.where(needed, floor, problem.low)
-    return replace(problem, low=low)
+    return replace(problem, low=shared(np.where(needed, floor, problem.low)))
 
 
 def _plan(problem: Problem, options: Options, prunable: bool) -> list[tuple[str, ...]]:

@@ -9,8 +9,9 @@ from typing import Any, Protocol
 import numpy as np
 from scipy import sparse
 
+from l0hooks.calibration.columns import Floats, Integers, Sparse, rows_of
 from l0hooks.calibration.least_squares import Fit, bounded_fit
-from l0hooks.calibration.problem import Floats, Integers, Problem, Sparse, larger_ends
+from l0hooks.calibration.problem import Problem, larger_ends
 from l0hooks.calibration.proximal import proximal_fit
 
 _WORTH = 0.01  # share of the error by which it must fall to count as better
@@ -175,7 +176,7 @@ def refit(
     finish : bool
         Whether :func:`proximal_fit` goes on where the iterations do not suffice; up to 6,000 targets.
     block : sparse.csr_array, shape (k, Q), optional
-        The units' rows of ``problem.columns``, where they are at hand.
+        The units' rows of ``problem.columns``, where they are at hand; in float32 where a rough fit will do.
 
     Returns
     -------
@@ -189,7 +190,7 @@ def refit(
     >>> problem.weights(fitted.g, np.array([0, 1])).round(3)
     array([7., 2.])
     """
-    rows = problem.columns[units].astype(np.float64) if block is None else block
+    rows = rows_of(problem.columns, units) if block is None else block
     low, high = problem.low[units], problem.high[units]
     if relaxed:
         low = np.where(problem.kept[units], low, 0.0)

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
+from l0hooks.calibration.columns import compacted, rows_of
 from l0hooks.calibration.problem import Problem
 from l0hooks.calibration.stage import Progress, Selection, State, contributions, largest, refit
 
 _PRUNES, _PRUNE_ITERATIONS = 5, 40
 _ROUNDS, _SHARE = 30, 0.1
 _ITERATIONS = (80, 25)  # with at most as many units as targets; with more
+_ROUGH = 1e-4  # root mean square of the scaled misses down to which float32 will do
 _GAIN = 2e-3  # of the norm of the misses, below which a swap is none
 
 
@@ -120,9 +124,9 @@ class SwapStage:
         self.iterations = _ITERATIONS[len(selection.units) > problem.rows] if iterations is None else iterations
         self._round = 0
         self._count = max(1, min(int(_SHARE * len(selection.units)), problem.size - len(selection.units)))
-        fitted = refit(problem, selection.units, selection.g, iterations=2 * self.iterations)
+        block = rows_of(problem.columns, selection.units, rough=len(selection.units) > problem.rows)
+        fitted = refit(problem, selection.units, selection.g, iterations=2 * self.iterations, block=block)
         self._now, self._misses = Selection(selection.units, fitted.g), fitted.misses
-        self._norms = np.where(problem.norms > 0, problem.norms, np.inf)
         if len(selection.units) >= problem.size:
             self._count = 0
 
@@ -136,12 +140,18 @@ class SwapStage:
         """Always."""
         return True
 
+    @property
+    def _rough(self) -> bool:
+        """Whether float32 will do: with more units than targets, while the misses are far above its rounding."""
+        far = float(np.linalg.norm(self._misses)) > _ROUGH * math.sqrt(self.problem.rows)
+        return far and len(self._now.units) > self.problem.rows
+
     def advance(self) -> Progress:
         """One attempt."""
         problem, units, g = self.problem, self._now.units, self._now.g
         self._round += 1
         keep, before = len(units), float(np.linalg.norm(self._misses))
-        scores = -problem.gradient(self._misses) / self._norms
+        scores = problem.promise(self._misses)
         scores[units] = -np.inf
         new = largest(scores, self._count)
         usual = np.median(g[g > 0]) if (g > 0).any() else 1.0
@@ -149,10 +159,10 @@ class SwapStage:
         order = np.argsort(many)
         start = np.concatenate([g, np.full(len(new), 0.05 * usual)])[order]
         many = many[order]
-        block = problem.columns[many].astype(np.float64)
+        block = rows_of(problem.columns, many, rough=self._rough)
         wide = refit(problem, many, start, iterations=self.iterations, relaxed=True, block=block)
         stay = largest(contributions(problem, many, wide.g), keep)
-        narrow = refit(problem, many[stay], wide.g[stay], iterations=self.iterations, block=block[stay])
+        narrow = refit(problem, many[stay], wide.g[stay], iterations=self.iterations, block=compacted(block, stay))
         after = float(np.linalg.norm(narrow.misses))
         if after < before * (1 - _GAIN):
             self._now, self._misses = Selection(many[stay], narrow.g), narrow.misses

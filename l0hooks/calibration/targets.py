@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from l0hooks.calibration.columns import Flags, Floats
 from l0hooks.calibration.names import Axis, few, is_frame
-from l0hooks.calibration.problem import Flags, Floats
 from l0hooks.errors import InvalidValueError, explain, near_names
 
 Conditions = tuple[tuple[int, tuple[int, ...]], ...]

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from scipy import sparse
 
+from l0hooks.calibration.columns import compacted, row_norms, rows_of, weighted_squares
 from l0hooks.calibration.problem import prepare
 
 RNG = np.random.default_rng(0)
@@ -95,8 +96,38 @@ def test_the_users_matrix_stays_as_it_is() -> None:
     np.testing.assert_array_equal(matrix.toarray(), before)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("share", [0.1, 0.95, 1.0])
+def test_rows_are_moved_together_in_their_own_memory(share, dtype) -> None:
+    rng = np.random.default_rng(3)
+    block = sparse.random_array((500, 40), density=0.2, rng=rng, format="csr", dtype=dtype)
+    stay = np.flatnonzero(rng.random(500) < share)
+    wanted, memory = block.toarray()[stay], block.data
+    moved = compacted(block, stay)
+    np.testing.assert_array_equal(moved.toarray(), wanted)
+    assert share < 0.5 or np.shares_memory(moved.data, memory)
+
+
+def test_sums_over_pieces_are_sums(monkeypatch) -> None:
+    monkeypatch.setattr("l0hooks.calibration.columns._PIECE", 7)
+    rng = np.random.default_rng(4)
+    dense = rng.normal(size=(60, 9)) * (rng.random((60, 9)) < 0.4)
+    curvature = rng.random(60)
+    block = sparse.csr_array(dense)
+    np.testing.assert_allclose(row_norms(block), np.linalg.norm(dense, axis=1))
+    np.testing.assert_allclose(weighted_squares(block, curvature), curvature @ dense**2)
+
+
+def test_rows_in_float64_are_those_of_the_stored_matrix() -> None:
+    stored = sparse.csr_array(np.random.default_rng(5).random((6, 4), np.float32))
+    units = np.array([1, 4])
+    exact, rough = rows_of(stored, units), rows_of(stored, units, rough=True)
+    assert (exact.dtype, rough.dtype, stored.dtype) == (np.float64, np.float32, np.float32)
+    np.testing.assert_array_equal(exact.toarray(), stored.toarray()[units])
+
+
 def test_matrices_are_turned_around_piece_by_piece(monkeypatch) -> None:
-    monkeypatch.setattr("l0hooks.calibration.problem._PIECE", 5)
+    monkeypatch.setattr("l0hooks.calibration.columns._PIECE", 5)
     rng = np.random.default_rng(0)
     dense = rng.random((40, 30)) * (rng.random((40, 30)) < 0.3)
     dense[[0, 7, 39]] = dense[:, [0, 3, 29]] = 0

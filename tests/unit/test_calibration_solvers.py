@@ -232,7 +232,10 @@ def test_proximal_points_reach_the_optimum_of_lsq_linear(n, rows, bounds) -> Non
     target = block.T @ rng.lognormal(-2, 1, n) * (1 + 0.05 * rng.normal(size=rows))
     low, high = np.full(n, bounds[0]), np.full(n, bounds[1])
     fit = proximal_fit(sparse.csr_array(block), target, low, high, np.full(n, 0.1), tolerance=1e-8)
-    cost = optimize.lsq_linear(block.T, target, bounds, tol=1e-14, max_iter=1000).cost
+    if np.isinf(bounds).all():  # where lsq_linear keeps singular values that are but rounding
+        cost = float(np.square(block.T @ np.linalg.lstsq(block.T, target)[0] - target).sum()) / 2
+    else:
+        cost = optimize.lsq_linear(block.T, target, bounds, tol=1e-14, max_iter=1000).cost
     assert fit.converged
     assert np.all((fit.g >= low) & (fit.g <= high))
     assert fit.residual @ fit.residual / 2 == pytest.approx(cost, rel=1e-5, abs=1e-7 * float(target @ target))
@@ -285,6 +288,31 @@ def test_factors_of_all_kinds_are_inverses_of_the_normal_matrix_nearly(kind) -> 
     np.testing.assert_allclose(solve(v), np.linalg.solve(matrix, v), rtol=0.02, atol=0.02)
 
 
+@pytest.mark.parametrize("width", [60, 300])  # one slab of targets, and several
+def test_factors_leave_the_block_as_it_is(width) -> None:
+    rng = np.random.default_rng(width)
+    block = sparse.random_array((200, width), density=0.03, rng=rng, format="csr")
+    before, curvature = block.copy(), rng.random(200) * (rng.random(200) < 0.8)
+    diagonal = 1 + (block.power(2).T @ curvature)
+    solve = factorised(block, curvature, np.ones(width), diagonal)
+    for kept, now in zip(
+        (before.data, before.indices, before.indptr), (block.data, block.indices, block.indptr), strict=True
+    ):
+        np.testing.assert_array_equal(kept, now)
+    matrix = (block.T @ sparse.diags_array(curvature) @ block).toarray() + np.eye(width)
+    v = rng.normal(size=width)
+    np.testing.assert_allclose(solve(v), np.linalg.solve(matrix, v), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_proximal_points_come_nearer_again_after_a_step_that_was_too_long(seed) -> None:
+    rng = np.random.default_rng(seed)
+    block = nested(rng, 250, places=30)
+    target = block.T @ rng.lognormal(-2, 1, 250) * (1 + 0.05 * rng.normal(size=block.shape[1]))
+    fit = proximal_fit(sparse.csr_array(block), target, np.zeros(250), np.full(250, 0.4), np.full(250, 0.1))
+    assert fit.converged
+
+
 def test_proximal_points_with_sparse_factors_reach_the_optimum_of_lsq_linear() -> None:
     rng = np.random.default_rng(6)
     block = nested(rng, 250, places=30)
@@ -294,3 +322,63 @@ def test_proximal_points_with_sparse_factors_reach_the_optimum_of_lsq_linear() -
     cost = optimize.lsq_linear(block.T, target, (0.0, 0.4), tol=1e-14).cost
     assert fit.converged
     assert fit.residual @ fit.residual / 2 == pytest.approx(cost, rel=1e-6)
+
+
+def margins_problem(seed: int, sizes: tuple[int, ...], n: int = 3000):
+    """Labels of every unit in some margins, the block, and targets that positive weights give."""
+    rng = np.random.default_rng(seed)
+    labels = [rng.integers(0, size, n) for size in sizes]
+    strength = rng.uniform(0.5, 2.0, n)
+    scales = [rng.uniform(0.1, 5.0, size) for size in sizes]  # a target's own unit
+    parts = [sparse.csr_array((s[one] * strength, (np.arange(n), one))) for s, one in zip(scales, labels, strict=True)]
+    block = sparse.hstack(parts, format="csr")
+    return labels, scales, strength, block, block.T @ rng.lognormal(0, 0.4, n)
+
+
+def deming_stephan(labels, scales, strength, target):
+    """Proportional fitting as in the paper, one margin after the other."""
+    x, margins = strength.copy(), np.split(target, np.cumsum([len(s) for s in scales])[:-1])
+    for _ in range(500):
+        for label, scale, wanted in zip(labels, scales, margins, strict=True):
+            x *= (wanted / scale / np.bincount(label, x, minlength=len(wanted)))[label]
+    return x / strength
+
+
+@pytest.mark.parametrize("sizes", [(7,), (4, 9), (40, 5, 3), (2, 3, 4, 5, 6), (300, 7)])
+def test_raking_to_margins_is_proportional_fitting(sizes) -> None:
+    labels, scales, strength, block, target = margins_problem(len(sizes), sizes)
+    ones = np.ones(len(strength))
+    found = nearest_weights(block, target, target, 0 * ones, np.inf * ones, strength, distance="raking", tolerance=1e-9)
+    assert found.feasible
+    assert found.steps == 0  # no Newton step
+    assert abs(found.gap) < 1e-9
+    np.testing.assert_allclose(found.g, deming_stephan(labels, scales, strength, target), rtol=1e-8)
+
+
+@pytest.mark.parametrize("how", ["bounds", "contradiction", "no margin", "uneven", "intervals", "gap in the pattern"])
+def test_raking_to_what_is_no_margin_is_newtons(how) -> None:
+    *_, strength, block, target = margins_problem(11, (30, 4), n=400)
+    low, high, upper = np.zeros(400), np.full(400, np.inf), target.copy()
+    if how == "bounds":
+        low, high = np.full(400, 0.5), np.full(400, 1.15)
+    elif how == "contradiction":
+        target = upper = target * np.where(np.arange(len(target)) < 30, 1.2, 1.0)
+    elif how == "no margin":
+        block = sparse.csr_array(block + sparse.random_array(block.shape, density=0.1, rng=np.random.default_rng(1)))
+        target = upper = block.T @ np.random.default_rng(2).lognormal(0, 0.1, 400)
+    elif how == "uneven":
+        block = block.copy()
+        block.data[::7] *= 1.5
+        target = upper = block.T @ np.random.default_rng(2).lognormal(0, 0.1, 400)
+    elif how == "intervals":
+        upper = target * 1.1
+    else:
+        block = block.tolil()
+        block[3] = 0
+        block = sparse.csr_array(block)
+        target = upper = block.T @ np.random.default_rng(2).lognormal(0, 0.1, 400)
+    found = nearest_weights(block, target, upper, low, high, strength, distance="raking", tolerance=1e-8)
+    assert found.steps > 0
+    assert found.feasible == (how != "contradiction") or how == "bounds"
+    assert np.all((found.g >= low) & (found.g <= high))
+    assert abs(found.gap) < 1e-4
