@@ -40,13 +40,10 @@ class CoupledPlan:
     groups: tuple[ChannelGroup, ...]
     positions: Mapping[str, float] = field(default_factory=dict)
     declared: bool = False
-
     _forms: dict[object, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __deepcopy__(self, memo: dict[int, object]) -> CoupledPlan:
-        return CoupledPlan(
-            self.groups, self.positions, self.declared
-        )  # a plan of its own, whose large index arrays are shared
+        return CoupledPlan(self.groups, self.positions, self.declared)  # the large index arrays are shared
 
     def tensors(self, without: AbstractSet[str] = frozenset()) -> dict[tuple[str, ...], list[tuple[int, GroupSite]]]:
         """Every parameter that loses members, with its sites and the number of the group each belongs to."""
@@ -111,8 +108,7 @@ class CoupledPlan:
         The same numbers in a handful of operations on tensors.
         """
         key = macs, frozenset(without), keep[0].device
-        form = self._forms.get(key)
-        if form is None:
+        if (form := self._forms.get(key)) is None:
             form = self._form(without, macs=macs, device=keep[0].device)
             if type(form[1]) is Tensor:  # one of a tracer's own is of no use afterwards
                 self._forms[key] = form
