@@ -40,13 +40,10 @@ class CoupledPlan:
     groups: tuple[ChannelGroup, ...]
     positions: Mapping[str, float] = field(default_factory=dict)
     declared: bool = False
-
     _forms: dict[object, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __deepcopy__(self, memo: dict[int, object]) -> CoupledPlan:
-        return CoupledPlan(
-            self.groups, self.positions, self.declared
-        )  # a plan of its own, whose large index arrays are shared
+        return CoupledPlan(self.groups, self.positions, self.declared)  # the large index arrays are shared
 
     def tensors(self, without: AbstractSet[str] = frozenset()) -> dict[tuple[str, ...], list[tuple[int, GroupSite]]]:
         """Every parameter that loses members, with its sites and the number of the group each belongs to."""
@@ -111,9 +108,11 @@ class CoupledPlan:
         The same numbers in a handful of operations on tensors.
         """
         key = macs, frozenset(without), keep[0].device
-        if key not in self._forms:
-            self._forms[key] = self._form(without, macs=macs, device=keep[0].device)
-        constant, linear, square, varies = self._forms[key]
+        if (form := self._forms.get(key)) is None:
+            form = self._form(without, macs=macs, device=keep[0].device)
+            if type(form[1]) is Tensor:  # one of a tracer's own is of no use afterwards
+                self._forms[key] = form
+        constant, linear, square, varies = form
         mean = _sums(keep)
         cost: Tensor = constant + (linear + mean @ square) @ mean
         if varies:  # groups on both axes of a square: E[k²] = E[k]² + Var[k]
@@ -129,7 +128,8 @@ class CoupledPlan:
         for names, sites in self.tensors(without).items():
             each = sum(self.positions.get(name, 0.0) for name in names) if macs else 1.0
             constant += self.add_product(linear, square, each, sites, numbers)
-        tensors = [torch.as_tensor(x, dtype=torch.float32, device=device) for x in (linear, square)]
+        with torch.inference_mode(False):  # training will use them, too
+            tensors = [torch.as_tensor(x, dtype=torch.float32, device=device) for x in (linear, square)]
         return constant, tensors[0], tensors[1], bool(square.diagonal().any())
 
     def _elements(self, sites: Sequence[tuple[int, GroupSite]], kept: Count) -> int:

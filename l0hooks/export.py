@@ -111,6 +111,7 @@ def prune(
     """
     _check(model, sparse_format, block_size)
     _check_coupled(model, example_inputs, inplace=inplace)
+    _drop_kept(model)  # a change through .data leaves no trace, and folding would see it
     with evaluating(model):  # once for all, so that every weight is folded once
         report = summary(model, example_inputs=example_inputs)
         comparison = None if example_inputs is None else Comparison(model, example_inputs)
@@ -118,8 +119,7 @@ def prune(
     declared = any(one.coupled.plan.declared for one in iter_gated(model) if one.coupled)
     sites = list(iter_sites(model))
     closed = closed_channels(sites) if not inplace and sparse_format is None else {}
-    for site in sites:
-        site.gating.kept.drop()
+    _drop_kept(model)
     target = model if inplace else fold_copy(model)
     _remove_all(list(iter_sites(target)))
     for module in target.modules():
@@ -245,6 +245,11 @@ def _without_closed(
         return target, f"{note}; channels that gates on single layers closed stay as zeros in it"
     target, remark = cut_closed(target, after_cuts(closed, groups), comparison, example_inputs)
     return target, note or remark
+
+
+def _drop_kept(model: nn.Module) -> None:
+    for site in iter_sites(model):
+        site.gating.kept.drop()
 
 
 def _remove_all(sites: list[Site]) -> None:

@@ -313,7 +313,7 @@ class Gate(nn.Module):
             moved = fn(tensor)
             return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
 
-        without_data = self._traversal.fills(fn, self.log_alpha)
+        without_data = self._traversal.fills(fn, self.log_alpha, self.start)
         super()._apply(keep_dtype, recurse)  # type: ignore[no-untyped-call]
         if without_data and not is_meta(self.log_alpha):
             with torch.no_grad():

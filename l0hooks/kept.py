@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 from torch.nn.utils import parametrize
 
 from l0hooks.memory import fresh_like
+from l0hooks.recording import is_recorded
 from l0hooks.stepping import steps_taken
 
 if TYPE_CHECKING:
@@ -126,19 +128,19 @@ def read_directly(module: nn.Module, tensor_name: str) -> None:
 
     The way through torch's list of parametrizations takes 30 µs when it is warm, and 200 after a product of large
     matrices has emptied the caches. It is left to what needs it: graphs that are recorded, torch's own cache, further
-    parametrizations, and hooks on any of them.
+    parametrizations, and hooks of any kind on them.
     """
     cls = type(module)
     whole: property = vars(cls)[tensor_name]
     compute: Callable[[nn.Module], Tensor] = whole.fget  # type: ignore[assignment]
 
     def get(self: nn.Module) -> Tensor:
-        if not torch.compiler.is_compiling() and torch._C._get_tracing_state() is None:
+        if not (is_recorded() or parametrize._cache_enabled or _has_any_global_hook()):  # type: ignore[no-untyped-call]
             chain: Any = self._modules["parametrizations"]._modules[tensor_name]  # type: ignore[union-attr]
-            members = chain._modules
+            members, weight = chain._modules, chain._parameters.get("original")
             gating = members["0"]
-            if len(members) == 1 and not (_is_hooked(gating) or _is_hooked(chain) or parametrize._cache_enabled):
-                read: Tensor | None = gating.read(chain._parameters["original"])
+            if len(members) == 1 and weight is not None and not (_is_hooked(gating) or _is_hooked(chain)):
+                read: Tensor | None = gating.read(weight)
                 if read is not None:
                     return read
         return compute(self)
@@ -147,4 +149,5 @@ def read_directly(module: nn.Module, tensor_name: str) -> None:
 
 
 def _is_hooked(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks)
+    forward = module._forward_hooks or module._forward_pre_hooks
+    return bool(forward or module._backward_hooks or module._backward_pre_hooks)

@@ -76,12 +76,15 @@ class Traversal:
         """Remember ``function`` for as long as it lives."""
         self._function = weakref.ref(function)
 
-    def fills(self, function: Callable[[Tensor], Tensor], tensor: Tensor) -> bool:
-        """Whether ``function`` finds ``tensor`` without data, or did so at another place that is the same module."""
+    def fills(self, function: Callable[[Tensor], Tensor], tensor: Tensor, start: float | None = None) -> bool:
+        """Whether ``function`` finds ``tensor`` without data, or did so at another place that is the same module.
+
+        With ``start``, what ``tensor`` was filled with then: once its values have moved, this is a later traversal.
+        """
         if is_meta(tensor):
             self.note(function)
             return True
-        return self.again(function)
+        return self.again(function) and (start is None or bool((tensor.detach() == start).all()))
 
 
 class Tie:

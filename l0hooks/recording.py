@@ -7,6 +7,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx import _symbolic_trace
+
+
+def is_recorded() -> bool:
+    """Whether calls of modules are being recorded, by any of torch's tracers."""
+    if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
+        return True
+    return _symbolic_trace._is_fx_tracing_flag
 
 
 def is_traced() -> bool:

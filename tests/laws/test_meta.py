@@ -308,6 +308,27 @@ def test_trained_gates_survive_every_other_move():
         assert_equal_bits(gate.log_alpha.detach(), values[name])
 
 
+def with_memory(tensor):
+    """One function for any number of traversals, as those who shard a model keep it."""
+    return torch.empty_like(tensor, device="cpu") if tensor.is_meta else tensor
+
+
+@pytest.mark.parametrize("spec", ["weight", "coupled"])
+def test_trained_gates_survive_the_very_function_that_gave_them_memory(spec):
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 4))
+    sparsify(model, spec, example_inputs=(torch.randn(2, 8),))
+    model._apply(with_memory)
+    for _, gate in iter_gates(model):
+        assert gate.log_alpha.eq(gate.start).all()
+        with torch.no_grad():
+            gate.log_alpha.uniform_(-3, 3)
+    trained = [gate.log_alpha.clone() for _, gate in iter_gates(model)]
+    model._apply(with_memory)
+    for (_, gate), before in zip(iter_gates(model), trained, strict=True):
+        assert torch.equal(gate.log_alpha, before)
+
+
 @pytest.mark.parametrize("tied", [False, True])
 def test_a_gated_checkpoint_loads_into_a_model_on_meta(tied):
     build, spec, x = (Language, TIED, tokens) if tied else (mlp, "weight", rows)

@@ -625,6 +625,20 @@ def test_a_model_that_draws_in_evaluation_is_compared_with_equal_draws():
     assert torch.equal(torch.get_rng_state(), before)
 
 
+@pytest.mark.parametrize("granularity", ["weight", "output", "coupled"])
+def test_a_change_that_leaves_no_trace_is_folded_and_compared(granularity):
+    model, x = nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 4)), torch.randn(3, 8)
+    sparsify(model, granularity, example_inputs=(x,))
+    model.eval()
+    with torch.no_grad():
+        model(x)  # keeps the folded weights
+    for _, gate in iter_gates(model):
+        gate.log_alpha.data[:1].fill_(-9.0)  # torch counts no version
+    small = prune(model, example_inputs=(x,))
+    model.train().eval()
+    torch.testing.assert_close(small(x), model(x))
+
+
 @pytest.mark.parametrize("block_size", [(0, 4), (4, 0), (-1, 4), (4,), 4], ids=str)
 def test_block_sizes_must_be_two_positive_numbers(block_size):
     with pytest.raises(SpecError, match="block_size"):

@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from l0hooks import Gate, GateSpec, iter_gates, penalty, register_penalty, set_temperature, sparsify
 from l0hooks import penalties as room
@@ -435,6 +436,20 @@ def test_a_sum_of_the_users_own_serves_many_gates(registry):
     with pytest.raises(SpecError, match=r"one strength multiplies(.|\n)*expected: strengths=1(.|\n)*got: strengths=2"):
         register_penalty("pairs", strengths=2, together=several)
     assert "pairs" not in registry
+
+
+@pytest.mark.parametrize("context", [torch.inference_mode, FakeTensorMode])
+def test_what_a_plan_keeps_serves_training_wherever_it_was_made(context):
+    model = nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 3))
+    sparsify(model, "coupled", example_inputs=(torch.randn(2, 5),))
+    coupled = next(iter_gated(model)).coupled
+    with context():
+        coupled.plan.expected([torch.full((8,), 0.5)], coupled.otherwise, macs=False)
+    cost = penalty(model, params=1.0)
+    cost.backward()
+    p = next(gate for _, gate in iter_gates(model)).mean_keep_prob()
+    assert type(cost) is torch.Tensor
+    assert cost.item() == pytest.approx(8 * p * (5 + 1 + 3), rel=1e-5)
 
 
 @pytest.mark.parametrize("unit", ["params", "macs"])

@@ -134,6 +134,50 @@ def test_a_recorded_graph_computes_the_fold():
     torch.testing.assert_close(traced(x), F.linear(x, 2 * kept, module.bias))
 
 
+class Reading(nn.Module):
+    """A module that reads the gated weight of another in its own forward."""
+
+    def __init__(self):
+        super().__init__()
+        self.of = layer()
+
+    def forward(self, x):
+        return F.linear(x, self.of.weight)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("training", [True, False])
+def test_a_symbolic_trace_holds_the_call_of_the_parametrization_not_what_it_gave(training):
+    module, x = Reading().train(training), torch.randn(2, 4)
+    module(x)
+    traced = torch.fx.symbolic_trace(module)
+    assert "of.parametrizations.weight" in [node.target for node in traced.graph.nodes if node.op == "call_module"]
+    module.eval()
+    module.of.parametrizations.weight.original.mul_(2)
+    torch.testing.assert_close(traced.eval()(x), F.linear(x, plain(module.of)))
+
+
+@pytest.mark.filterwarnings(
+    "ignore:Full backward hook is firing:UserWarning"
+)  # a list of parametrizations has no inputs
+@pytest.mark.parametrize(
+    "register",
+    [
+        lambda chain, seen: chain.register_full_backward_hook(seen),
+        lambda chain, seen: chain[0].register_full_backward_pre_hook(seen),
+        lambda chain, seen: chain[0].register_forward_hook(seen),
+        lambda chain, seen: nn.modules.module.register_module_forward_pre_hook(seen),
+        lambda chain, seen: nn.modules.module.register_module_full_backward_hook(seen),
+    ],
+)
+def test_hooks_on_the_parametrization_run(register):
+    module, seen = layer().train(), []
+    handle = register(module.parametrizations.weight, lambda owner, *_: seen.append(owner))
+    module.weight.sum().backward()
+    handle.remove()
+    assert any(isinstance(owner, (GatedWeight, parametrize.ParametrizationList)) for owner in seen)
+
+
 @torch.no_grad()
 def test_a_gating_that_samples_is_not_read_as_kept_however_it_was_switched():
     module = layer()
