@@ -42,7 +42,7 @@ def step_of(contender: Contender, x: torch.Tensor, *, autocast: bool) -> Callabl
 
 def kernels_note(device: torch.device) -> str:
     """Whether the kernels were used."""
-    if kernels_on(device) is None:
+    if device.type != "cuda" or kernels_on(device) is None:
         return "Triton kernels: not used"
     return f"Triton kernels: used, triton {importlib.import_module('triton').__version__}"
 

@@ -201,7 +201,7 @@ def sampled_together(
 
 
 def gated_weight(weight: Tensor, log_alpha: Tensor, noise: Stream, constants: Constants) -> Tensor:
-    """``weight * sample(log_alpha, noise)``, fused: one gate per weight. On a GPU it takes Triton's kernels if it can.
+    """``weight * sample(log_alpha, noise)``, fused: one gate per weight; by Triton's kernels or Numba's where they can.
 
     Parameters
     ----------
@@ -222,10 +222,14 @@ def gated_weight(weight: Tensor, log_alpha: Tensor, noise: Stream, constants: Co
     tensor([1., 0.])
     """
     if isinstance(noise, Philox):
-        from l0hooks.recomputed import fits, recomputed  # needs triton
-
+        if noise.keeps_levels:
+            from l0hooks.levelled import fits  # needs numba
+            from l0hooks.levelled import levelled as by_kernels
+        else:
+            from l0hooks.recomputed import fits  # needs triton
+            from l0hooks.recomputed import recomputed as by_kernels
         if fits(weight, log_alpha):
-            return recomputed(weight, log_alpha, noise.take(weight.numel()), constants)
+            return by_kernels(weight, log_alpha, noise.take(weight.numel()), constants)
     gated: Tensor = _GatedWeight.apply(weight, log_alpha, noise, constants)  # type: ignore[no-untyped-call]
     return gated
 

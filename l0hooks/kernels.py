@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+KEEPS_LEVELS = False  # for backward
 COUNTERS = 256  # Philox blocks of a program, four elements each: one for each of its threads
 OPTIONS = {"num_warps": 8, "enable_fp_fusion": False}  # fused where it is written: both passes round a gate alike
 SUMMED = 4096  # elements of a program that adds up

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from l0hooks import kernels
 from l0hooks.recording import Debt, wants_plain
-from l0hooks.slopes import count_slope, reattach, slope_of, steepness
+from l0hooks.slopes import count_slope, inverted, reattach, slope_of
 
 _WEIGHTS = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -32,7 +32,7 @@ class _Recomputed(torch.autograd.Function):
         ctx.numbers, ctx.constants = numbers, constants
         ctx.debt = Debt()
         ctx.save_for_backward(weight, log_alpha)
-        return kernels.gated(weight, log_alpha, *numbers, _inverted(constants))
+        return kernels.gated(weight, log_alpha, *numbers, inverted(constants))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -50,7 +50,7 @@ class _Recomputed(torch.autograd.Function):
             log_alpha,
             seed,
             start,
-            _inverted(ctx.constants),
+            inverted(ctx.constants),
             owed[0] if owed else None,
             wanted=ctx.needs_input_grad[:2],
         )
@@ -63,17 +63,12 @@ class _Recomputed(torch.autograd.Function):
 @torch.library.custom_op("l0hooks::philox_gates", mutates_args=())
 def _gates_op(log_alpha: Tensor, seed: int, start: int, constants: Sequence[float]) -> Tensor:
     temperature, gamma, zeta = constants
-    return kernels.gated(None, log_alpha, seed, start, _inverted((temperature, gamma, zeta)))
+    return kernels.gated(None, log_alpha, seed, start, inverted((temperature, gamma, zeta)))
 
 
 @_gates_op.register_fake
 def _(log_alpha: Tensor, seed: int, start: int, constants: Sequence[float]) -> Tensor:
     return torch.empty_like(log_alpha)
-
-
-def _inverted(constants: tuple[float, float, float]) -> tuple[float, float, float]:
-    temperature, gamma, zeta = constants
-    return steepness(temperature), gamma, zeta - gamma
 
 
 def fits(weight: Tensor, log_alpha: Tensor) -> bool:

@@ -15,6 +15,12 @@ def steepness(temperature: float) -> float:
     return min(1 / temperature, _STEEPEST)
 
 
+def inverted(constants: tuple[float, float, float]) -> tuple[float, float, float]:
+    """What the kernels take for β, γ and ζ: 1/β, γ and ζ − γ."""
+    temperature, gamma, zeta = constants
+    return steepness(temperature), gamma, zeta - gamma
+
+
 @functools.lru_cache(maxsize=16)
 def _constant(value: float, dtype: torch.dtype) -> Tensor:
     with torch.inference_mode(False):

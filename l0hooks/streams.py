@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import logging
 from types import ModuleType
 from typing import Protocol
@@ -15,6 +16,7 @@ from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 _MANY = 2**15  # from here on a generator that is slow to seed and fast to run
 _LEVELS = 2**16
 _WORD = 2**64 - 1
+_COMPILERS = {"cuda": ("triton", "kernels"), "cpu": ("numba", "cpu_kernels")}
 _log = logging.getLogger("l0hooks")
 
 
@@ -37,8 +39,8 @@ def stream(seed: int, count: int, device: torch.device) -> Stream:
     ----------
     seed : int, in [0, 2⁶⁴)
     count : int
-        How many will be asked for; on the CPU many are drawn in another way than few. On a GPU that Triton can use,
-        all are drawn by its kernels.
+        How many will be asked for; on the CPU many are drawn in another way than few. Kernels draw all of them on a
+        GPU that Triton can use, and many of them on the CPU if Numba is installed.
     device : torch.device
         Of the tensors that will be filled.
 
@@ -53,15 +55,17 @@ def stream(seed: int, count: int, device: torch.device) -> Stream:
     ... )
     True
     """
+    if device.type == "cpu" and count < _MANY:
+        return Native(seed, device)
     kernels = kernels_on(device)
     if kernels is not None:
         return Philox(seed, kernels)
-    return Packed(seed) if device.type == "cpu" and count >= _MANY else Native(seed, device)
+    return Packed(seed) if device.type == "cpu" else Native(seed, device)
 
 
 @functools.cache
 def kernels_on(device: torch.device) -> ModuleType | None:
-    """The room ``kernels``, if its Triton kernels run on ``device``; the log says once why not on a GPU.
+    """The room ``kernels`` or ``cpu_kernels``, if it can run on ``device``; the log says once why not.
 
     Parameters
     ----------
@@ -73,22 +77,23 @@ def kernels_on(device: torch.device) -> ModuleType | None:
 
     Examples
     --------
-    >>> kernels_on(torch.device("cpu")) is None
+    >>> kernels_on(torch.device("meta")) is None
     True
     """
-    if device.type != "cuda":
+    if device.type not in _COMPILERS:
         return None
-    if torch.cuda.get_device_capability(device) < (7, 0):
+    compiler, room = _COMPILERS[device.type]
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (7, 0):
         _log.info("gates on %s run without Triton kernels: it needs compute capability 7.0", device)
         return None
     try:
-        from l0hooks import kernels
+        return importlib.import_module(f"l0hooks.{room}")
     except ModuleNotFoundError as error:
-        if error.name != "triton":
+        if error.name != compiler:
             raise
-        _log.info("gates on %s run without Triton kernels: the package triton is not installed", device)
+        named = compiler.capitalize(), compiler
+        _log.info("gates on %s run without %s kernels: the package %s is not installed", device, *named)
         return None
-    return kernels
 
 
 class Native:
@@ -131,13 +136,19 @@ class Packed:
 
 
 class Philox:
-    """Philox4x32-10, keyed by the seed, through Triton kernels: 23 bits for each number, (r + ½)/2²³.
+    """Philox4x32-10, keyed by the seed, through Triton's or Numba's kernels: 23 bits a number, (r + ½)/2²³.
 
     Other kernels draw the same numbers by themselves where they need them: :meth:`take` says which.
+
+    Attributes
+    ----------
+    keeps_levels : bool
+        Whether the kernels keep a weight's gates for backward, or compute them again.
     """
 
     def __init__(self, seed: int, kernels: ModuleType) -> None:
         self._kernels = kernels
+        self.keeps_levels: bool = kernels.KEEPS_LEVELS
         self._seed = seed - 2**64 if seed >= 2**63 else seed  # the same bits in an int64
         self._next = 0
 

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
+from philox_oracle import expected_uniforms, philox, problem
 from scipy import stats
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -23,7 +24,7 @@ from l0hooks import hard_concrete as hc
 from l0hooks.fused import Constants, gated_weight, sampled
 from l0hooks.noise import _uniform_op
 from l0hooks.recomputed import _Recomputed, recomputed
-from l0hooks.slopes import steepness
+from l0hooks.slopes import inverted as steep
 from l0hooks.streams import Philox, stream
 
 CPU = torch.device("cpu")
@@ -31,7 +32,6 @@ SEEDS = (0, 7, -(2**63), 2**63 - 1, -1234567890123456789)
 CONSTANTS = [(2 / 3, -0.1, 1.1), (0.25, -0.1, 1.1), (1.5, -0.5, 1.3)]
 TILE = 4 * kernels.COUNTERS
 all_constants = pytest.mark.parametrize("constants", CONSTANTS, ids=str)
-Words = npt.NDArray[np.uint64]
 
 
 @pytest.fixture(autouse=True)
@@ -46,30 +46,7 @@ def rounded(x: Tensor, dtype: torch.dtype) -> Tensor:
     return (x.view(torch.int32) & -0x10000).view(torch.float32).to(dtype) if dtype == torch.bfloat16 else x.to(dtype)
 
 
-# --- Philox by itself: Salmon, Moraes, Dror & Shaw (2011), Parallel random numbers: as easy as 1, 2, 3 ----------------
-
-
-def philox(counter: list[Words], key: tuple[int, int]) -> list[Words]:
-    """Philox4x32-10 of arrays of four 32-bit words, in 64-bit integers."""
-    mask = np.uint64(0xFFFFFFFF)
-    x = [word & mask for word in counter]
-    k = [np.uint64(word) for word in key]
-    for _ in range(10):
-        one, two = np.uint64(0xD2511F53) * x[0], np.uint64(0xCD9E8D57) * x[2]
-        x = [(two >> np.uint64(32)) ^ x[1] ^ k[0], two & mask, (one >> np.uint64(32)) ^ x[3] ^ k[1], one & mask]
-        k = [(k[0] + np.uint64(0x9E3779B9)) & mask, (k[1] + np.uint64(0xBB67AE85)) & mask]
-    return x
-
-
-def expected_uniforms(seed: int, start: int, count: int) -> Tensor:
-    """What the kernels should draw, float64."""
-    first = start // 4
-    blocks = np.arange(first, (start + count + 3) // 4, dtype=np.uint64)
-    none = np.zeros_like(blocks)
-    key = seed % 2**64
-    words = philox([blocks & np.uint64(2**32 - 1), blocks >> np.uint64(32), none, none], (key % 2**32, key >> 32))
-    bits = np.stack(words, 1).reshape(-1)[start - 4 * first :][:count]
-    return torch.from_numpy(((bits >> np.uint64(9)).astype(np.float64) + 0.5) / 2**23)
+# --- Philox by itself -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -182,18 +159,6 @@ def test_every_bit_of_the_seed_counts() -> None:
 
 
 # --- the gated weight -------------------------------------------------------------------------------------------------
-
-
-def problem(count: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
-    """A weight, log-odds and a cotangent."""
-    generator = torch.Generator().manual_seed(0)
-    weight, location, cotangent = (torch.randn(count, generator=generator) for _ in range(3))
-    return weight.to(dtype), location * 2, cotangent.to(dtype)
-
-
-def steep(constants: tuple[float, float, float]) -> tuple[float, float, float]:
-    temperature, gamma, zeta = constants
-    return steepness(temperature), gamma, zeta - gamma
 
 
 @all_constants
@@ -351,6 +316,7 @@ def test_gates_have_the_distribution(location: float, temperature: float, wide_b
 @pytest.fixture
 def everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
     """The kernels on the CPU, as if it were a GPU."""
+    monkeypatch.setattr(streams, "_MANY", 0)
     for room in (streams, counting):
         monkeypatch.setattr(room, "kernels_on", lambda device: kernels)
 

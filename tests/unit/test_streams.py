@@ -15,23 +15,44 @@ from scipy import stats
 from torch import Tensor
 
 import l0hooks
-from l0hooks.streams import _MANY, Native, Packed, Stream, kernels_on, stream
+from l0hooks import streams
+from l0hooks.streams import _MANY, Native, Packed, Philox, Stream, kernels_on, stream
 
 CPU = torch.device("cpu")
-COUNTS = (1000, 4 * _MANY)
-either = pytest.mark.parametrize("count", COUNTS, ids=["few", "many"])
+FEW, MANY = 1000, 4 * _MANY
+
+
+@pytest.fixture
+def packed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if Numba were not installed."""
+    monkeypatch.setattr(streams, "kernels_on", lambda device: None)
+
+
+@pytest.fixture(params=["few", "many", "many by kernels"])
+def count(request: pytest.FixtureRequest) -> int:
+    """Each of the ways to draw numbers."""
+    if request.param == "many":
+        request.getfixturevalue("packed")
+    elif request.param == "many by kernels":
+        pytest.importorskip("numba")
+    return FEW if request.param == "few" else MANY
 
 
 def uniforms(seed: int, count: int) -> Tensor:
     return stream(seed, count, CPU).uniform_(torch.empty(count))
 
 
-def test_few_and_many_are_drawn_in_two_ways() -> None:
-    kinds: list[Stream] = [stream(1, count, CPU) for count in COUNTS]
-    assert [type(kind) for kind in kinds] == [Native, Packed]
+def test_few_and_many_are_drawn_in_two_ways(packed: None) -> None:
+    kinds: list[Stream] = [stream(1, count, CPU) for count in (FEW, _MANY - 1, _MANY)]
+    assert [type(kind) for kind in kinds] == [Native, Native, Packed]
 
 
-@either
+def test_many_are_drawn_by_numba_s_kernels() -> None:
+    pytest.importorskip("numba")
+    kinds: list[Stream] = [stream(1, count, CPU) for count in (FEW, _MANY - 1, _MANY)]
+    assert [type(kind) for kind in kinds] == [Native, Native, Philox]
+
+
 def test_a_stream_is_a_function_of_its_seed(count: int) -> None:
     seed = 0x123456789ABCDEF0
     assert torch.equal(uniforms(seed, count), uniforms(seed, count))
@@ -39,12 +60,14 @@ def test_a_stream_is_a_function_of_its_seed(count: int) -> None:
         assert not torch.equal(uniforms(seed, count), uniforms(seed ^ (1 << bit), count))
 
 
-def test_every_bit_of_the_seed_counts_where_many_are_drawn() -> None:
-    first = uniforms(0, COUNTS[1])
-    assert all((uniforms(1 << bit, COUNTS[1]) != first).any() for bit in range(64))
+@pytest.mark.parametrize("kernels", [False, True])
+def test_every_bit_of_the_seed_counts_where_many_are_drawn(kernels: bool, request: pytest.FixtureRequest) -> None:
+    if not kernels:
+        request.getfixturevalue("packed")
+    first = uniforms(0, MANY)
+    assert all((uniforms(1 << bit, MANY) != first).any() for bit in range(64))
 
 
-@either
 @pytest.mark.parametrize("piece", [1, 4, 60])
 def test_pieces_of_fours_make_the_whole(count: int, piece: int) -> None:
     """Odd pieces are right too, but other numbers: a word is never split."""
@@ -53,13 +76,12 @@ def test_pieces_of_fours_make_the_whole(count: int, piece: int) -> None:
     assert torch.equal(parts, whole)
 
 
-@either
 def test_logistic_numbers_are_the_logits_of_the_uniform_ones(count: int) -> None:
     logistic = stream(5, count, CPU).logistic_(torch.empty(count), 1.5)
     torch.testing.assert_close(logistic, 1.5 * torch.logit(uniforms(5, count)), rtol=1e-5, atol=1e-4)
 
 
-def test_the_numbers_are_uniform() -> None:
+def test_the_numbers_are_uniform(packed: None) -> None:
     drawn = uniforms(11, 1_000_000).double()
     assert stats.kstest(drawn[:200_000].numpy(), "uniform").pvalue > 1e-3
     counts = torch.bincount((drawn * 65536).long(), minlength=65536)
@@ -68,7 +90,7 @@ def test_the_numbers_are_uniform() -> None:
     assert drawn.max() <= 1 - 0.5 / 65536
 
 
-def test_neighbours_words_and_seeds_are_uncorrelated() -> None:
+def test_neighbours_words_and_seeds_are_uncorrelated(packed: None) -> None:
     count = 1 << 20
     drawn = uniforms(3, count)
     others = [drawn.roll(lag) for lag in (1, 2, 3, 4, 5, 64)] + [uniforms(seed, count) for seed in (4, 1 << 63)]
@@ -76,7 +98,7 @@ def test_neighbours_words_and_seeds_are_uncorrelated() -> None:
         assert abs(float(torch.corrcoef(torch.stack([drawn, other]))[0, 1])) < 5 / math.sqrt(count)
 
 
-def test_the_four_parts_of_a_word_are_independent_in_pairs() -> None:
+def test_the_four_parts_of_a_word_are_independent_in_pairs(packed: None) -> None:
     drawn = (uniforms(9, 1 << 20).view(-1, 4) * 16).long()
     for one, other in itertools.combinations(range(4), 2):
         table = torch.bincount(drawn[:, one] * 16 + drawn[:, other], minlength=256)
@@ -84,7 +106,7 @@ def test_the_four_parts_of_a_word_are_independent_in_pairs() -> None:
 
 
 @pytest.mark.parametrize("keep", [0.02, 0.5, 0.998])
-def test_gates_drawn_with_sixteen_bits_close_as_often_as_they_should(keep: float) -> None:
+def test_gates_drawn_with_sixteen_bits_close_as_often_as_they_should(keep: float, packed: None) -> None:
     """Each level has the same weight, so the share of levels that close a gate is the probability, to half a level."""
     levels = (torch.arange(65536, dtype=torch.float64) + 0.5) / 65536
     closed = (torch.logit(levels) + math.log(keep / (1 - keep)) <= 0).double().mean()
@@ -136,7 +158,18 @@ def test_a_triton_that_is_broken_is_an_error(gpu_of: Callable[..., None]) -> Non
         kernels_on(GPU)
 
 
-def test_the_cpu_has_none_and_is_told_nothing(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_cpu_without_numba_is_told_of_once(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setitem(sys.modules, "numba", None)
+    monkeypatch.delitem(sys.modules, "l0hooks.cpu_kernels", raising=False)
+    monkeypatch.delattr(l0hooks, "cpu_kernels", raising=False)
+    kernels_on.cache_clear()
     with caplog.at_level(logging.INFO, logger="l0hooks"):
-        assert kernels_on(CPU) is None
+        assert [type(stream(1, count, CPU)) for count in (FEW, MANY, MANY)] == [Native, Packed, Packed]
+    assert caplog.messages == ["gates on cpu run without Numba kernels: the package numba is not installed"]
+    kernels_on.cache_clear()
+
+
+def test_other_devices_have_none_and_are_told_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, logger="l0hooks"):
+        assert kernels_on(torch.device("meta")) is None
     assert not caplog.records

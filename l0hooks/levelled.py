@@ -1,0 +1,107 @@
+"""The gated weight whose gates are kept in 16 bits, by Numba's kernels.
+
+Nothing imports this room before a tensor is met that the kernels are for.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from l0hooks import cpu_kernels
+from l0hooks.recording import Debt, wants_plain
+from l0hooks.slopes import count_slope, inverted, reattach, slope_of
+
+
+class _Levelled(torch.autograd.Function):
+    """weight · sample(log_alpha, noise); saves the two and the levels."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        weight: Tensor,
+        log_alpha: Tensor,
+        numbers: tuple[int, int],
+        constants: tuple[float, float, float],
+    ) -> Tensor:
+        ctx.constants = constants
+        ctx.debt = Debt()
+        product, levels = cpu_kernels.gated(weight, log_alpha, *numbers, inverted(constants))
+        ctx.save_for_backward(weight, log_alpha, levels)
+        return product
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        weight, log_alpha, levels = ctx.saved_tensors
+        owed = ctx.debt.take()
+        if wants_plain(grad):
+            gates = reattach(cpu_kernels.gates_of(levels), log_alpha, ctx.constants)
+            to_location = grad * weight * slope_of(gates, ctx.constants)
+            return grad * gates, to_location, None, None
+        to_weight, to_location = cpu_kernels.gated_backward(
+            grad.contiguous(),
+            weight,
+            log_alpha,
+            levels,
+            inverted(ctx.constants),
+            *((float(count), shift) for count, shift in owed[:1]),
+            wanted=ctx.needs_input_grad[:2],
+        )
+        if to_location is not None:
+            for count, shift in owed[1:]:
+                to_location.add_(count_slope(log_alpha, shift, count))
+        return to_weight, to_location, None, None
+
+
+def fits(weight: Tensor, log_alpha: Tensor) -> bool:
+    """Whether the kernels can multiply ``weight`` with gates: plain, contiguous tensors of float32.
+
+    Parameters
+    ----------
+    weight, log_alpha : Tensor
+
+    Returns
+    -------
+    bool
+
+    Examples
+    --------
+    >>> fits(torch.ones(2, 3), torch.ones(2, 3)), fits(torch.ones(3, 2).t(), torch.ones(2, 3))
+    (True, False)
+    """
+    return all(
+        type(t) in (Tensor, nn.Parameter) and t.dtype == torch.float32 and t.is_contiguous()
+        for t in (weight, log_alpha)
+    )
+
+
+def levelled(
+    weight: Tensor,
+    log_alpha: Tensor,
+    numbers: tuple[int, int],
+    constants: tuple[float, float, float],
+) -> Tensor:
+    """``weight * sample(log_alpha, noise)`` by Numba's kernels; the gates are kept in 16 bits.
+
+    Parameters
+    ----------
+    weight, log_alpha : Tensor
+        That :func:`fits`, of one shape.
+    numbers : (int, int)
+        The seed of the noise, and which of its numbers comes first.
+    constants : (float, float, float)
+        β, γ and ζ.
+
+    Returns
+    -------
+    Tensor, dtype and shape of ``weight``
+
+    Examples
+    --------
+    >>> levelled(torch.ones(2), torch.tensor([30.0, -30.0]), (7, 0), (2 / 3, -0.1, 1.1))
+    tensor([1., 0.])
+    """
+    gated: Tensor = _Levelled.apply(weight, log_alpha, numbers, constants)  # type: ignore[no-untyped-call]
+    return gated
