@@ -11,29 +11,25 @@ what Numba has kept.
 
 from __future__ import annotations
 
-import ctypes
-import os
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numba
 import numpy as np
 import torch
-from numba import carray, types
+from numba import carray
 from numpy import float32 as f32
 from numpy import int32 as i32
 from numpy import uint32 as u32
 from numpy import uint64 as u64
 from torch import Tensor
 
+from l0hooks.compiled import EXACT, FLOAT, FLOATS, INT, LEVELS, SUMS, WIDE, kernel, share_out
 from l0hooks.memory import fresh, fresh_like
 
 KEEPS_LEVELS = True  # for backward
 CELLS = 65534
 COUNTERS = 1024  # Philox blocks at a time
 BLOCK = 4 * COUNTERS  # numbers in them
-SHARE = 16 * BLOCK  # the least that is worth a thread
 Numbers = tuple[float, float, float]  # 1/β, γ and ζ − γ
 
 _LOG2E, _LN2 = f32(1.4426950408889634), f32(0.6931471805599453)
@@ -41,16 +37,8 @@ _SHIFT = f32(2**23)  # a float this large is a whole number, its low bits count
 _ROUND = f32(1.5 * 2**23)  # the same for negative numbers
 _NARROW = f32(1 / CELLS)
 
-# what is NaN stays NaN, sums keep their order; a product may be fused with what is added to it
-_EXACT: dict[str, Any] = {"error_model": "numpy", "fastmath": {"contract"}}
-_SUMS: dict[str, Any] = {"error_model": "numpy", "fastmath": {"contract", "reassoc"}}
-_FLOATS, _LEVELS, _WIDE = types.CPointer(types.float32), types.CPointer(types.uint16), types.CPointer(types.float64)
-_INT, _SEED, _FLOAT = types.intp, types.int64, types.float32
-_CTYPES = {_INT: ctypes.c_ssize_t, _SEED: ctypes.c_int64, _FLOAT: ctypes.c_float}
-_compiled: list[Any] = []  # code lives as long as these
 
-
-@numba.njit(**_EXACT)
+@numba.njit(**EXACT)
 def _exp2(t: Any) -> Any:
     """2^t, relatively off by at most 3e-7; t is clamped to ±126. The polynomial has the least maximum error (Remez)."""
     t = f32(126) if t > f32(126) else t
@@ -63,7 +51,7 @@ def _exp2(t: Any) -> Any:
     return (high * square + (f32(0.69314694) * f + f32(1.0000001))) * scale
 
 
-@numba.njit(**_EXACT)
+@numba.njit(**EXACT)
 def _log2(x: Any) -> Any:
     """log₂ x of a normal number, off by at most 3e-7 of itself: exponent, and the same kind of polynomial on ±1/3."""
     bits = f32(x).view(i32)
@@ -76,7 +64,7 @@ def _log2(x: Any) -> Any:
     return ((f32(0.20825224) * fourth + high) * fourth + low) * m + f32(exponent) * f32(2**-23)
 
 
-@numba.njit(**_EXACT)
+@numba.njit(**EXACT)
 def _philox(seed: Any, first: Any, counters: Any, words: Any) -> None:
     """Four words of each of some counters."""
     for i in range(counters):
@@ -90,13 +78,13 @@ def _philox(seed: Any, first: Any, counters: Any, words: Any) -> None:
         words[4 * i], words[4 * i + 1], words[4 * i + 2], words[4 * i + 3] = a, b, c, d
 
 
-@numba.njit(**_EXACT)
+@numba.njit(**EXACT)
 def _uniform(words: Any, out: Any) -> None:
     for i in range(out.size):
         out[i] = f32(i32((words[i] >> u32(8)) | u32(1))) * f32(2**-24)
 
 
-@numba.njit(**_EXACT)
+@numba.njit(**EXACT)
 def _logistic(words: Any, scale: Any, out: Any) -> None:
     """``scale`` · log₂(u/(1 − u))."""
     for i in range(out.size):
@@ -104,7 +92,7 @@ def _logistic(words: Any, scale: Any, out: Any) -> None:
         out[i] = _log2(odd / (f32(2**24) - odd)) * scale
 
 
-@numba.njit(**_EXACT)
+@numba.njit(**EXACT)
 def _gate(weight: Any, log_alpha: Any, noise: Any, slope: Any, gamma: Any, width: Any, levels: Any, out: Any) -> None:
     """weight · z; ``noise`` and ``slope`` · log_alpha are in binary units, and negative."""
     wide, low = width * f32(CELLS), gamma * f32(CELLS) + f32(0.5)
@@ -119,7 +107,7 @@ def _gate(weight: Any, log_alpha: Any, noise: Any, slope: Any, gamma: Any, width
         out[i] = weight[i] * (f32(1) if z > f32(1) else z)
 
 
-@numba.njit(**_EXACT)
+@numba.njit(**EXACT)
 def _by_weight(grad: Any, levels: Any, out: Any) -> None:
     for i in range(out.size):
         z = (f32(levels[i]) - f32(0.5)) * _NARROW
@@ -127,7 +115,7 @@ def _by_weight(grad: Any, levels: Any, out: Any) -> None:
         out[i] = grad[i] * (f32(1) if z > f32(1) else z)
 
 
-@numba.njit(**_EXACT)
+@numba.njit(**EXACT)
 def _by_location(grad: Any, weight: Any, levels: Any, steepness: Any, gamma: Any, width: Any, out: Any) -> None:
     step, low, slope = _NARROW / width, (f32(-0.5) * _NARROW - gamma) / width, width * steepness
     for i in range(out.size):
@@ -137,14 +125,14 @@ def _by_location(grad: Any, weight: Any, levels: Any, steepness: Any, gamma: Any
         out[i] = moved if (level > i32(0)) & (level <= i32(CELLS)) else f32(0)
 
 
-@numba.njit(**_EXACT)
+@numba.njit(**EXACT)
 def _by_count(log_alpha: Any, shift: Any, owed: Any, out: Any) -> None:
     for i in range(out.size):
         p = f32(1) / (f32(1) + _exp2((shift - log_alpha[i]) * _LOG2E))
         out[i] += owed * (p - p * p)
 
 
-@numba.njit(**_SUMS)
+@numba.njit(**SUMS)
 def _sum(log_alpha: Any, shift: Any) -> Any:
     total = f32(0)
     for i in range(log_alpha.size):
@@ -152,25 +140,7 @@ def _sum(log_alpha: Any, shift: Any) -> Any:
     return total
 
 
-def _kernel(*arguments: Any) -> Callable[[Any], Callable[..., None]]:
-    """Compile a function of pointers and numbers that runs without Python's lock; keep the code for later processes."""
-
-    def compile_(function: Any) -> Callable[..., None]:
-        try:
-            code = numba.cfunc(types.void(*arguments), cache=True, **_EXACT)(function)
-        except RuntimeError as error:
-            if "no locator available" not in str(error):  # there is no folder that Numba may write to
-                raise
-            code = numba.cfunc(types.void(*arguments), **_EXACT)(function)
-        _compiled.append(code)
-        kinds: list[Any] = [_CTYPES.get(argument, ctypes.c_void_p) for argument in arguments]
-        call: Callable[..., None] = ctypes.CFUNCTYPE(None, *kinds)(code.address)
-        return call
-
-    return compile_
-
-
-@_kernel(_FLOATS, _INT, _SEED, _INT, _FLOAT)
+@kernel(FLOATS, INT, INT, INT, FLOAT)
 def _fill(out_: Any, n: Any, seed: Any, start: Any, scale: Any) -> None:
     """Uniform numbers if ``scale`` is 0."""
     out, skip = carray(out_, n), start % 4
@@ -185,7 +155,7 @@ def _fill(out_: Any, n: Any, seed: Any, start: Any, scale: Any) -> None:
             _logistic(words[aside:], scale * _LN2, out[low:high])
 
 
-@_kernel(_FLOATS, _FLOATS, _LEVELS, _FLOATS, _INT, _SEED, _INT, _FLOAT, _FLOAT, _FLOAT)
+@kernel(FLOATS, FLOATS, LEVELS, FLOATS, INT, INT, INT, FLOAT, FLOAT, FLOAT)
 def _forward(
     weight_: Any,
     log_alpha_: Any,
@@ -209,7 +179,7 @@ def _forward(
         _gate(w, a, noise, -steepness * _LOG2E, gamma, width, k, o)
 
 
-@_kernel(_FLOATS, _FLOATS, _FLOATS, _LEVELS, _FLOATS, _FLOATS, _INT, _INT, _INT, *[_FLOAT] * 5)
+@kernel(FLOATS, FLOATS, FLOATS, LEVELS, FLOATS, FLOATS, INT, INT, INT, *[FLOAT] * 5)
 def _backward(
     grad_: Any,
     weight_: Any,
@@ -239,7 +209,7 @@ def _backward(
                 _by_count(log_alpha[low:high], shift, owed, to_location[low:high])
 
 
-@_kernel(_FLOATS, _WIDE, _INT, _FLOAT)
+@kernel(FLOATS, WIDE, INT, FLOAT)
 def _count(log_alpha_: Any, sums_: Any, n: Any, shift: Any) -> None:
     """A sum for each block."""
     log_alpha, sums = carray(log_alpha_, n), carray(sums_, (n + BLOCK - 1) // BLOCK)
@@ -276,7 +246,7 @@ def fill(out: Tensor, seed: int, start: int, scale: float | None = None) -> Tens
     if out.dtype != torch.float32:
         return out.copy_(fill(torch.empty_like(out, dtype=torch.float32), seed, start, scale))
     address = out.data_ptr()
-    _share(out.numel(), lambda at, n: _fill(address + 4 * at, n, seed, start + at, scale or 0.0))
+    share_out(out.numel(), BLOCK, lambda at, n: _fill(address + 4 * at, n, seed, start + at, scale or 0.0))
     return out
 
 
@@ -306,7 +276,7 @@ def gated(weight: Tensor, log_alpha: Tensor, seed: int, start: int, numbers: Num
     def run(at: int, n: int) -> None:
         _forward(w + 4 * at, a + 4 * at, k + 2 * at, o + 4 * at, n, seed, start + at, *numbers)
 
-    _share(weight.numel(), run)
+    share_out(weight.numel(), BLOCK, run)
     return out, levels
 
 
@@ -371,7 +341,7 @@ def gated_backward(
         outs = (address + 4 * at for address in to)
         _backward(g + 4 * at, w + 4 * at, a + 4 * at, k + 2 * at, *outs, *wanted, n, *numbers, shift, count)
 
-    _share(grad.numel(), run)
+    share_out(grad.numel(), BLOCK, run)
     return slopes[0], slopes[1]
 
 
@@ -395,38 +365,5 @@ def count(log_alpha: Tensor, shift: float) -> Tensor:
     total = log_alpha.numel()
     sums = np.empty(-(-total // BLOCK))
     a, s = log_alpha.data_ptr(), sums.ctypes.data
-    _share(total, lambda at, n: _count(a + 4 * at, s + 8 * (at // BLOCK), n, shift))
+    share_out(total, BLOCK, lambda at, n: _count(a + 4 * at, s + 8 * (at // BLOCK), n, shift))
     return torch.tensor(sums.sum(), dtype=torch.float32, device="cpu")
-
-
-def _share(total: int, run: Callable[[int, int], None]) -> None:
-    """Call ``run(first, how many)`` for shares of whole blocks, in as many threads as torch uses."""
-    threads = min(torch.get_num_threads(), -(-total // SHARE))
-    if threads <= 1:
-        run(0, total)
-        return
-    each = -(-total // (threads * BLOCK)) * BLOCK
-    shares = [(at, min(each, total - at)) for at in range(0, total, each)]
-    others = [_pool.get().submit(run, *share) for share in shares[1:]]
-    run(*shares[0])
-    for other in others:
-        other.result()
-
-
-class _Pool:
-    """Threads that start when they are first needed; a forked process has none of its parent's."""
-
-    def __init__(self) -> None:
-        self._executor: ThreadPoolExecutor | None = None
-
-    def get(self) -> ThreadPoolExecutor:
-        if self._executor is None:
-            self._executor = ThreadPoolExecutor(os.cpu_count(), "l0hooks")
-        return self._executor
-
-    def forget(self) -> None:
-        self._executor = None
-
-
-_pool = _Pool()
-os.register_at_fork(after_in_child=_pool.forget)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
+_SOME = 2**8  # from here on kernels, where Numba is installed: a toy is not worth the time that takes
 _MANY = 2**15  # from here on a generator that is slow to seed and fast to run
 _LEVELS = 2**16
 _WORD = 2**64 - 1
@@ -55,12 +56,11 @@ def stream(seed: int, count: int, device: torch.device) -> Stream:
     ... )
     True
     """
-    if device.type == "cpu" and count < _MANY:
-        return Native(seed, device)
-    kernels = kernels_on(device)
+    on_cpu = device.type == "cpu"
+    kernels = None if on_cpu and count < _SOME else kernels_on(device)
     if kernels is not None:
         return Philox(seed, kernels)
-    return Packed(seed) if device.type == "cpu" else Native(seed, device)
+    return Packed(seed) if on_cpu and count >= _MANY else Native(seed, device)
 
 
 @functools.cache

@@ -10,7 +10,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 FLOORS = {
-    -1: ["memory"],
+    -1: ["memory", "compiled"],
     0: ["errors", "kernels", "cpu_kernels", "recording", "slopes"],
     1: [
         *("hard_concrete", "layers", "streams", "recomputed", "levelled", "placement", "schedules", "extras"),

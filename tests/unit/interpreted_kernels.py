@@ -316,7 +316,7 @@ def test_gates_have_the_distribution(location: float, temperature: float, wide_b
 @pytest.fixture
 def everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
     """The kernels on the CPU, as if it were a GPU."""
-    monkeypatch.setattr(streams, "_MANY", 0)
+    monkeypatch.setattr(streams, "_SOME", 0)
     for room in (streams, counting):
         monkeypatch.setattr(room, "kernels_on", lambda device: kernels)
 

@@ -25,16 +25,17 @@ from l0hooks import hard_concrete as hc
 from l0hooks.counting import expected_count
 from l0hooks.fused import Constants, gated_weight, sampled
 from l0hooks.slopes import inverted
-from l0hooks.streams import _MANY, Philox, stream
+from l0hooks.streams import Philox, stream
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("numba") is None, reason="numba is not installed")
 if importlib.util.find_spec("numba") is not None:
+    from l0hooks import compiled
     from l0hooks import cpu_kernels as kernels
     from l0hooks.levelled import levelled
 
     BLOCK, CELL = kernels.BLOCK, 1 / kernels.CELLS
 
-CPU = torch.device("cpu")
+CPU, COUNT = torch.device("cpu"), 2**15
 SEEDS = (0, 7, -(2**63), 2**63 - 1, -1234567890123456789)
 CONSTANTS = [(2 / 3, -0.1, 1.1), (0.25, -0.1, 1.1), (1.5, -0.5, 1.3)]
 all_constants = pytest.mark.parametrize("constants", CONSTANTS, ids=str)
@@ -52,7 +53,7 @@ def gates(log_alpha: Tensor, constants: tuple[float, float, float], seed: int = 
 def threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Three of them, for arrays that one would do."""
     before = torch.get_num_threads()
-    monkeypatch.setattr(kernels, "SHARE", BLOCK)
+    monkeypatch.setattr(compiled, "SHARE", BLOCK)
     torch.set_num_threads(3)
     yield
     torch.set_num_threads(before)
@@ -267,35 +268,34 @@ def node(weight: Tensor, log_alpha: Tensor) -> str:
 
 
 def test_which_weights_take_the_kernels() -> None:
-    log_alpha = torch.zeros(256, 128, requires_grad=True)
-    assert log_alpha.numel() == _MANY
-    assert node(torch.ones(256, 128), log_alpha) == "_LevelledBackward"
+    log_alpha = torch.zeros(16, 24, requires_grad=True)
+    assert node(torch.ones(16, 24), log_alpha) == "_LevelledBackward"
     for dtype in (torch.bfloat16, torch.float16, torch.float64):
-        assert node(torch.ones(256, 128, dtype=dtype), log_alpha) == "_GatedWeightBackward"
-    assert node(torch.ones(128, 256).t(), log_alpha) == "_GatedWeightBackward"
-    assert node(torch.ones(128, 256), log_alpha.t()) == "_GatedWeightBackward"
-    assert node(torch.ones(255, 128), log_alpha[:255]) == "_GatedWeightBackward"
+        assert node(torch.ones(16, 24, dtype=dtype), log_alpha) == "_GatedWeightBackward"
+    assert node(torch.ones(24, 16).t(), log_alpha) == "_GatedWeightBackward"
+    assert node(torch.ones(24, 16), log_alpha.t()) == "_GatedWeightBackward"
+    assert node(torch.ones(10, 24), log_alpha[:10]) == "_GatedWeightBackward"  # fewer than _SOME
 
 
 def test_every_path_of_a_ticket_has_the_same_noise() -> None:
-    _, log_alpha, _ = problem(_MANY)
-    ones = torch.ones(_MANY)
-    plain = hc.sample(log_alpha, stream(9, _MANY, CPU).uniform_(torch.empty(_MANY)))
-    assert isinstance(stream(9, _MANY, CPU), Philox)
-    torch.testing.assert_close(sampled(log_alpha, stream(9, _MANY, CPU), Constants()), plain)
-    by_kernel = gated_weight(ones, log_alpha, stream(9, _MANY, CPU), Constants())
+    _, log_alpha, _ = problem(COUNT)
+    ones = torch.ones(COUNT)
+    plain = hc.sample(log_alpha, stream(9, COUNT, CPU).uniform_(torch.empty(COUNT)))
+    assert isinstance(stream(9, COUNT, CPU), Philox)
+    torch.testing.assert_close(sampled(log_alpha, stream(9, COUNT, CPU), Constants()), plain)
+    by_kernel = gated_weight(ones, log_alpha, stream(9, COUNT, CPU), Constants())
     torch.testing.assert_close(by_kernel, plain, rtol=0, atol=0.55 * CELL)
-    turned = gated_weight(ones.view(256, -1).t(), log_alpha.view(-1, 256), stream(9, _MANY, CPU), Constants())
+    turned = gated_weight(ones.view(256, -1).t(), log_alpha.view(-1, 256), stream(9, COUNT, CPU), Constants())
     torch.testing.assert_close(turned.reshape(-1), plain)
 
 
 def test_sixteen_bits_of_a_gate_are_kept() -> None:
-    weight, log_alpha, _ = problem(_MANY)
+    weight, log_alpha, _ = problem(COUNT)
     kept: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        gated_weight(weight.requires_grad_(), log_alpha.requires_grad_(), stream(1, _MANY, CPU), Constants())
+        gated_weight(weight.requires_grad_(), log_alpha.requires_grad_(), stream(1, COUNT, CPU), Constants())
     own = {weight.data_ptr(), log_alpha.data_ptr()}
-    assert [t.nbytes for t in kept if t.data_ptr() not in own] == [2 * _MANY]
+    assert [t.nbytes for t in kept if t.data_ptr() not in own] == [2 * COUNT]
 
 
 @all_constants

@@ -16,10 +16,10 @@ from torch import Tensor
 
 import l0hooks
 from l0hooks import streams
-from l0hooks.streams import _MANY, Native, Packed, Philox, Stream, kernels_on, stream
+from l0hooks.streams import _MANY, _SOME, Native, Packed, Philox, Stream, kernels_on, stream
 
 CPU = torch.device("cpu")
-FEW, MANY = 1000, 4 * _MANY
+FEW, SOME, MANY = 200, 1000, 4 * _MANY
 
 
 @pytest.fixture
@@ -28,29 +28,29 @@ def packed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(streams, "kernels_on", lambda device: None)
 
 
-@pytest.fixture(params=["few", "many", "many by kernels"])
+@pytest.fixture(params=["few", "many", "some by kernels", "many by kernels"])
 def count(request: pytest.FixtureRequest) -> int:
     """Each of the ways to draw numbers."""
     if request.param == "many":
         request.getfixturevalue("packed")
-    elif request.param == "many by kernels":
+    elif "kernels" in request.param:
         pytest.importorskip("numba")
-    return FEW if request.param == "few" else MANY
+    return {"few": FEW, "some": SOME, "many": MANY}[request.param.split()[0]]
 
 
 def uniforms(seed: int, count: int) -> Tensor:
     return stream(seed, count, CPU).uniform_(torch.empty(count))
 
 
-def test_few_and_many_are_drawn_in_two_ways(packed: None) -> None:
+def test_without_kernels_few_and_many_are_drawn_in_two_ways(packed: None) -> None:
     kinds: list[Stream] = [stream(1, count, CPU) for count in (FEW, _MANY - 1, _MANY)]
     assert [type(kind) for kind in kinds] == [Native, Native, Packed]
 
 
-def test_many_are_drawn_by_numba_s_kernels() -> None:
+def test_all_but_a_few_are_drawn_by_numba_s_kernels() -> None:
     pytest.importorskip("numba")
-    kinds: list[Stream] = [stream(1, count, CPU) for count in (FEW, _MANY - 1, _MANY)]
-    assert [type(kind) for kind in kinds] == [Native, Native, Philox]
+    kinds: list[Stream] = [stream(1, count, CPU) for count in (FEW, _SOME - 1, _SOME, _MANY)]
+    assert [type(kind) for kind in kinds] == [Native, Native, Philox, Philox]
 
 
 def test_a_stream_is_a_function_of_its_seed(count: int) -> None:
@@ -68,7 +68,7 @@ def test_every_bit_of_the_seed_counts_where_many_are_drawn(kernels: bool, reques
     assert all((uniforms(1 << bit, MANY) != first).any() for bit in range(64))
 
 
-@pytest.mark.parametrize("piece", [1, 4, 60])
+@pytest.mark.parametrize("piece", [1, 4, 10])
 def test_pieces_of_fours_make_the_whole(count: int, piece: int) -> None:
     """Odd pieces are right too, but other numbers: a word is never split."""
     whole, source = uniforms(5, count), stream(5, count, CPU)
