@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import l0hooks
+from l0hooks import counting, streams
 
 PEER = "l0-python" + (f" {version('l0-python')}" if importlib.util.find_spec("l0") else "")
 STRENGTH, TEMPERATURE, START = 1e-6, 2 / 3, 0.95
@@ -29,9 +30,15 @@ def has_peer() -> bool:
     return importlib.util.find_spec("l0") is not None
 
 
+def has_kernels() -> bool:
+    """Whether Numba is installed."""
+    return importlib.util.find_spec("numba") is not None
+
+
 def notes() -> list[str]:
-    """What a table lacks."""
-    return [] if has_peer() else [NO_PEER]
+    """What a table lacks, and whether Numba helped."""
+    used = f"used, numba {version('numba')}" if has_kernels() else "not used"
+    return [f"Numba's kernels: {used}", *([] if has_peer() else [NO_PEER])]
 
 
 def ours(model: nn.Module, granularity: str = "weight") -> Contender:
@@ -75,6 +82,20 @@ def training_step(contender: Contender, x: Tensor, *, adam: bool = False) -> Cal
             optimizer.step()
 
     return step
+
+
+def without_kernels(step: Callable[[], None]) -> Callable[[], None]:
+    """``step`` as it runs where Numba is not installed."""
+
+    def plain() -> None:
+        before = streams.kernels_on
+        streams.kernels_on = counting.kernels_on = lambda device: None
+        try:
+            step()
+        finally:
+            streams.kernels_on = counting.kernels_on = before
+
+    return plain
 
 
 def evaluation(contender: Contender, x: Tensor, mode: Callable[[], object] = torch.no_grad) -> Callable[[], None]:

@@ -10,13 +10,24 @@ The layers take turns in one loop and the medians of CPU seconds are shown, so t
 from __future__ import annotations
 
 import argparse
+import shutil
 import statistics
 import time
 
 import torch
 from torch import nn
 
-from benchmarks.contenders import PEER, Contender, has_peer, notes, ours, peers, training_step
+from benchmarks.contenders import (
+    PEER,
+    Contender,
+    has_kernels,
+    has_peer,
+    notes,
+    ours,
+    peers,
+    training_step,
+    without_kernels,
+)
 from benchmarks.registry import Aim, Panel, Row, Scale, Table, register
 from benchmarks.report import show
 from benchmarks.timing import extra, rounds
@@ -37,8 +48,17 @@ def training(repeats: int, *, adam: bool) -> Table:
     """Milliseconds a step, nanoseconds a weight over dense, and these over the peer's."""
     x = torch.randn(BATCH, SIZE, requires_grad=True)
     steps = {name: training_step(contender, x, adam=adam) for name, contender in contenders().items()}
-    seconds = rounds(steps, repeats=repeats, clock=time.process_time)
-    over = {name: extra(seconds, name, "dense") / SIZE**2 * 1e9 for name in steps}
+    if has_kernels():
+        steps[f"{WEIGHT}, without Numba"] = without_kernels(training_step(ours(nn.Linear(SIZE, SIZE)), x, adam=adam))
+    rows, over = compared(rounds(steps, repeats=repeats, clock=time.process_time))
+    title = "Training step: forward, penalty, backward" + (", Adam" if adam else "")
+    aims = [Aim("extra of a gate a weight over l0-python's", over[WEIGHT] / over[PEER], 1 / 4)] if PEER in over else []
+    return Table(title, rows, Panel("bars", ("extra ns/weight",), "extra ns a weight"), [] if adam else aims, notes())
+
+
+def compared(seconds: dict[str, list[float]]) -> tuple[list[Row], dict[str, float]]:
+    """A row for each layer, and its nanoseconds a weight over dense."""
+    over = {name: extra(seconds, name, "dense") / SIZE**2 * 1e9 for name in seconds}
     rows: list[Row] = []
     for name, taken in seconds.items():
         ms = statistics.median(taken) * 1e3
@@ -48,15 +68,33 @@ def training(repeats: int, *, adam: bool) -> Table:
             | {"extra ns/weight": over[name]}
             | ({"extra / peer's": over[name] / over[PEER]} if PEER in over else {})
         )
-    title = "Training step: forward, penalty, backward" + (", Adam" if adam else "")
-    aims = [Aim("extra of a gate a weight over l0-python's", over[WEIGHT] / over[PEER], 1 / 4)] if PEER in over else []
-    return Table(title, rows, Panel("bars", ("extra ns/weight",), "extra ns a weight"), [] if adam else aims, notes())
+    return rows, over
 
 
 @register("gated_step", "training step of Linear(1024, 1024), batch 128: gates by weight, input, output")
 def measure(scale: Scale) -> list[Table]:
     """Without and with Adam."""
     return [training(scale.repeats(60), adam=adam) for adam in (False, True)]
+
+
+def no_compiler() -> str | None:
+    """Why torch.compile cannot run here."""
+    return None if any(map(shutil.which, ("c++", "g++", "clang++"))) else "there is no C++ compiler"
+
+
+@register(
+    "compiled", "the same step under torch.compile: dense, gates by weight, l0-python's layer", missing=no_compiler
+)
+def measure_compiled(scale: Scale) -> list[Table]:
+    """The model compiled, its penalty not."""
+    x = torch.randn(BATCH, SIZE, requires_grad=True)
+    steps = {}
+    for name, (model, penalty) in contenders().items():
+        if name in ("dense", WEIGHT, PEER):
+            steps[name] = training_step(Contender(torch.compile(model), penalty), x)
+    rows, _ = compared(rounds(steps, repeats=scale.repeats(40), clock=time.process_time))
+    panel = Panel("bars", ("extra ns/weight",), "extra ns a weight")
+    return [Table("Training step under torch.compile: forward, penalty, backward", rows, panel, notes=notes())]
 
 
 def main() -> None:
