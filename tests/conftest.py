@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from l0hooks import iter_gates
+from l0hooks import counting, iter_gates, streams
 
 torch.set_num_threads(1)
 
@@ -14,6 +14,20 @@ torch.set_num_threads(1)
 @pytest.fixture(autouse=True)
 def _reproducible() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def no_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if Numba were not installed."""
+    for room in (streams, counting):
+        monkeypatch.setattr(room, "kernels_on", lambda device: None)
+
+
+@pytest.fixture(params=["by Numba", "by torch"])
+def both_ways(request: pytest.FixtureRequest) -> None:
+    """Gates with Numba's kernels, if it is installed, and without."""
+    if request.param == "by torch":
+        request.getfixturevalue("no_kernels")
 
 
 @pytest.fixture(scope="session")

@@ -19,6 +19,7 @@ from l0hooks.errors import StateError
 from l0hooks.noise import NoiseSource
 from l0hooks.weights import iter_sites
 
+pytestmark = pytest.mark.usefixtures("both_ways")
 SPECS = ["weight", "input", "output"]
 
 

@@ -22,6 +22,7 @@ from l0hooks.streams import _MANY, stream
 from l0hooks.team import Team
 from l0hooks.weights import iter_sites
 
+pytestmark = pytest.mark.usefixtures("both_ways")
 CPU = torch.device("cpu")
 
 

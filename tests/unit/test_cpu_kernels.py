@@ -395,13 +395,12 @@ def test_a_compiled_model_has_the_same_gates() -> None:
     torch.testing.assert_close(torch.compile(net, backend="aot_eager")(x), expected, rtol=1e-3, atol=1e-4)
 
 
-def test_training_opens_and_closes_gates_as_without_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_training_opens_and_closes_gates_as_without_the_kernels(request: pytest.FixtureRequest) -> None:
     """The same law: mean open gates after some steps, within what seeds make of it."""
     shares = []
     for kernels_there in (True, False):
         if not kernels_there:
-            monkeypatch.setattr("l0hooks.streams.kernels_on", lambda device: None)
-            monkeypatch.setattr("l0hooks.counting.kernels_on", lambda device: None)
+            request.getfixturevalue("no_kernels")
         net = model()
         optimizer = torch.optim.Adam(param_groups(net, lr=1e-3, gate_lr=0.1))
         x = torch.randn(64, 256, generator=torch.Generator().manual_seed(5))

@@ -20,6 +20,7 @@ from l0hooks.counting import expected_count
 from l0hooks.fused import Constants, gated_weight, sampled
 from l0hooks.memory import PIECE
 
+pytestmark = pytest.mark.usefixtures("both_ways")
 CONSTANTS = [(2 / 3, -0.1, 1.1), (0.25, -0.1, 1.1), (1.5, -0.5, 1.3)]
 # dtypes of the weight and of the gates, and the tolerance the weight's dtype allows
 DTYPES = [

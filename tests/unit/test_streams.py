@@ -15,24 +15,17 @@ from scipy import stats
 from torch import Tensor
 
 import l0hooks
-from l0hooks import streams
 from l0hooks.streams import _MANY, _SOME, Native, Packed, Philox, Stream, kernels_on, stream
 
 CPU = torch.device("cpu")
 FEW, SOME, MANY = 200, 1000, 4 * _MANY
 
 
-@pytest.fixture
-def packed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As if Numba were not installed."""
-    monkeypatch.setattr(streams, "kernels_on", lambda device: None)
-
-
 @pytest.fixture(params=["few", "many", "some by kernels", "many by kernels"])
 def count(request: pytest.FixtureRequest) -> int:
     """Each of the ways to draw numbers."""
     if request.param == "many":
-        request.getfixturevalue("packed")
+        request.getfixturevalue("no_kernels")
     elif "kernels" in request.param:
         pytest.importorskip("numba")
     return {"few": FEW, "some": SOME, "many": MANY}[request.param.split()[0]]
@@ -42,7 +35,7 @@ def uniforms(seed: int, count: int) -> Tensor:
     return stream(seed, count, CPU).uniform_(torch.empty(count))
 
 
-def test_without_kernels_few_and_many_are_drawn_in_two_ways(packed: None) -> None:
+def test_without_kernels_few_and_many_are_drawn_in_two_ways(no_kernels: None) -> None:
     kinds: list[Stream] = [stream(1, count, CPU) for count in (FEW, _MANY - 1, _MANY)]
     assert [type(kind) for kind in kinds] == [Native, Native, Packed]
 
@@ -63,7 +56,7 @@ def test_a_stream_is_a_function_of_its_seed(count: int) -> None:
 @pytest.mark.parametrize("kernels", [False, True])
 def test_every_bit_of_the_seed_counts_where_many_are_drawn(kernels: bool, request: pytest.FixtureRequest) -> None:
     if not kernels:
-        request.getfixturevalue("packed")
+        request.getfixturevalue("no_kernels")
     first = uniforms(0, MANY)
     assert all((uniforms(1 << bit, MANY) != first).any() for bit in range(64))
 
@@ -81,7 +74,7 @@ def test_logistic_numbers_are_the_logits_of_the_uniform_ones(count: int) -> None
     torch.testing.assert_close(logistic, 1.5 * torch.logit(uniforms(5, count)), rtol=1e-5, atol=1e-4)
 
 
-def test_the_numbers_are_uniform(packed: None) -> None:
+def test_the_numbers_are_uniform(no_kernels: None) -> None:
     drawn = uniforms(11, 1_000_000).double()
     assert stats.kstest(drawn[:200_000].numpy(), "uniform").pvalue > 1e-3
     counts = torch.bincount((drawn * 65536).long(), minlength=65536)
@@ -90,7 +83,7 @@ def test_the_numbers_are_uniform(packed: None) -> None:
     assert drawn.max() <= 1 - 0.5 / 65536
 
 
-def test_neighbours_words_and_seeds_are_uncorrelated(packed: None) -> None:
+def test_neighbours_words_and_seeds_are_uncorrelated(no_kernels: None) -> None:
     count = 1 << 20
     drawn = uniforms(3, count)
     others = [drawn.roll(lag) for lag in (1, 2, 3, 4, 5, 64)] + [uniforms(seed, count) for seed in (4, 1 << 63)]
@@ -98,7 +91,7 @@ def test_neighbours_words_and_seeds_are_uncorrelated(packed: None) -> None:
         assert abs(float(torch.corrcoef(torch.stack([drawn, other]))[0, 1])) < 5 / math.sqrt(count)
 
 
-def test_the_four_parts_of_a_word_are_independent_in_pairs(packed: None) -> None:
+def test_the_four_parts_of_a_word_are_independent_in_pairs(no_kernels: None) -> None:
     drawn = (uniforms(9, 1 << 20).view(-1, 4) * 16).long()
     for one, other in itertools.combinations(range(4), 2):
         table = torch.bincount(drawn[:, one] * 16 + drawn[:, other], minlength=256)
@@ -106,7 +99,7 @@ def test_the_four_parts_of_a_word_are_independent_in_pairs(packed: None) -> None
 
 
 @pytest.mark.parametrize("keep", [0.02, 0.5, 0.998])
-def test_gates_drawn_with_sixteen_bits_close_as_often_as_they_should(keep: float, packed: None) -> None:
+def test_gates_drawn_with_sixteen_bits_close_as_often_as_they_should(keep: float, no_kernels: None) -> None:
     """Each level has the same weight, so the share of levels that close a gate is the probability, to half a level."""
     levels = (torch.arange(65536, dtype=torch.float64) + 0.5) / 65536
     closed = (torch.logit(levels) + math.log(keep / (1 - keep)) <= 0).double().mean()
