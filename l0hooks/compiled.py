@@ -13,6 +13,9 @@ import numba
 import torch
 from numba import types
 
+if numba.config.DISABLE_JIT:
+    raise ImportError("NUMBA_DISABLE_JIT is set")
+
 SHARE = 2**16  # elements that are worth a thread
 
 # what is NaN stays NaN, sums keep their order; a product may be fused with what is added to it

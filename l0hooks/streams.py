@@ -88,11 +88,14 @@ def kernels_on(device: torch.device) -> ModuleType | None:
         return None
     try:
         return importlib.import_module(f"l0hooks.{room}")
-    except ModuleNotFoundError as error:
-        if error.name != compiler:
+    except ImportError as error:
+        named = device, compiler.capitalize()
+        if isinstance(error, ModuleNotFoundError) and error.name == compiler:
+            _log.info("gates on %s run without %s kernels: the package %s is not installed", *named, compiler)
+        elif device.type == "cpu":  # nobody who has Numba for something else asked for it here
+            _log.warning("gates on %s run without %s kernels: %s", *named, error)
+        else:
             raise
-        named = compiler.capitalize(), compiler
-        _log.info("gates on %s run without %s kernels: the package %s is not installed", device, *named)
         return None
 
 
