@@ -168,7 +168,7 @@ def test_an_interruption_waits_for_threads_that_still_write(monkeypatch: pytest.
     with pytest.raises(KeyboardInterrupt):
         compiled.share_out(3, 1, run, size=compiled.SHARE)
     assert begun
-    assert begun == over
+    assert sorted(begun) == sorted(over)
 
 
 def test_no_thread_can_start(monkeypatch: pytest.MonkeyPatch) -> None:
