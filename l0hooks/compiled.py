@@ -5,16 +5,17 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from threading import Semaphore
 from typing import Any
 
 import numba
 import torch
-from numba import types
+from numba import config, types
 
-if numba.config.DISABLE_JIT:
-    raise ImportError("NUMBA_DISABLE_JIT is set")
+if config.DISABLE_JIT:
+    raise ImportError("NUMBA_DISABLE_JIT is set", name=__name__)
 
 SHARE = 2**16  # elements that are worth a thread
 
@@ -45,13 +46,17 @@ def kernel(*arguments: Any) -> Callable[[Any], Callable[..., None]]:
     return compile_
 
 
-def share_out(total: int, least: int, run: Callable[[int, int], None], *, size: int = 1) -> None:
+def share_out(
+    total: int, least: int, run: Callable[[int, int], None], memory: Sequence[object] = (), *, size: int = 1
+) -> None:
     """Call ``run(first, how many)`` for shares of ``total`` items: multiples of ``least``, but for the last.
 
     Parameters
     ----------
     total, least : int
     run : callable
+    memory : sequence
+        What ``run`` has the addresses of: kept until the last thread has left it, even if waiting is interrupted.
     size : int
         Elements of an item.
     """
@@ -61,10 +66,33 @@ def share_out(total: int, least: int, run: Callable[[int, int], None], *, size: 
         return
     each = -(-total // (threads * least)) * least
     shares = [(at, min(each, total - at)) for at in range(0, total, each)]
-    others = [_threads.get().submit(run, *share) for share in shares[1:]]
-    run(*shares[0])
-    for other in others:
-        other.result()
+    count, ended, done = len(shares), Semaphore(0), []
+
+    def take() -> list[tuple[int, int]]:
+        try:
+            return [shares.pop()]  # without a look first: another thread may take the last one
+        except IndexError:
+            return []
+
+    def work(_: object) -> None:
+        while share := take():
+            try:
+                run(*share[0])
+                done.extend(share)
+            finally:
+                ended.release()
+
+    others = _threads.start(work, memory, count - 1)
+    try:
+        work(memory)
+    finally:
+        while take():  # what is left after an interruption
+            ended.release()
+        for _ in range(count):
+            ended.acquire()
+    if len(done) < count:
+        for other in others:
+            other.result()
 
 
 class _Threads:
@@ -73,10 +101,17 @@ class _Threads:
     def __init__(self) -> None:
         self._executor: ThreadPoolExecutor | None = None
 
-    def get(self) -> ThreadPoolExecutor:
+    def start(self, work: Callable[[object], None], argument: object, count: int) -> list[Future[None]]:
+        """Call ``work`` in up to ``count`` threads: none when the interpreter ends or the system has no more."""
         if self._executor is None:
             self._executor = ThreadPoolExecutor(os.cpu_count(), "l0hooks")
-        return self._executor
+        started: list[Future[None]] = []
+        try:
+            for _ in range(count):
+                started.append(self._executor.submit(work, argument))
+        except RuntimeError:
+            pass
+        return started
 
     def forget(self) -> None:
         self._executor = None

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from l0hooks.hard_concrete import closing_point, keep_prob
-from l0hooks.memory import fresh_like, pieces
+from l0hooks.memory import fresh_like, has_address, pieces
 from l0hooks.recording import wants_plain
 from l0hooks.slopes import count_slope
 from l0hooks.streams import kernels_on
@@ -25,7 +25,7 @@ class _ExpectedCount(torch.autograd.Function):
         ctx.shift, ctx.sampler = shift, sampler
         ctx.save_for_backward(log_alpha)
         kernels = kernels_on(log_alpha.device)
-        if kernels is not None and log_alpha.dtype == torch.float32 and log_alpha.is_contiguous():
+        if kernels is not None and has_address(log_alpha):
             total: Tensor = kernels.count(log_alpha, shift)
             return total
         return torch.stack([torch.sub(location, shift).sigmoid_().sum() for (location,) in pieces(log_alpha)]).sum()

@@ -246,7 +246,7 @@ def fill(out: Tensor, seed: int, start: int, scale: float | None = None) -> Tens
     if out.dtype != torch.float32:
         return out.copy_(fill(torch.empty_like(out, dtype=torch.float32), seed, start, scale))
     address = out.data_ptr()
-    share_out(out.numel(), BLOCK, lambda at, n: _fill(address + 4 * at, n, seed, start + at, scale or 0.0))
+    share_out(out.numel(), BLOCK, lambda at, n: _fill(address + 4 * at, n, seed, start + at, scale or 0.0), [out])
     return out
 
 
@@ -271,12 +271,13 @@ def gated(weight: Tensor, log_alpha: Tensor, seed: int, start: int, numbers: Num
     (tensor([3., 0.]), tensor([65535,     0], dtype=torch.uint16))
     """
     out, levels = fresh_like(weight), fresh(weight.shape, torch.uint16, weight.device)
-    w, a, k, o = (t.data_ptr() for t in (weight, log_alpha, levels, out))
+    memory = weight, log_alpha, levels, out
+    w, a, k, o = (t.data_ptr() for t in memory)
 
     def run(at: int, n: int) -> None:
         _forward(w + 4 * at, a + 4 * at, k + 2 * at, o + 4 * at, n, seed, start + at, *numbers)
 
-    share_out(weight.numel(), BLOCK, run)
+    share_out(weight.numel(), BLOCK, run, memory)
     return out, levels
 
 
@@ -334,14 +335,15 @@ def gated_backward(
     (tensor([1., 0.]), tensor([0., 0.]))
     """
     slopes = tuple(fresh_like(grad) if want else None for want in wanted)
-    g, w, a, k, *to = (0 if t is None else t.data_ptr() for t in (grad, weight, log_alpha, levels, *slopes))
+    memory = grad, weight, log_alpha, levels, *slopes
+    g, w, a, k, *to = (0 if t is None else t.data_ptr() for t in memory)
     count, shift = owed
 
     def run(at: int, n: int) -> None:
         outs = (address + 4 * at for address in to)
         _backward(g + 4 * at, w + 4 * at, a + 4 * at, k + 2 * at, *outs, *wanted, n, *numbers, shift, count)
 
-    share_out(grad.numel(), BLOCK, run)
+    share_out(grad.numel(), BLOCK, run, memory)
     return slopes[0], slopes[1]
 
 
@@ -365,5 +367,5 @@ def count(log_alpha: Tensor, shift: float) -> Tensor:
     total = log_alpha.numel()
     sums = np.empty(-(-total // BLOCK))
     a, s = log_alpha.data_ptr(), sums.ctypes.data
-    share_out(total, BLOCK, lambda at, n: _count(a + 4 * at, s + 8 * (at // BLOCK), n, shift))
+    share_out(total, BLOCK, lambda at, n: _count(a + 4 * at, s + 8 * (at // BLOCK), n, shift), (log_alpha, sums))
     return torch.tensor(sums.sum(), dtype=torch.float32, device="cpu")

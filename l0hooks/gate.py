@@ -265,7 +265,8 @@ class Gate(nn.Module):
         family = self.family
         if isinstance(family, HardConcreteFamily) and not is_traced():
             constants = Constants(self.temperature, family.gamma, family.zeta)
-            return expected_count(whole(self.log_alpha), constants, self.last_sample.node)
+            sampler = None if is_sharded(self.log_alpha) else self.last_sample.node  # gathering wants a gradient
+            return expected_count(whole(self.log_alpha), constants, sampler)
         return self.keep_prob().sum()
 
     @torch.no_grad()

@@ -8,9 +8,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from l0hooks import cpu_kernels
+from l0hooks.memory import has_address
 from l0hooks.recording import Debt, wants_plain
 from l0hooks.slopes import count_slope, inverted, reattach, slope_of
 
@@ -36,12 +37,15 @@ class _Levelled(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         weight, log_alpha, levels = ctx.saved_tensors
         owed = ctx.debt.take()
-        if wants_plain(grad):
+        grad = grad.contiguous() if grad.layout == torch.strided else grad
+        if wants_plain(grad) or not _can_go_back(grad, weight, log_alpha, levels):
             gates = reattach(cpu_kernels.gates_of(levels), log_alpha, ctx.constants)
-            to_location = grad * weight * slope_of(gates, ctx.constants)
-            return grad * gates, to_location, None, None
+            by_location = grad * weight * slope_of(gates, ctx.constants)
+            for count, shift in owed:
+                by_location = by_location + count_slope(log_alpha, shift, count)
+            return grad * gates, by_location, None, None
         to_weight, to_location = cpu_kernels.gated_backward(
-            grad.contiguous(),
+            grad,
             weight,
             log_alpha,
             levels,
@@ -55,8 +59,13 @@ class _Levelled(torch.autograd.Function):
         return to_weight, to_location, None, None
 
 
+def _can_go_back(grad: Tensor, weight: Tensor, log_alpha: Tensor, levels: Tensor) -> bool:
+    """Whether the kernels can read the gradient, and what hooks have made of saved tensors."""
+    return fits(weight, log_alpha) and fits(weight, grad) and has_address(levels, torch.uint16)
+
+
 def fits(weight: Tensor, log_alpha: Tensor) -> bool:
-    """Whether the kernels can multiply ``weight`` with gates: plain, contiguous tensors of float32.
+    """Whether the kernels can multiply ``weight`` with gates: plain, contiguous tensors of float32, of one shape.
 
     Parameters
     ----------
@@ -71,10 +80,8 @@ def fits(weight: Tensor, log_alpha: Tensor) -> bool:
     >>> fits(torch.ones(2, 3), torch.ones(2, 3)), fits(torch.ones(3, 2).t(), torch.ones(2, 3))
     (True, False)
     """
-    return all(
-        type(t) in (Tensor, nn.Parameter) and t.dtype == torch.float32 and t.is_contiguous()
-        for t in (weight, log_alpha)
-    )
+    alike = weight.shape == log_alpha.shape and weight.device == log_alpha.device
+    return alike and has_address(weight) and has_address(log_alpha)
 
 
 def levelled(

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 PIECE = 2**17  # elements: a few arrays of them lie in a processor's cache
 _LARGE = 2**20  # bytes
@@ -72,6 +72,34 @@ def fresh_like(tensor: Tensor) -> Tensor:
     if tensor.nbytes >= _LARGE and tensor.is_contiguous():
         return fresh(tensor.shape, tensor.dtype, tensor.device)
     return torch.empty_like(tensor)
+
+
+def has_address(tensor: Tensor, dtype: torch.dtype = torch.float32) -> bool:
+    """Whether all of ``tensor`` lies at its ``data_ptr()``, element after element, as ``dtype``.
+
+    Parameters
+    ----------
+    tensor : Tensor
+    dtype : torch.dtype
+
+    Returns
+    -------
+    bool
+
+    Examples
+    --------
+    >>> has_address(torch.ones(2, 3)), has_address(torch.ones(2, 3).t()), has_address(torch.ones(2, device="meta"))
+    (True, False, False)
+    """
+    return (
+        type(tensor) in (Tensor, nn.Parameter)  # others hold no memory, or that of something else
+        and tensor.dtype == dtype
+        and tensor.device.type != "meta"
+        and tensor.layout == torch.strided
+        and tensor.is_contiguous()
+        and not tensor.is_neg()
+        and not tensor._is_zerotensor()
+    )
 
 
 def pieces(first: Tensor, *others: Tensor | None) -> Iterator[tuple[Any, ...]]:

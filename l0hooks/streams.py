@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
+from l0hooks.memory import has_address
+
 _SOME = 2**8  # from here on kernels, where Numba is installed: a toy is not worth the time that takes
 _MANY = 2**15  # from here on a generator that is slow to seed and fast to run
 _LEVELS = 2**16
@@ -89,11 +91,11 @@ def kernels_on(device: torch.device) -> ModuleType | None:
     try:
         return importlib.import_module(f"l0hooks.{room}")
     except ImportError as error:
-        named = device, compiler.capitalize()
+        without = f"gates on {device} run without {compiler.capitalize()} kernels"
         if isinstance(error, ModuleNotFoundError) and error.name == compiler:
-            _log.info("gates on %s run without %s kernels: the package %s is not installed", *named, compiler)
-        elif device.type == "cpu":  # nobody who has Numba for something else asked for it here
-            _log.warning("gates on %s run without %s kernels: %s", *named, error)
+            _log.info("%s: the package %s is not installed", without, compiler)
+        elif device.type == "cpu":  # nobody asked for a package that lies there and is broken
+            _log.warning("%s: the package %s cannot be imported: %s", without, compiler, error)
         else:
             raise
         return None
@@ -169,7 +171,7 @@ class Philox:
 
     def _fill(self, out: Tensor, scale: float | None) -> Tensor:
         seed, start = self.take(out.numel())
-        if out.is_contiguous() and torch._C._functorch.maybe_current_level() is None:
+        if has_address(out, out.dtype) and torch._C._functorch.maybe_current_level() is None:
             self._kernels.fill(out, seed, start, scale)
             return out
         with temporarily_clear_interpreter_stack():  # a kernel writes to memory, not to what torch.func wraps around it

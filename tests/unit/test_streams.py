@@ -151,34 +151,13 @@ def test_a_triton_that_is_broken_is_an_error(gpu_of: Callable[..., None]) -> Non
         kernels_on(GPU)
 
 
-def without(monkeypatch: pytest.MonkeyPatch, *rooms: str) -> None:
-    """Make the next look for kernels import these rooms anew."""
-    for room in rooms:
-        monkeypatch.delitem(sys.modules, f"l0hooks.{room}", raising=False)
-        monkeypatch.delattr(l0hooks, room, raising=False)
-    kernels_on.cache_clear()
-
-
 def test_a_cpu_without_numba_is_told_of_once(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.setitem(sys.modules, "numba", None)
-    without(monkeypatch, "cpu_kernels")
+    monkeypatch.delitem(sys.modules, "l0hooks.cpu_kernels", raising=False)
+    kernels_on.cache_clear()
     with caplog.at_level(logging.INFO, logger="l0hooks"):
         assert [type(stream(1, count, CPU)) for count in (FEW, MANY, MANY)] == [Native, Packed, Packed]
     assert caplog.messages == ["gates on cpu run without Numba kernels: the package numba is not installed"]
-    kernels_on.cache_clear()
-
-
-def test_a_numba_that_cannot_be_used_is_told_of_once_and_does_no_harm(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    numba = pytest.importorskip("numba")
-    monkeypatch.setattr(numba.config, "DISABLE_JIT", 1)
-    without(monkeypatch, "cpu_kernels", "compiled")
-    with caplog.at_level(logging.INFO, logger="l0hooks"):
-        assert [type(stream(1, MANY, CPU)) for _ in range(2)] == [Packed, Packed]
-    assert [(record.levelname, record.message) for record in caplog.records] == [
-        ("WARNING", "gates on cpu run without Numba kernels: NUMBA_DISABLE_JIT is set")
-    ]
     kernels_on.cache_clear()
 
 
