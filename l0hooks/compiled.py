@@ -46,10 +46,8 @@ def kernel(*arguments: Any) -> Callable[[Any], Callable[..., None]]:
     return compile_
 
 
-def share_out(
-    total: int, least: int, run: Callable[[int, int], None], memory: Sequence[object] = (), *, size: int = 1
-) -> None:
-    """Call ``run(first, how many)`` for shares of ``total`` items: multiples of ``least``, but for the last.
+def share_out(total: int, least: int, run: Callable[[int, int], None], memory: Sequence[object] = ()) -> None:
+    """Call ``run(first, how many)`` for shares of ``total`` elements: multiples of ``least``, but for the last.
 
     Parameters
     ----------
@@ -57,10 +55,8 @@ def share_out(
     run : callable
     memory : sequence
         What ``run`` has the addresses of: kept until the last thread has left it, even if waiting is interrupted.
-    size : int
-        Elements of an item.
     """
-    threads = min(torch.get_num_threads(), -(-total * size // SHARE))
+    threads = min(torch.get_num_threads(), -(-total // SHARE))
     if threads <= 1:
         run(0, total)
         return

@@ -102,6 +102,26 @@ def has_address(tensor: Tensor, dtype: torch.dtype = torch.float32) -> bool:
     )
 
 
+def lie_alike(weight: Tensor, log_alpha: Tensor) -> bool:
+    """Whether a kernel can go through a weight and its float32 log-odds side by side.
+
+    Parameters
+    ----------
+    weight, log_alpha : Tensor
+
+    Returns
+    -------
+    bool
+
+    Examples
+    --------
+    >>> lie_alike(torch.ones(2, 3), torch.ones(2, 3)), lie_alike(torch.ones(2), torch.ones(3))
+    (True, False)
+    """
+    alike = weight.shape == log_alpha.shape and weight.device == log_alpha.device
+    return alike and has_address(weight, weight.dtype) and has_address(log_alpha)
+
+
 def pieces(first: Tensor, *others: Tensor | None) -> Iterator[tuple[Any, ...]]:
     """Corresponding pieces of arrays of one shape, small enough for the cache; whole where strides or device forbid.
 

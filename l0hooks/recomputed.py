@@ -9,9 +9,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from l0hooks import kernels
+from l0hooks.memory import lie_alike
 from l0hooks.recording import Debt, wants_plain
 from l0hooks.slopes import count_slope, inverted, reattach, slope_of
 
@@ -72,7 +73,7 @@ def _(log_alpha: Tensor, seed: int, start: int, constants: Sequence[float]) -> T
 
 
 def fits(weight: Tensor, log_alpha: Tensor) -> bool:
-    """Whether the kernels can multiply ``weight`` with gates: plain, contiguous tensors, float64 excepted.
+    """Whether the kernels can multiply ``weight`` with gates: plain, contiguous tensors of one shape, float64 excepted.
 
     Parameters
     ----------
@@ -87,11 +88,7 @@ def fits(weight: Tensor, log_alpha: Tensor) -> bool:
     >>> fits(torch.ones(2, 3), torch.ones(2, 3)), fits(torch.ones(3, 2).t(), torch.ones(2, 3))
     (True, False)
     """
-    return (
-        weight.dtype in _WEIGHTS
-        and log_alpha.dtype == torch.float32
-        and all(type(t) in (Tensor, nn.Parameter) and t.is_contiguous() for t in (weight, log_alpha))
-    )
+    return weight.dtype in _WEIGHTS and lie_alike(weight, log_alpha)
 
 
 def recomputed(

@@ -153,6 +153,7 @@ def test_a_penalty_of_sharded_gates_is_not_left_to_the_sampler(monkeypatch: pyte
 
 def test_an_interruption_waits_for_threads_that_still_write(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compiled.torch, "get_num_threads", lambda: 3)
+    monkeypatch.setattr(compiled, "SHARE", 1)
     main, begun, over = threading.current_thread(), [], []
     under_way = threading.Event()
 
@@ -166,13 +167,14 @@ def test_an_interruption_waits_for_threads_that_still_write(monkeypatch: pytest.
         over.append(at)
 
     with pytest.raises(KeyboardInterrupt):
-        compiled.share_out(3, 1, run, size=compiled.SHARE)
+        compiled.share_out(3, 1, run)
     assert begun
     assert sorted(begun) == sorted(over)
 
 
 def test_no_thread_can_start(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compiled.torch, "get_num_threads", lambda: 3)
+    monkeypatch.setattr(compiled, "SHARE", 1)
     monkeypatch.setattr(compiled, "_threads", compiled._Threads())
 
     def refuse(thread: threading.Thread) -> None:
@@ -180,12 +182,13 @@ def test_no_thread_can_start(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(threading.Thread, "start", refuse)
     shares: list[tuple[int, int]] = []
-    compiled.share_out(7, 1, lambda at, n: shares.append((at, n)), size=compiled.SHARE)
+    compiled.share_out(7, 1, lambda at, n: shares.append((at, n)))
     assert sorted(shares) == [(0, 3), (3, 3), (6, 1)]
 
 
 def test_an_error_in_a_thread_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compiled.torch, "get_num_threads", lambda: 2)
+    monkeypatch.setattr(compiled, "SHARE", 1)
     main, failed = threading.current_thread(), threading.Event()
 
     def run(at: int, n: int) -> None:
@@ -196,7 +199,7 @@ def test_an_error_in_a_thread_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
             raise ValueError("in a thread")
 
     with pytest.raises(ValueError, match="in a thread"):
-        compiled.share_out(2, 1, run, size=compiled.SHARE)
+        compiled.share_out(2, 1, run)
 
 
 def test_training_goes_on_while_the_interpreter_ends() -> None:
