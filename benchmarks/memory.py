@@ -17,7 +17,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.contenders import PEER, Contender, linears, notes
 from benchmarks.registry import Aim, Panel, Row, Scale, Table, register
-from l0hooks import memory
+from l0hooks._torch import memory
 
 BATCH = 8
 

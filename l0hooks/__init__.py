@@ -2,7 +2,7 @@
 
 from importlib.metadata import version
 
-from l0hooks.attach import sparsify
+from l0hooks._sparsify import sparsify
 from l0hooks.budget import Budget
 from l0hooks.budgeting import set_budget
 from l0hooks.control import Scheduled, temperature_schedule

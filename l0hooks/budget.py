@@ -10,12 +10,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from l0hooks._torch.tensors import is_meta
 from l0hooks.errors import InvalidValueError, StateError, explain, near_names
 from l0hooks.gate import Gate
-from l0hooks.placement import is_meta
+from l0hooks.measures import Unit
 from l0hooks.schedules import NAMED, MakeSchedule, Schedule, ScheduleName
 from l0hooks.shift import SharedShift
-from l0hooks.sizes import Size, Unit
+from l0hooks.sizes import Size
 from l0hooks.support import FittingSupport
 
 Method = Literal["shift", "lagrangian"]

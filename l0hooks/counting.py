@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from l0hooks._torch.autograd import wants_plain
+from l0hooks._torch.memory import fresh_like, has_address, pieces
 from l0hooks.hard_concrete import closing_point, keep_prob
-from l0hooks.memory import fresh_like, has_address, pieces
-from l0hooks.recording import wants_plain
 from l0hooks.slopes import count_slope
 from l0hooks.streams import kernels_on
 

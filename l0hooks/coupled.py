@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from l0hooks._torch.tensors import Traversal, is_meta
 from l0hooks.gate import Gate
-from l0hooks.placement import Traversal, is_meta
 from l0hooks.structure import ChannelGroup, GroupSite
 from l0hooks.team import Team
 from l0hooks.weights import Gating

@@ -9,6 +9,8 @@ from typing import Any, Literal, overload
 import torch
 from torch import nn
 
+from l0hooks._torch.memory import pieces
+from l0hooks._torch.tensors import is_meta
 from l0hooks.comparison import Comparison
 from l0hooks.copies import fold_copy
 from l0hooks.coupled import MaskInput
@@ -17,9 +19,7 @@ from l0hooks.folding import Closed, after_cuts, closed_channels, cut_closed
 from l0hooks.gate import is_sharded
 from l0hooks.gated import iter_gated
 from l0hooks.measures import count_parameters
-from l0hooks.memory import pieces
 from l0hooks.noise import Door, unhook
-from l0hooks.placement import is_meta
 from l0hooks.shrink import members_that_stay, rewritten_from, shrink
 from l0hooks.structure import ChannelGroup
 from l0hooks.structure.surgery import Bools

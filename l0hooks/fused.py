@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from l0hooks._torch.autograd import Debt, wants_plain
+from l0hooks._torch.memory import fresh, fresh_like, pieces
 from l0hooks.hard_concrete import GAMMA, TEMPERATURE, ZETA
-from l0hooks.memory import fresh, fresh_like, pieces
-from l0hooks.recording import Debt, wants_plain
 from l0hooks.slopes import count_slope, number, reattach, slope_of, slope_times, steepness
 from l0hooks.streams import Philox, Stream
 

@@ -8,16 +8,15 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from l0hooks._torch.autograd import LastSample, is_traced
+from l0hooks._torch.memory import pieces
+from l0hooks._torch.tensors import Traversal, is_meta, start_values
 from l0hooks.counting import expected_count
 from l0hooks.errors import InvalidValueError, explain, near_names
 from l0hooks.families import Family, FamilyName, HardConcreteFamily, initial_log_alpha, make_family
 from l0hooks.fused import Constants, sampled
 from l0hooks.hard_concrete import GAMMA, ZETA, check_constants
-from l0hooks.memory import pieces
 from l0hooks.noise import Door, NoiseSource
-from l0hooks.placement import Traversal, is_meta, start_values
-from l0hooks.recording import LastSample, is_traced
-from l0hooks.schedules import Schedule
 from l0hooks.stepping import Rule, gate_of, register
 from l0hooks.streams import Stream
 
@@ -60,7 +59,7 @@ class Gate(nn.Module):
         The Lagrange multipliers of a budget, at the first of its gates.
     last_sample : LastSample
         Which node of the graph multiplied a weight with the gates last.
-    schedule, scheduled_steps : Schedule or None, int
+    schedule, scheduled_steps : function from a step to a temperature or None, int
         What the temperature follows, and how many steps of the optimiser it has taken.
     start : float
         The log-odds that all gates started with, and start with again when they come from the meta device.
@@ -113,7 +112,7 @@ class Gate(nn.Module):
         self.estimator = check_estimator_name(estimator)
         self.log_alpha = nn.Parameter(torch.full(size, start, dtype=torch.float32, device=device))
         self.register_parameter("multipliers", None)
-        self.schedule: Schedule | None = None
+        self.schedule: Callable[[int], float] | None = None
         self.scheduled_steps = 0
         self._door = NoiseSource().add_door("", ()) if door is None else door
         self._index = index

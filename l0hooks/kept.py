@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 from torch.nn.utils import parametrize
 
-from l0hooks.memory import fresh_like
-from l0hooks.recording import is_recorded
+from l0hooks._torch.autograd import is_recorded
+from l0hooks._torch.memory import fresh_like
 from l0hooks.stepping import steps_taken
 
 if TYPE_CHECKING:

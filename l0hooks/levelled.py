@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from l0hooks import cpu_kernels
-from l0hooks.memory import has_address, lie_alike
-from l0hooks.recording import Debt, wants_plain
+from l0hooks._torch.autograd import Debt, wants_plain
+from l0hooks._torch.memory import has_address, lie_alike
 from l0hooks.slopes import count_slope, inverted, reattach, slope_of
 
 

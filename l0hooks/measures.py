@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from collections.abc import Set as AbstractSet
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -13,9 +13,10 @@ from torch.nn.parameter import UninitializedParameter
 from l0hooks.errors import StateError, explain
 from l0hooks.gated import iter_gated
 from l0hooks.report import Summary
-from l0hooks.sizes import Unit
 from l0hooks.tracing import count_positions
 from l0hooks.weights import iter_sites
+
+Unit = Literal["gates", "params", "macs"]
 
 
 def evaluated_size(report: Summary, unit: Unit) -> int:

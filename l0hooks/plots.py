@@ -20,7 +20,7 @@ from l0hooks.summary import summary
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from l0hooks.sizes import Unit
+    from l0hooks.measures import Unit
 
 _BINS = 40  # one border is ½
 _LONGEST = 36  # characters of a layer's name

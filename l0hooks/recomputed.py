@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from l0hooks import kernels
-from l0hooks.memory import lie_alike
-from l0hooks.recording import Debt, wants_plain
+from l0hooks._torch.autograd import Debt, wants_plain
+from l0hooks._torch.memory import lie_alike
 from l0hooks.slopes import count_slope, inverted, reattach, slope_of
 
 _WEIGHTS = (torch.float32, torch.bfloat16, torch.float16)

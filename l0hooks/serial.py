@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from l0hooks import storage
+from l0hooks._torch.tensors import has_meta
 from l0hooks.errors import InvalidValueError, StateError, explain
 from l0hooks.gated import iter_gated
 from l0hooks.layers import CONVOLUTIONS
-from l0hooks.placement import has_meta
 from l0hooks.shrink import rewritten_from
 from l0hooks.stored import first_names, hidden_buffers, load_hidden, load_tensors, ties
 from l0hooks.structure.rewrite import rewrite

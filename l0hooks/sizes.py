@@ -4,21 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from torch import nn
 from torch.nn.parameter import UninitializedParameter
 
+from l0hooks._torch.tensors import same_tensor
 from l0hooks.coupled import CoupledPlan
 from l0hooks.errors import SpecError, explain
 from l0hooks.gated import Gated
-from l0hooks.placement import same_tensor
+from l0hooks.measures import Unit
 from l0hooks.tracing import count_positions, total_macs
 from l0hooks.weights import Site
 
-Unit = Literal["gates", "params", "macs"]
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 Positions = Mapping[tuple[int, str], float]

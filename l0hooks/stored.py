@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from l0hooks._torch.tensors import is_meta, same_tensor
 from l0hooks.errors import InvalidValueError, explain
-from l0hooks.placement import is_meta, same_tensor
 
 
 def ties(model: nn.Module) -> dict[str, str]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
-from l0hooks.memory import has_address
+from l0hooks._torch.memory import has_address
 
 _SOME = 2**8  # from here on kernels, where Numba is installed: a toy is not worth the time that takes
 _MANY = 2**15  # from here on a generator that is slow to seed and fast to run

@@ -1,4 +1,4 @@
-"""The house stands: imports go strictly downward, and the contributing guide draws it as it is."""
+"""The house stands: packages import only what the table allows, and the contributing guide prints the same table."""
 
 from __future__ import annotations
 
@@ -9,97 +9,149 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-FLOORS = {
-    -1: ["memory", "compiled"],
-    0: ["errors", "kernels", "cpu_kernels", "recording", "slopes"],
-    1: [
-        *("hard_concrete", "layers", "streams", "recomputed", "levelled", "placement", "schedules", "extras"),
-        *("rows", "quadratics", "subset"),
-    ],
-    2: [
-        *("distribution", "families", "fused", "counting", "noise", "stepping", "stored", "tracing", "report"),
-        "storage",
-    ],
-    3: ["structure", "gate", "kept"],
-    4: ["spec", "weights", "optim", "team"],
-    5: ["coupled", "copies"],
-    6: ["gated", "coupling", "comparison", "constants"],
-    7: ["penalties", "summary", "shrink", "sizes", "planning", "control"],
-    8: ["folding", "serial", "shift", "support", "measures", "plots"],
-    9: ["export", "budget", "track"],
-    10: ["lagrangian", "integrations"],
-    11: ["budgeting"],
-    12: ["attach", "items", "calibration"],
-    13: ["selection"],
-    14: ["hybrid", "matching", "sklearn"],
-    15: ["__init__", "__main__"],
+HOUSE = ROOT / "l0hooks"
+BASE = {"errors", "_torch"}
+MODELS = {*BASE, "structure", "gates"}
+ATTACHED = {*MODELS, "attach"}
+TRAINED = {*ATTACHED, "plots", "schedules", "training"}
+# package or public module -> the packages of the house that it may import, beside itself
+IMPORTS: dict[str, set[str]] = {
+    "_torch": set(),
+    "errors": set(),
+    "schedules": {"errors"},
+    "structure": BASE,
+    "gates": BASE,
+    "attach": MODELS,
+    "plots": ATTACHED,
+    "export": ATTACHED,
+    "training": TRAINED - {"training"},
+    "select": TRAINED,
+    "calibration": TRAINED,
+    "integrations": {*TRAINED, "export"},
+    "sklearn": {"errors", "schedules", "select"},
+    "_sparsify": TRAINED,
 }
-STRUCTURE = {
-    **{"groups": 0, "labels": 0, "nodes": 0, "ties": 0, "roles": 0, "failure": 0, "declare": 1, "surgery": 1},
-    **{"tracer": 1, "table": 2, "movement": 3, "rules": 4, "trace": 5, "finding": 6, "rewrite": 6, "__init__": 7},
+# what has not moved yet: the package that it goes to
+FLAT = {
+    "budget": "training",
+    "budgeting": "training",
+    "comparison": "export",
+    "compiled": "gates",
+    "constants": "export",
+    "control": "training",
+    "copies": "attach",
+    "counting": "gates",
+    "coupled": "attach",
+    "coupling": "attach",
+    "cpu_kernels": "gates",
+    "distribution": "gates",
+    "export": "export",
+    "extras": "errors",
+    "families": "gates",
+    "folding": "export",
+    "fused": "gates",
+    "gate": "gates",
+    "gated": "attach",
+    "hard_concrete": "gates",
+    "hybrid": "select",
+    "items": "select",
+    "kept": "attach",
+    "kernels": "gates",
+    "lagrangian": "training",
+    "layers": "structure",
+    "levelled": "gates",
+    "matching": "select",
+    "measures": "attach",
+    "noise": "gates",
+    "optim": "training",
+    "penalties": "training",
+    "planning": "attach",
+    "quadratics": "select",
+    "recomputed": "gates",
+    "report": "attach",
+    "rows": "select",
+    "selection": "select",
+    "serial": "export",
+    "shift": "training",
+    "shrink": "export",
+    "sizes": "training",
+    "slopes": "gates",
+    "spec": "attach",
+    "stepping": "gates",
+    "storage": "export",
+    "stored": "export",
+    "streams": "gates",
+    "subset": "sklearn",
+    "summary": "attach",
+    "support": "training",
+    "team": "gates",
+    "tracing": "structure",
+    "track": "training",
+    "weights": "attach",
 }
-SUBSET = {
-    **{"__init__": 0, "design": 0, "likelihood": 1, "tableau": 1, "path": 1, "grouped": 2, "problem": 3},
-    **{"squares": 4, "refit": 5, "glm": 6, "choice": 7},
-}
-CALIBRATION = {
-    **{"columns": -1, "problem": 0, "factor": 1, "margins": 1, "certificate": 1, "least_squares": 1, "dual": 2},
-    **{"distance": 3, "proximal": 2, "stage": 3},
-    **{"gates": 4, "greedy": 4, "swaps": 4, "priced": 4, "polish": 4, "solver": 5},
-    **{"names": 1, "matrix": 2, "households": 2, "targets": 2, "reach": 3, "inputs": 4, "files": 3},
-    **{"progress": 4, "checkpoint": 4, "plots": 1, "export": 2, "result": 6, "report": 7, "driver": 6},
-    **{"settings": 6, "calibrator": 7, "cli": 8, "__init__": 8},
-}
-SKLEARN = {
-    **{"base": 0, "rows": 0, "linear": 1, "screening": 1, "gated": 1, "targets": 1, "selector": 2, "__init__": 3},
-}
-PACKAGES = {
-    "structure": STRUCTURE,
-    "integrations": {"steps": 0, "transformers": 1, "lightning": 1, "__init__": 0},
-    "subset": SUBSET,
-    "sklearn": SKLEARN,
-    "calibration": CALIBRATION,
-}
-FLOOR_OF = {room: floor for floor, rooms in FLOORS.items() for room in rooms}
+ENTRANCES = {"__init__", "__main__"}  # these may import everything
 
 
-def imports(source: Path) -> set[tuple[str, ...]]:
-    """The modules of the house that a file imports when it runs, as parts of their names."""
-    tree = ast.parse(source.read_text())
-    for node in ast.walk(tree):
-        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
-            node.body = [ast.Pass()]
+def modules() -> dict[str, Path]:
+    """Every module of the house by its dotted name without the leading ``l0hooks.``."""
+    names = {}
+    for path in HOUSE.rglob("*.py"):
+        parts = path.relative_to(HOUSE).with_suffix("").parts
+        name = ".".join(parts[:-1] if parts[-1] == "__init__" and len(parts) > 1 else parts)
+        names[name] = path
+    return names
+
+
+def imported(path: Path, known: set[str]) -> set[str]:
+    """The modules of the house that a file imports, those under TYPE_CHECKING and within functions included."""
     found = set()
-    for node in ast.walk(tree):
+    for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "l0hooks":
-            parts = tuple(node.module.split(".")[1:])
-            found |= {parts} if parts else {(alias.name,) for alias in node.names}
+            base = node.module.removeprefix("l0hooks").removeprefix(".")
+            for alias in node.names:
+                inner = f"{base}.{alias.name}" if base else alias.name
+                found.add(inner if inner in known else base or "__init__")
         elif isinstance(node, ast.Import):
-            found |= {tuple(a.name.split(".")[1:]) for a in node.names if a.name.startswith("l0hooks.")}
+            found |= {a.name.removeprefix("l0hooks.") for a in node.names if a.name.startswith("l0hooks.")}
     return found
 
 
-def test_every_room_has_a_floor() -> None:
-    house = ROOT / "l0hooks"
-    assert {path.stem for path in house.glob("*.py")} | set(PACKAGES) == set(FLOOR_OF)
-    for package, floors in PACKAGES.items():
-        assert {path.stem for path in (house / package).glob("*.py")} == set(floors)
+def package(module: str) -> str:
+    first = module.split(".")[0]
+    return FLAT.get(first, first)
 
 
-def test_imports_go_strictly_downward() -> None:
-    for room, floor in FLOOR_OF.items():
-        for path in (ROOT / "l0hooks" / room).glob("*.py") if room in PACKAGES else [ROOT / "l0hooks" / f"{room}.py"]:
-            for first, *rest in imports(path):
-                if first == room and room in PACKAGES:
-                    assert PACKAGES[room][rest[0]] < PACKAGES[room][path.stem], f"{path.stem} imports {rest[0]}"
-                else:
-                    assert FLOOR_OF[first] < floor, f"{room} imports {first}"
+def test_the_table_names_every_package() -> None:
+    assert {package(name) for name in modules()} - ENTRANCES == set(IMPORTS)
 
 
-def test_the_contributing_guide_draws_the_same_house() -> None:
-    table = re.findall(r"^\| (-?\d+) \| (.*?) \|", (ROOT / "docs" / "contributing.md").read_text(), re.MULTILINE)
-    drawn = {room: int(floor) for floor, rooms in table for room in re.findall(r"`(\w+)`", rooms)}
-    assert drawn == {room: floor for room, floor in FLOOR_OF.items() if room != "__init__"}
+def test_packages_import_only_what_the_table_allows() -> None:
+    known = modules()
+    for name, path in known.items():
+        if name in ENTRANCES:
+            continue
+        above = {package(target) for target in imported(path, set(known))} - IMPORTS[package(name)] - {package(name)}
+        assert not above, f"{name} imports {sorted(above)}"
+
+
+def test_no_function_hides_a_module() -> None:
+    for name, path in modules().items():
+        if path.stem != "__init__":
+            continue
+        own = {child.stem for child in path.parent.glob("*.py")} | {child.name for child in path.parent.iterdir()}
+        public = {
+            alias.asname or alias.name
+            for node in ast.walk(ast.parse(path.read_text()))
+            if isinstance(node, ast.ImportFrom)
+            for alias in node.names
+        }
+        assert not (own & public) - set(FLAT), name
+
+
+def test_the_contributing_guide_prints_the_same_table() -> None:
+    guide = (ROOT / "docs" / "contributing.md").read_text()
+    rows = re.findall(r"^\| `(\w+)` \| .*? \| (.*?) \|$", guide, re.MULTILINE)
+    assert {name: set(re.findall(r"`(\w+)`", allowed)) for name, allowed in rows} == IMPORTS
 
 
 def test_importing_the_library_imports_no_optional_package() -> None:
@@ -122,5 +174,5 @@ def test_the_front_door_is_small_and_sorted() -> None:
 
 def test_names_to_avoid_are_avoided() -> None:
     avoided = re.compile(r"\b(qz_logits|loga|active_prob|droprate|get_penalty|lambda_reg|lambda_|limit_a)\b")
-    for path in (ROOT / "l0hooks").rglob("*.py"):
+    for path in HOUSE.rglob("*.py"):
         assert not avoided.search(path.read_text()), path

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from l0hooks.placement import same_tensor
+from l0hooks._torch.tensors import same_tensor
 
 
 class Tensors:

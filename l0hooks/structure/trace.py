@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from l0hooks.placement import beside, same_tensor
+from l0hooks._torch.tensors import beside, same_tensor
 from l0hooks.structure.failure import export_failure
 from l0hooks.structure.labels import squeeze_constant, varies
 from l0hooks.structure.movement import FILLED, POINTWISE

@@ -14,9 +14,9 @@ from torch.autograd import forward_ad
 
 import l0hooks
 from l0hooks import hard_concrete as hc
-from l0hooks import memory
+from l0hooks._torch import memory
+from l0hooks._torch.memory import PIECE, fresh
 from l0hooks.gate import Gate
-from l0hooks.memory import PIECE, fresh
 from l0hooks.noise import _uniform_op
 from l0hooks.streams import _MANY, stream
 from l0hooks.team import Team

@@ -8,8 +8,8 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from l0hooks import memory
-from l0hooks.memory import PIECE, fresh, fresh_like, pieces
+from l0hooks._torch import memory
+from l0hooks._torch.memory import PIECE, fresh, fresh_like, pieces
 
 CPU = torch.device("cpu")
 
