@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 import l0hooks
-from l0hooks import counting, streams
+from l0hooks.gates import expected_count as counting
+from l0hooks.gates import random as streams
 
 PEER = "l0-python" + (f" {version('l0-python')}" if importlib.util.find_spec("l0") else "")
 STRENGTH, TEMPERATURE, START = 1e-6, 2 / 3, 0.95

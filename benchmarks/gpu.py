@@ -14,8 +14,8 @@ from torch import nn
 from benchmarks.contenders import PEER, Contender, has_peer, notes, ours, peers
 from benchmarks.registry import Aim, Panel, Row, Scale, Table, register
 from benchmarks.timing import medians, ratio, rounds
-from l0hooks.fused import Constants, gated_weight
-from l0hooks.streams import Native, Stream, kernels_on, stream
+from l0hooks.gates.random import Native, Stream, kernels_on, stream
+from l0hooks.gates.sampling import Constants, gated_weight
 
 SIDE, BATCH = 4096, 8192
 DTYPES = {"bfloat16 weights": torch.bfloat16, "float32 weights under autocast": torch.float32}

@@ -16,10 +16,10 @@ from l0hooks._torch.tensors import Tie, same_tensor
 from l0hooks.budget import Budget
 from l0hooks.budgeting import set_budget
 from l0hooks.coupling import build_readers, hook_inputs
-from l0hooks.gate import Gate
+from l0hooks.gates.gate import Gate
+from l0hooks.gates.noise import Door, NoiseSource
 from l0hooks.kept import read_directly
 from l0hooks.layers import tensors_of
-from l0hooks.noise import Door, NoiseSource
 from l0hooks.planning import Spec, WeightPlan, every_reader, plan_gates
 from l0hooks.spec import GateSpec, Pattern, named_modules
 from l0hooks.structure import ChannelGroup

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from l0hooks._torch.tensors import is_meta
 from l0hooks.errors import InvalidValueError, StateError, explain, near_names
-from l0hooks.gate import Gate
+from l0hooks.gates.gate import Gate
 from l0hooks.measures import Unit
 from l0hooks.schedules import NAMED, MakeSchedule, Schedule, ScheduleName
 from l0hooks.shift import SharedShift

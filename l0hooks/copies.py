@@ -6,7 +6,7 @@ import copy
 
 from torch import nn
 
-from l0hooks.gate import iter_gates
+from l0hooks.gates.gate import iter_gates
 from l0hooks.weights import iter_sites
 
 

@@ -14,12 +14,12 @@ from torch.utils.hooks import RemovableHandle
 
 from l0hooks.coupled import CoupledPlan, CoupledWeight, MaskInput
 from l0hooks.errors import SpecError, StateError, explain
-from l0hooks.gate import Gate, iter_gates
+from l0hooks.gates.gate import Gate, iter_gates
+from l0hooks.gates.shared_sampling import Team
 from l0hooks.layers import CONVOLUTIONS, TRANSPOSED, is_hugging_face_conv1d
 from l0hooks.spec import GateSpec, Pattern, is_excluded
 from l0hooks.structure import ChannelGroup, GroupSite, channel_groups
 from l0hooks.structure.ties import Tensors
-from l0hooks.team import Team
 
 
 @dataclass(frozen=True)

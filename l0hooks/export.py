@@ -16,10 +16,10 @@ from l0hooks.copies import fold_copy
 from l0hooks.coupled import MaskInput
 from l0hooks.errors import SpecError, StateError, explain
 from l0hooks.folding import Closed, after_cuts, closed_channels, cut_closed
-from l0hooks.gate import is_sharded
 from l0hooks.gated import iter_gated
+from l0hooks.gates.gate import is_sharded
+from l0hooks.gates.noise import Door, unhook
 from l0hooks.measures import count_parameters
-from l0hooks.noise import Door, unhook
 from l0hooks.shrink import members_that_stay, rewritten_from, shrink
 from l0hooks.structure import ChannelGroup
 from l0hooks.structure.surgery import Bools

@@ -13,10 +13,10 @@ from torch.nn.utils import parametrize
 
 from l0hooks._torch.autograd import is_recorded
 from l0hooks._torch.memory import fresh_like
-from l0hooks.stepping import steps_taken
+from l0hooks.gates.optimizer_hooks import steps_taken
 
 if TYPE_CHECKING:
-    from l0hooks.gate import Gate
+    from l0hooks.gates.gate import Gate
 
 
 class Foldable(Protocol):

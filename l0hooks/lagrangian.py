@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from l0hooks.budget import Budget, BudgetRule
 from l0hooks.errors import StateError, explain
-from l0hooks.gate import Gate
+from l0hooks.gates.gate import Gate
 from l0hooks.sizes import Size
 
 

@@ -8,8 +8,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from l0hooks.errors import InvalidValueError, explain
-from l0hooks.gate import iter_gates
-from l0hooks.stepping import gate_ids
+from l0hooks.gates.gate import iter_gates
+from l0hooks.gates.optimizer_hooks import gate_ids
 
 
 def param_groups(

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from l0hooks.errors import SpecError, StateError, explain, near_names
-from l0hooks.gate import Gate, whole
 from l0hooks.gated import Gated, iter_gated
+from l0hooks.gates.gate import Gate, whole
+from l0hooks.gates.shared_sampling import expected_l0
 from l0hooks.spec import Pattern, matches, no_match
-from l0hooks.team import expected_l0
 
 Strength = float | Tensor | tuple[float, float]
 F = TypeVar("F", bound=Callable[..., Tensor])

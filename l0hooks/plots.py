@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from l0hooks.errors import StateError, explain
 from l0hooks.extras import import_extra
-from l0hooks.gate import Gate, iter_gates
 from l0hooks.gated import iter_gated
+from l0hooks.gates.gate import Gate, iter_gates
 from l0hooks.report import Summary, SummaryRow
 from l0hooks.summary import summary
 

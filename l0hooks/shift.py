@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from l0hooks.families import HardConcreteFamily
-from l0hooks.gate import Gate, is_sharded, whole
+from l0hooks.gates.families import HardConcreteFamily
+from l0hooks.gates.gate import Gate, is_sharded, whole
 from l0hooks.sizes import Floats, Size
 
 _ACCURACY, _EXACT = 1e-6, 1e-9  # of the size that is wanted

@@ -11,9 +11,9 @@ from typing import Literal, TypeVar, get_args
 from torch import nn
 
 from l0hooks.errors import SpecError, explain, near_names
-from l0hooks.families import FamilyName, initial_log_alpha, make_family
-from l0hooks.gate import Estimator, check_estimator_name
-from l0hooks.hard_concrete import GAMMA, ZETA, check_constants
+from l0hooks.gates.families import FamilyName, initial_log_alpha, make_family
+from l0hooks.gates.gate import Estimator, check_estimator_name
+from l0hooks.gates.hard_concrete import GAMMA, ZETA, check_constants
 from l0hooks.layers import (
     CONVOLUTIONS,
     EMBEDDINGS,

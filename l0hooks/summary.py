@@ -11,8 +11,8 @@ from torch import nn
 from torch.nn.parameter import UninitializedParameter
 
 from l0hooks._torch.tensors import same_tensor
-from l0hooks.gate import Gate
 from l0hooks.gated import Coupled, Gated, iter_gated
+from l0hooks.gates.gate import Gate
 from l0hooks.layers import tensors_of
 from l0hooks.report import CoupledTotals, Summary, SummaryRow
 from l0hooks.spec import named_modules

@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from l0hooks.gate import Gate, is_sharded, whole
+from l0hooks.gates.gate import Gate, is_sharded, whole
+from l0hooks.gates.optimizer_hooks import steps_taken
 from l0hooks.sizes import Size, fitting
-from l0hooks.stepping import steps_taken
 
 
 class FittingSupport:

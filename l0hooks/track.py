@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from l0hooks import plots
 from l0hooks.errors import InvalidValueError, SpecError, StateError, explain
 from l0hooks.extras import import_extra
-from l0hooks.gate import iter_gates
+from l0hooks.gates.gate import iter_gates
 from l0hooks.measures import Unit, evaluated_size, expected_size, exported_size
 from l0hooks.penalties import Strength, penalty
 from l0hooks.spec import check_one_of

@@ -11,9 +11,9 @@ from torch.nn.utils import parametrize
 
 from l0hooks._torch.autograd import is_traced
 from l0hooks._torch.tensors import Tie, is_meta
-from l0hooks.families import HardConcreteFamily
-from l0hooks.fused import Constants, gated_weight, held_weight
-from l0hooks.gate import Gate
+from l0hooks.gates.families import HardConcreteFamily
+from l0hooks.gates.gate import Gate
+from l0hooks.gates.sampling import Constants, gated_weight, held_weight
 from l0hooks.kept import Folded, Kept
 from l0hooks.layers import GateLayout, Granularity
 

@@ -11,7 +11,7 @@ import torch
 from matplotlib.figure import Figure
 
 from l0hooks import Budget, Gate, HardConcrete, set_budget
-from l0hooks import hard_concrete as hc
+from l0hooks.gates import hard_concrete as hc
 
 INK = {"light": "#37474f", "dark": "#cfd8dc"}
 BLUE, ORANGE, GREEN, RED = "#2196c9", "#ef8a17", "#3fa34d", "#d1495b"

@@ -12,7 +12,7 @@ from torch import nn
 
 from l0hooks.errors import StateError, explain
 from l0hooks.export import prune
-from l0hooks.gate import iter_gates, whole
+from l0hooks.gates.gate import iter_gates, whole
 from l0hooks.penalties import Strength, penalty
 from l0hooks.serial import save_pruned
 from l0hooks.spec import Pattern

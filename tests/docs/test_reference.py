@@ -15,7 +15,7 @@ import pytest
 
 DOCS = Path(__file__).parents[2] / "docs"
 PACKAGES = ("l0hooks", "l0hooks.structure", "l0hooks.sklearn", "l0hooks.calibration")
-MODULES = ("l0hooks.plots", "l0hooks.schedules", "l0hooks.errors", "l0hooks.hard_concrete")
+MODULES = ("l0hooks.plots", "l0hooks.schedules", "l0hooks.errors", "l0hooks.gates.hard_concrete")
 SHAPED = re.compile(r"shape|broadcast|as `|of this|scalar|sequence|dtype of")
 
 

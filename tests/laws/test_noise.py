@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 import l0hooks
 from l0hooks.errors import StateError
-from l0hooks.noise import NoiseSource
+from l0hooks.gates.noise import NoiseSource
 from l0hooks.weights import iter_sites
 
 pytestmark = pytest.mark.usefixtures("both_ways")
@@ -273,7 +273,7 @@ def test_one_leaf_twice_in_a_region_outside_a_forward_is_refused_not_wrong() -> 
 
 
 def test_a_forward_that_is_no_longer_remembered_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("l0hooks.noise._MEMORY", 4)
+    monkeypatch.setattr("l0hooks.gates.noise._MEMORY", 4)
     net = gated(Net(recompute=True, use_reentrant=False))
     loss = net(leaf(3)).sum()
     for _ in range(4):
@@ -457,7 +457,7 @@ def test_the_default_compiler_computes_the_same() -> None:
 
 
 def test_sources_do_not_outlive_their_models() -> None:
-    from l0hooks import noise
+    from l0hooks.gates import noise
 
     before = len(noise._sources)
     net = gated(Net())

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from l0hooks import Gate, GateSpec, HardConcrete, iter_gates, penalty, prune, sparsify, summary
-from l0hooks.hard_concrete import log_alpha_from_keep_prob
+from l0hooks.gates.hard_concrete import log_alpha_from_keep_prob
 
 from_amlab = from_page("migration_amlab.md", "from_amlab")
 as_they_evaluate = from_page("migration_amlab.md", "as_they_evaluate")

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from l0hooks import hard_concrete as hc
+from l0hooks.gates import hard_concrete as hc
 
 GRID = 2**20  # noise k / GRID: 1 - noise is exact
 ROUNDING = 1e-12

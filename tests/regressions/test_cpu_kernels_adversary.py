@@ -15,15 +15,15 @@ import torch
 from torch import Tensor
 
 from l0hooks import Gate
-from l0hooks import hard_concrete as hc
-from l0hooks.counting import expected_count
-from l0hooks.fused import Constants, gated_weight
-from l0hooks.noise import _stream
-from l0hooks.streams import Native, kernels_on, stream
+from l0hooks.gates import hard_concrete as hc
+from l0hooks.gates.expected_count import expected_count
+from l0hooks.gates.noise import _stream
+from l0hooks.gates.random import Native, kernels_on, stream
+from l0hooks.gates.sampling import Constants, gated_weight
 
 pytest.importorskip("numba")
-from l0hooks import compiled
-from l0hooks.levelled import fits, levelled
+from l0hooks.gates.kernels import threads as compiled
+from l0hooks.gates.kernels.autograd import fits, levelled
 
 CPU, SIDE = torch.device("cpu"), 64
 CONSTANTS = (2 / 3, -0.1, 1.1)
@@ -139,9 +139,9 @@ def test_tensors_without_memory_of_their_own() -> None:
 def test_a_penalty_of_sharded_gates_is_not_left_to_the_sampler(monkeypatch: pytest.MonkeyPatch) -> None:
     """Gathering them is a node of its own, which a gradient of None is nothing for."""
     gate, asked = Gate(40_000), []
-    monkeypatch.setattr("l0hooks.gate.is_sharded", lambda tensor: True)
-    monkeypatch.setattr("l0hooks.gate.whole", same)
-    monkeypatch.setattr("l0hooks.gate.expected_count", lambda *arguments: asked.append(arguments[-1]))
+    monkeypatch.setattr("l0hooks.gates.gate.is_sharded", lambda tensor: True)
+    monkeypatch.setattr("l0hooks.gates.gate.whole", same)
+    monkeypatch.setattr("l0hooks.gates.gate.expected_count", lambda *arguments: asked.append(arguments[-1]))
     product = levelled(torch.ones(40_000), gate.log_alpha, (3, 0), CONSTANTS)
     gate.last_sample.note(product)
     gate.expected_l0()
@@ -260,7 +260,7 @@ def test_noise_of_layers_and_neighbouring_tickets_is_uncorrelated() -> None:
 
 
 def test_many_threads_at_once_change_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
-    from l0hooks import cpu_kernels as kernels
+    from l0hooks.gates.kernels import cpu as kernels
 
     monkeypatch.setattr(compiled.torch, "get_num_threads", lambda: 3)
     monkeypatch.setattr(compiled, "SHARE", kernels.BLOCK)

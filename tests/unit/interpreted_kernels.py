@@ -19,13 +19,16 @@ from scipy import stats
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from l0hooks import Budget, GateSpec, counting, iter_gates, kernels, param_groups, penalty, prune, sparsify, streams
-from l0hooks import hard_concrete as hc
-from l0hooks.fused import Constants, gated_weight, sampled
-from l0hooks.noise import _uniform_op
-from l0hooks.recomputed import _Recomputed, recomputed
-from l0hooks.slopes import inverted as steep
-from l0hooks.streams import Philox, stream
+from l0hooks import Budget, GateSpec, iter_gates, param_groups, penalty, prune, sparsify
+from l0hooks.gates import expected_count as counting
+from l0hooks.gates import hard_concrete as hc
+from l0hooks.gates import random as streams
+from l0hooks.gates.derivatives import inverted as steep
+from l0hooks.gates.kernels import cuda as kernels
+from l0hooks.gates.kernels.autograd_cuda import _Recomputed, recomputed
+from l0hooks.gates.noise import _uniform_op
+from l0hooks.gates.random import Philox, stream
+from l0hooks.gates.sampling import Constants, gated_weight, sampled
 
 CPU = torch.device("cpu")
 SEEDS = (0, 7, -(2**63), 2**63 - 1, -1234567890123456789)
@@ -336,7 +339,7 @@ def test_every_path_of_a_ticket_has_the_same_noise(everywhere: None) -> None:
     _, log_alpha, _ = problem(600)
     ticket, ones = torch.tensor(123456789), torch.ones(600)
     noise = _uniform_op(ticket, 4, log_alpha)
-    from l0hooks.noise import _stream
+    from l0hooks.gates.noise import _stream
 
     plain = hc.sample(log_alpha, noise)
     torch.testing.assert_close(sampled(log_alpha, _stream(ticket, 4, log_alpha), Constants()), plain)

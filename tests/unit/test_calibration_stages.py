@@ -9,7 +9,6 @@ import pytest
 import torch
 from scipy import optimize, sparse
 
-from l0hooks import hard_concrete
 from l0hooks.calibration import Calibrator
 from l0hooks.calibration.distance import nearest_weights
 from l0hooks.calibration.gates import GateStage
@@ -20,6 +19,7 @@ from l0hooks.calibration.problem import prepare
 from l0hooks.calibration.solver import Options, Solver, path, random_selection
 from l0hooks.calibration.stage import Selection, largest, refit
 from l0hooks.calibration.swaps import PruneStage, SwapStage
+from l0hooks.gates import hard_concrete
 
 
 def small(seed=0, rows=30, households=200, feasible=True, **options):

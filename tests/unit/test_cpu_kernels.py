@@ -21,17 +21,17 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from l0hooks import GateSpec, iter_gates, param_groups, penalty, sparsify
-from l0hooks import hard_concrete as hc
-from l0hooks.counting import expected_count
-from l0hooks.fused import Constants, gated_weight, sampled
-from l0hooks.slopes import inverted
-from l0hooks.streams import Philox, stream
+from l0hooks.gates import hard_concrete as hc
+from l0hooks.gates.derivatives import inverted
+from l0hooks.gates.expected_count import expected_count
+from l0hooks.gates.random import Philox, stream
+from l0hooks.gates.sampling import Constants, gated_weight, sampled
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("numba") is None, reason="numba is not installed")
 if importlib.util.find_spec("numba") is not None:
-    from l0hooks import compiled
-    from l0hooks import cpu_kernels as kernels
-    from l0hooks.levelled import levelled
+    from l0hooks.gates.kernels import cpu as kernels
+    from l0hooks.gates.kernels import threads as compiled
+    from l0hooks.gates.kernels.autograd import levelled
 
     BLOCK, CELL = kernels.BLOCK, 1 / kernels.CELLS
 

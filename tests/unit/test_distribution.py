@@ -12,9 +12,9 @@ from scipy.special import expit
 from torch import Tensor
 from torch.distributions import Distribution, constraints
 
-from l0hooks import hard_concrete as hc
-from l0hooks.distribution import HardConcrete
 from l0hooks.errors import InvalidValueError
+from l0hooks.gates import hard_concrete as hc
+from l0hooks.gates.distribution import HardConcrete
 
 SETTINGS = [(0.0, 2 / 3, -0.1, 1.1), (1.5, 0.3, -0.1, 1.1), (-1.0, 1.5, -0.5, 1.2)]
 DRAWS = 100_000

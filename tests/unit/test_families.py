@@ -11,9 +11,9 @@ import torch
 from scipy.special import expit
 from torch import Tensor
 
-from l0hooks import hard_concrete as hc
 from l0hooks.errors import InvalidValueError
-from l0hooks.families import Family, FamilyName, make_family
+from l0hooks.gates import hard_concrete as hc
+from l0hooks.gates.families import Family, FamilyName, make_family
 
 NAMES = get_args(FamilyName)
 # the deterministic family draws nothing: P(z ≠ 0) is 0 or 1, and its keep_prob is a smooth surrogate for penalties

@@ -13,12 +13,12 @@ from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 from torch.utils.checkpoint import checkpoint
 
-from l0hooks import counting as counting_module
-from l0hooks import hard_concrete as hc
 from l0hooks import iter_gates, penalty, sparsify
 from l0hooks._torch.memory import PIECE
-from l0hooks.counting import expected_count
-from l0hooks.fused import Constants, gated_weight, sampled
+from l0hooks.gates import expected_count as counting_module
+from l0hooks.gates import hard_concrete as hc
+from l0hooks.gates.expected_count import expected_count
+from l0hooks.gates.sampling import Constants, gated_weight, sampled
 
 pytestmark = pytest.mark.usefixtures("both_ways")
 CONSTANTS = [(2 / 3, -0.1, 1.1), (0.25, -0.1, 1.1), (1.5, -0.5, 1.3)]

@@ -14,8 +14,8 @@ from scipy.special import expit, xlogy
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
-from l0hooks import hard_concrete as hc
 from l0hooks.errors import InvalidValueError
+from l0hooks.gates import hard_concrete as hc
 
 Array = npt.NDArray[np.float64]
 Constants = tuple[float, float, float]

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from l0hooks import Budget, GateSpec, iter_gates, param_groups, penalty, prune, sparsify
-from l0hooks import hard_concrete as hc
-from l0hooks.counting import expected_count
-from l0hooks.fused import Constants, gated_weight
-from l0hooks.streams import Philox, kernels_on, stream
+from l0hooks.gates import hard_concrete as hc
+from l0hooks.gates.expected_count import expected_count
+from l0hooks.gates.random import Philox, kernels_on, stream
+from l0hooks.gates.sampling import Constants, gated_weight
 
 ROOT = Path(__file__).parents[2]
 INTERPRETED = [
@@ -98,7 +98,7 @@ def test_each_kernel_compiles_without_spills_and_with_wide_accesses(
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from l0hooks import kernels
+    from l0hooks.gates.kernels import cuda as kernels
 
     kernel_name, pointers, fixed, loads, stores = COMPILED[name]
     kernel = vars(kernels)[kernel_name]
@@ -138,7 +138,7 @@ def resources(ptx: str, folder: Path) -> dict[str, int]:
 
 @needs_triton
 def test_neither_seeds_nor_temperatures_are_compiled_in() -> None:
-    from l0hooks import kernels
+    from l0hooks.gates.kernels import cuda as kernels
 
     varying = {"fill_kernel": 2, "forward_kernel": 2, "backward_kernel": 2, "count_kernel": 0}
     for name, count in varying.items():

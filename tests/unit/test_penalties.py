@@ -12,7 +12,7 @@ from l0hooks import Gate, GateSpec, iter_gates, penalty, register_penalty, set_t
 from l0hooks import penalties as room
 from l0hooks.errors import SpecError, StateError
 from l0hooks.gated import iter_gated
-from l0hooks.team import keep_probs
+from l0hooks.gates.shared_sampling import keep_probs
 
 NAMES = ["l0", "l2", "expected_l2", "params", "macs"]
 

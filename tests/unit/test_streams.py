@@ -15,7 +15,7 @@ from scipy import stats
 from torch import Tensor
 
 import l0hooks
-from l0hooks.streams import _MANY, _SOME, Native, Packed, Philox, Stream, kernels_on, stream
+from l0hooks.gates.random import _MANY, _SOME, Native, Packed, Philox, Stream, kernels_on, stream
 
 CPU = torch.device("cpu")
 FEW, SOME, MANY = 200, 1000, 4 * _MANY
@@ -122,7 +122,7 @@ def gpu_of(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[tuple[int, int
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
         monkeypatch.setitem(sys.modules, "triton", triton)
         monkeypatch.delitem(sys.modules, "triton.language", raising=False)
-        monkeypatch.delitem(sys.modules, "l0hooks.kernels", raising=False)
+        monkeypatch.delitem(sys.modules, "l0hooks.gates.kernels.cuda", raising=False)
         monkeypatch.delattr(l0hooks, "kernels", raising=False)
 
     kernels_on.cache_clear()
@@ -153,7 +153,7 @@ def test_a_triton_that_is_broken_is_an_error(gpu_of: Callable[..., None]) -> Non
 
 def test_a_cpu_without_numba_is_told_of_once(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.setitem(sys.modules, "numba", None)
-    monkeypatch.delitem(sys.modules, "l0hooks.cpu_kernels", raising=False)
+    monkeypatch.delitem(sys.modules, "l0hooks.gates.kernels.cpu", raising=False)
     kernels_on.cache_clear()
     with caplog.at_level(logging.INFO, logger="l0hooks"):
         assert [type(stream(1, count, CPU)) for count in (FEW, MANY, MANY)] == [Native, Packed, Packed]

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import l0hooks
-from l0hooks import team
-from l0hooks.gate import Gate
+from l0hooks.gates import shared_sampling as team
+from l0hooks.gates.gate import Gate
 
 
 class Residual(nn.Module):

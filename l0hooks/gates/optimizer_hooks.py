@@ -14,7 +14,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from l0hooks.errors import StateError, explain
 
 if TYPE_CHECKING:
-    from l0hooks.gate import Gate
+    from l0hooks.gates.gate import Gate
 
 Step = tuple[tuple[Any, ...], dict[str, Any]]
 _live: weakref.WeakValueDictionary[int, Gate] = weakref.WeakValueDictionary()

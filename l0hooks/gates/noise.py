@@ -28,7 +28,7 @@ from torch.torch_version import TorchVersion
 from torch.utils.hooks import RemovableHandle
 
 from l0hooks.errors import StateError, explain
-from l0hooks.streams import Stream, stream
+from l0hooks.gates.random import Stream, stream
 
 _MEMORY = 4096  # forwards that can still be recomputed
 _GOLDEN = 0x9E3779B97F4A7C15

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from l0hooks import cpu_kernels
 from l0hooks._torch.autograd import Debt, wants_plain
 from l0hooks._torch.memory import has_address, lie_alike
-from l0hooks.slopes import count_slope, inverted, reattach, slope_of
+from l0hooks.gates.derivatives import count_slope, inverted, reattach, slope_of
+from l0hooks.gates.kernels import cpu as cpu_kernels
 
 
 class _Levelled(torch.autograd.Function):

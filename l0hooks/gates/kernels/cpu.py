@@ -24,7 +24,7 @@ from numpy import uint64 as u64
 from torch import Tensor
 
 from l0hooks._torch.memory import fresh, fresh_like
-from l0hooks.compiled import EXACT, FLOAT, FLOATS, INT, LEVELS, SUMS, WIDE, kernel, share_out
+from l0hooks.gates.kernels.threads import EXACT, FLOAT, FLOATS, INT, LEVELS, SUMS, WIDE, kernel, share_out
 
 KEEPS_LEVELS = True  # for backward
 CELLS = 65534

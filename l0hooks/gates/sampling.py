@@ -10,9 +10,9 @@ from torch import Tensor
 
 from l0hooks._torch.autograd import Debt, wants_plain
 from l0hooks._torch.memory import fresh, fresh_like, pieces
-from l0hooks.hard_concrete import GAMMA, TEMPERATURE, ZETA
-from l0hooks.slopes import count_slope, number, reattach, slope_of, slope_times, steepness
-from l0hooks.streams import Philox, Stream
+from l0hooks.gates.derivatives import count_slope, number, reattach, slope_of, slope_times, steepness
+from l0hooks.gates.hard_concrete import GAMMA, TEMPERATURE, ZETA
+from l0hooks.gates.random import Philox, Stream
 
 
 class Constants(NamedTuple):
@@ -158,7 +158,7 @@ def sampled(log_alpha: Tensor, noise: Stream, constants: Constants, examples: in
 
     Examples
     --------
-    >>> from l0hooks.streams import stream
+    >>> from l0hooks.gates.random import stream
     >>> noise = stream(0, 6, torch.device("cpu"))
     >>> sampled(torch.tensor([30.0, -30.0]), noise, Constants(), examples=3)[0]
     tensor([1., 0.])
@@ -189,7 +189,7 @@ def sampled_together(
 
     Examples
     --------
-    >>> from l0hooks.streams import stream
+    >>> from l0hooks.gates.random import stream
     >>> noise = stream(0, 3, torch.device("cpu"))
     >>> sampled_together([torch.tensor([30.0, -30.0]), torch.tensor([30.0])], noise, Constants())
     (tensor([1., 0.]), tensor([1.]))
@@ -216,18 +216,18 @@ def gated_weight(weight: Tensor, log_alpha: Tensor, noise: Stream, constants: Co
 
     Examples
     --------
-    >>> from l0hooks.streams import stream
+    >>> from l0hooks.gates.random import stream
     >>> noise = stream(0, 2, torch.device("cpu"))
     >>> gated_weight(torch.ones(2), torch.tensor([30.0, -30.0]), noise, Constants())
     tensor([1., 0.])
     """
     if isinstance(noise, Philox):
         if noise.keeps_levels:
-            from l0hooks.levelled import fits  # needs numba
-            from l0hooks.levelled import levelled as by_kernels
+            from l0hooks.gates.kernels.autograd import fits  # needs numba
+            from l0hooks.gates.kernels.autograd import levelled as by_kernels
         else:
-            from l0hooks.recomputed import fits  # needs triton
-            from l0hooks.recomputed import recomputed as by_kernels
+            from l0hooks.gates.kernels.autograd_cuda import fits  # needs triton
+            from l0hooks.gates.kernels.autograd_cuda import recomputed as by_kernels
         if fits(weight, log_alpha):
             return by_kernels(weight, log_alpha, noise.take(weight.numel()), constants)
     gated: Tensor = _GatedWeight.apply(weight, log_alpha, noise, constants)  # type: ignore[no-untyped-call]

@@ -10,8 +10,8 @@ from typing import Literal, Protocol, get_args
 import torch
 from torch import Tensor
 
-from l0hooks import hard_concrete as hc
 from l0hooks.errors import InvalidValueError, explain, near_names
+from l0hooks.gates import hard_concrete as hc
 
 FamilyName = Literal["hard_concrete", "straight_through", "stg", "deterministic"]
 

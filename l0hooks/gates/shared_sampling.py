@@ -10,10 +10,10 @@ from torch import Tensor
 
 from l0hooks._torch.autograd import is_traced
 from l0hooks._torch.memory import fresh
-from l0hooks.families import HardConcreteFamily
-from l0hooks.fused import Constants, sampled_together
-from l0hooks.gate import Gate, is_sharded
-from l0hooks.streams import Stream
+from l0hooks.gates.families import HardConcreteFamily
+from l0hooks.gates.gate import Gate, is_sharded
+from l0hooks.gates.random import Stream
+from l0hooks.gates.sampling import Constants, sampled_together
 
 _FEW = 2**15  # above, putting gates together costs more memory than calls it saves
 

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from l0hooks import kernels
 from l0hooks._torch.autograd import Debt, wants_plain
 from l0hooks._torch.memory import lie_alike
-from l0hooks.slopes import count_slope, inverted, reattach, slope_of
+from l0hooks.gates.derivatives import count_slope, inverted, reattach, slope_of
+from l0hooks.gates.kernels import cuda as kernels
 
 _WEIGHTS = (torch.float32, torch.bfloat16, torch.float16)
 

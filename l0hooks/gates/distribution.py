@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.distributions import Distribution, constraints
 from torch.distributions.utils import broadcast_all
 
-from l0hooks import hard_concrete as hc
-from l0hooks.hard_concrete import GAMMA, HALF_DTYPES, TEMPERATURE, ZETA, check_constants
+from l0hooks.gates import hard_concrete as hc
+from l0hooks.gates.hard_concrete import GAMMA, HALF_DTYPES, TEMPERATURE, ZETA, check_constants
 
 _SCALAR = torch.Size()
 

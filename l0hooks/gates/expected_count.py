@@ -10,9 +10,9 @@ from torch import Tensor
 
 from l0hooks._torch.autograd import wants_plain
 from l0hooks._torch.memory import fresh_like, has_address, pieces
-from l0hooks.hard_concrete import closing_point, keep_prob
-from l0hooks.slopes import count_slope
-from l0hooks.streams import kernels_on
+from l0hooks.gates.derivatives import count_slope
+from l0hooks.gates.hard_concrete import closing_point, keep_prob
+from l0hooks.gates.random import kernels_on
 
 _FEW = 2**15  # below, a call of a Python function costs more than the memory it saves
 

@@ -11,14 +11,14 @@ from torch import Tensor, nn
 from l0hooks._torch.autograd import LastSample, is_traced
 from l0hooks._torch.memory import pieces
 from l0hooks._torch.tensors import Traversal, is_meta, start_values
-from l0hooks.counting import expected_count
 from l0hooks.errors import InvalidValueError, explain, near_names
-from l0hooks.families import Family, FamilyName, HardConcreteFamily, initial_log_alpha, make_family
-from l0hooks.fused import Constants, sampled
-from l0hooks.hard_concrete import GAMMA, ZETA, check_constants
-from l0hooks.noise import Door, NoiseSource
-from l0hooks.stepping import Rule, gate_of, register
-from l0hooks.streams import Stream
+from l0hooks.gates.expected_count import expected_count
+from l0hooks.gates.families import Family, FamilyName, HardConcreteFamily, initial_log_alpha, make_family
+from l0hooks.gates.hard_concrete import GAMMA, ZETA, check_constants
+from l0hooks.gates.noise import Door, NoiseSource
+from l0hooks.gates.optimizer_hooks import Rule, gate_of, register
+from l0hooks.gates.random import Stream
+from l0hooks.gates.sampling import Constants, sampled
 
 Estimator = Literal["median", "paper", "mean"]
 
