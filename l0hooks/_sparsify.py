@@ -19,12 +19,12 @@ from l0hooks.coupling import build_readers, hook_inputs
 from l0hooks.gates.gate import Gate
 from l0hooks.gates.noise import Door, NoiseSource
 from l0hooks.kept import read_directly
-from l0hooks.layers import tensors_of
 from l0hooks.planning import Spec, WeightPlan, every_reader, plan_gates
 from l0hooks.spec import GateSpec, Pattern, named_modules
 from l0hooks.structure import ChannelGroup
+from l0hooks.structure.layers import tensors_of
+from l0hooks.structure.macs import count_positions
 from l0hooks.summary import Summary, summary
-from l0hooks.tracing import count_positions
 from l0hooks.weights import (
     GatedWeight,
     Gating,

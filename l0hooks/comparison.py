@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from l0hooks.copies import run_copy
-from l0hooks.tracing import OUT_OF_MEMORY, evaluating
+from l0hooks.structure.macs import OUT_OF_MEMORY, evaluating
 
 
 class Comparison:

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from l0hooks.copies import run_copy
-from l0hooks.layers import CONVOLUTIONS, EMBEDDINGS, TRANSPOSED, is_hugging_face_conv1d
-from l0hooks.tracing import evaluating, slow_attention
+from l0hooks.structure.layers import CONVOLUTIONS, EMBEDDINGS, TRANSPOSED, is_hugging_face_conv1d
+from l0hooks.structure.macs import evaluating, slow_attention
 
 Way = Literal["taint", "random", "plain"]
 _STANDARD = (nn.Linear, *CONVOLUTIONS, *TRANSPOSED, *EMBEDDINGS)

@@ -22,9 +22,9 @@ from l0hooks.gates.noise import Door, unhook
 from l0hooks.measures import count_parameters
 from l0hooks.shrink import members_that_stay, rewritten_from, shrink
 from l0hooks.structure import ChannelGroup
-from l0hooks.structure.surgery import Bools
+from l0hooks.structure.cut_modules import Bools
+from l0hooks.structure.macs import evaluating
 from l0hooks.summary import Summary, summary
-from l0hooks.tracing import evaluating
 from l0hooks.weights import Site, iter_sites, parametrization_lists, remove_gates
 
 SparseFormat = Literal["csr", "bsr"]

@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from l0hooks.comparison import Comparison
 from l0hooks.constants import constant_inputs, is_standard
 from l0hooks.errors import StateError, UnsupportedModuleError
-from l0hooks.layers import CONVOLUTIONS, EMBEDDINGS, TRANSPOSED, is_hugging_face_conv1d
 from l0hooks.shrink import shrink
 from l0hooks.structure import ChannelGroup, channel_groups
+from l0hooks.structure.cut_modules import Bools, plan_cuts
 from l0hooks.structure.groups import ChannelGroups, GroupSite
-from l0hooks.structure.surgery import Bools, plan_cuts
+from l0hooks.structure.layers import CONVOLUTIONS, EMBEDDINGS, TRANSPOSED, is_hugging_face_conv1d
 from l0hooks.weights import GatedWeight, Site
 
 Closed = dict[str, dict[int, Bools]]

@@ -13,7 +13,7 @@ from torch.nn.parameter import UninitializedParameter
 from l0hooks.errors import StateError, explain
 from l0hooks.gated import iter_gated
 from l0hooks.report import Summary
-from l0hooks.tracing import count_positions
+from l0hooks.structure.macs import count_positions
 from l0hooks.weights import iter_sites
 
 Unit = Literal["gates", "params", "macs"]

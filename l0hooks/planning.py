@@ -15,9 +15,17 @@ from l0hooks._torch.memory import pieces
 from l0hooks._torch.tensors import is_meta, same_tensor, storage_of
 from l0hooks.coupling import choose_groups
 from l0hooks.errors import SpecError, explain
-from l0hooks.layers import GATEABLE, GateLayout, WeightLayout, gate_layout, gateable_weights, is_gateable, tensors_of
 from l0hooks.spec import GateSpec, Pattern, Shorthand, as_spec, first_matches, is_excluded, matches, named_modules
 from l0hooks.structure import ChannelGroup, GroupSite
+from l0hooks.structure.layers import (
+    GATEABLE,
+    GateLayout,
+    WeightLayout,
+    gate_layout,
+    gateable_weights,
+    is_gateable,
+    tensors_of,
+)
 from l0hooks.weights import Gating
 
 Spec = GateSpec | Shorthand | Mapping[Pattern, GateSpec | Shorthand]

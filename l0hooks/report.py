@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 from l0hooks.extras import import_extra
-from l0hooks.layers import Granularity
+from l0hooks.structure.layers import Granularity
 
 if TYPE_CHECKING:
     import pandas as pd

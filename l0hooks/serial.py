@@ -18,11 +18,11 @@ from l0hooks import storage
 from l0hooks._torch.tensors import has_meta
 from l0hooks.errors import InvalidValueError, StateError, explain
 from l0hooks.gated import iter_gated
-from l0hooks.layers import CONVOLUTIONS
 from l0hooks.shrink import rewritten_from
 from l0hooks.stored import first_names, hidden_buffers, load_hidden, load_tensors, ties
-from l0hooks.structure.rewrite import rewrite
-from l0hooks.structure.surgery import Cut, apply_cuts
+from l0hooks.structure.cut_graph import rewrite
+from l0hooks.structure.cut_modules import Cut, apply_cuts
+from l0hooks.structure.layers import CONVOLUTIONS
 
 _DTYPES = (
     *(torch.float32, torch.float64, torch.float16, torch.bfloat16),

@@ -17,8 +17,8 @@ from l0hooks.copies import run_copy
 from l0hooks.errors import StateError, UnsupportedModuleError, explain
 from l0hooks.gated import Gated
 from l0hooks.structure import ChannelGroup
-from l0hooks.structure.rewrite import rewrite
-from l0hooks.structure.surgery import Bools, Cut, apply_cuts, plan_cuts
+from l0hooks.structure.cut_graph import rewrite
+from l0hooks.structure.cut_modules import Bools, Cut, apply_cuts, plan_cuts
 
 _rewritten: weakref.WeakKeyDictionary[nn.Module, tuple[list[Cut], tuple[Any, ...]]] = weakref.WeakKeyDictionary()
 _MOST_NAMES = 8  # of attributes tried in a repair: 2^8 evaluations at the most

@@ -16,7 +16,7 @@ from l0hooks.coupled import CoupledPlan
 from l0hooks.errors import SpecError, explain
 from l0hooks.gated import Gated
 from l0hooks.measures import Unit
-from l0hooks.tracing import count_positions, total_macs
+from l0hooks.structure.macs import count_positions, total_macs
 from l0hooks.weights import Site
 
 Floats = npt.NDArray[np.float64]

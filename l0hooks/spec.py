@@ -14,7 +14,8 @@ from l0hooks.errors import SpecError, explain, near_names
 from l0hooks.gates.families import FamilyName, initial_log_alpha, make_family
 from l0hooks.gates.gate import Estimator, check_estimator_name
 from l0hooks.gates.hard_concrete import GAMMA, ZETA, check_constants
-from l0hooks.layers import (
+from l0hooks.structure import Kind
+from l0hooks.structure.layers import (
     CONVOLUTIONS,
     EMBEDDINGS,
     GRANULARITIES,
@@ -23,7 +24,6 @@ from l0hooks.layers import (
     is_gateable,
     is_hugging_face_conv1d,
 )
-from l0hooks.structure import Kind
 
 Pattern = str | re.Pattern[str] | type[nn.Module]
 Shorthand = str | tuple[int, int]

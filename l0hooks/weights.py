@@ -15,7 +15,7 @@ from l0hooks.gates.families import HardConcreteFamily
 from l0hooks.gates.gate import Gate
 from l0hooks.gates.sampling import Constants, gated_weight, held_weight
 from l0hooks.kept import Folded, Kept
-from l0hooks.layers import GateLayout, Granularity
+from l0hooks.structure.layers import GateLayout, Granularity
 
 
 class Gating(nn.Module):

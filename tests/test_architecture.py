@@ -49,7 +49,6 @@ FLAT = {
     "items": "select",
     "kept": "attach",
     "lagrangian": "training",
-    "layers": "structure",
     "matching": "select",
     "measures": "attach",
     "optim": "training",
@@ -69,7 +68,6 @@ FLAT = {
     "subset": "sklearn",
     "summary": "attach",
     "support": "training",
-    "tracing": "structure",
     "track": "training",
     "weights": "attach",
 }

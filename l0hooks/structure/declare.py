@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from l0hooks.errors import SpecError, explain, near_names
 from l0hooks.structure.groups import ChannelGroup, GroupSite, Ints, Kind
+from l0hooks.structure.named_tensors import Tensors
 from l0hooks.structure.roles import carried, read, written
-from l0hooks.structure.ties import Tensors
 
 Entry = str | tuple[str, Any]
 _ROLES = {"outputs": written, "through": carried, "inputs": read}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from l0hooks.errors import UnsupportedModuleError, explain
-from l0hooks.layers import CONVOLUTIONS, EMBEDDINGS, TRANSPOSED, is_hugging_face_conv1d
+from l0hooks.structure.layers import CONVOLUTIONS, EMBEDDINGS, TRANSPOSED, is_hugging_face_conv1d
 
 _MIXING = (nn.LayerNorm, nn.RMSNorm, nn.LocalResponseNorm, nn.CrossMapLRN2d)
 _WRITES = "Linear, convolution, transposed convolution, Embedding or Hugging Face Conv1D"

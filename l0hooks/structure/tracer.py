@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from l0hooks.structure.labels import Classes, compress, constant, squeeze_constant, squeeze_other, varies
-from l0hooks.structure.nodes import has_shape, is_static, place_of
+from l0hooks.structure.fx_nodes import has_shape, is_static, place_of
+from l0hooks.structure.union_find import Classes, compress, constant, squeeze_constant, squeeze_other, varies
 
 
 @dataclass

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from l0hooks.structure.labels import Classes, along, compress, constant, squeeze_constant, squeeze_other, varies
+from l0hooks.structure.union_find import Classes, along, compress, constant, squeeze_constant, squeeze_other, varies
 
 ATOMS = 12
 SETTINGS = settings(max_examples=200, deadline=None, derandomize=True, database=None)

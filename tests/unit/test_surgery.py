@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from l0hooks.structure.cut_modules import _CORRECTIONS, Cut, apply_cuts, plan_cuts
 from l0hooks.structure.groups import ChannelGroup, GroupSite
-from l0hooks.structure.surgery import _CORRECTIONS, Cut, apply_cuts, plan_cuts
 
 IN, OUT = (0, 2, 3), (1, 2, 5, 6)  # what stays of 5 inputs and 8 outputs
 

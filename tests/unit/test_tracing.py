@@ -11,7 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 from l0hooks import iter_gates, sparsify
 from l0hooks.errors import SpecError
-from l0hooks.tracing import count_positions, evaluating
+from l0hooks.structure.macs import count_positions, evaluating
 from l0hooks.weights import iter_sites
 
 

@@ -13,7 +13,7 @@ from structure_oracle import gap, outputs
 from torch import nn
 
 from l0hooks import Budget, iter_gates, prune, set_budget, sparsify
-from l0hooks.tracing import count_positions
+from l0hooks.structure.macs import count_positions
 
 make_model = runpy.run_path(str(Path(__file__).parents[2] / "examples" / "retrofit_digits.py"))["make_model"]
 ENTRIES = {**ZOO, **HUGGING_FACE}

@@ -13,13 +13,13 @@ import torch
 from torch import Tensor, fx, nn
 
 from l0hooks.errors import StateError, explain
-from l0hooks.structure.labels import squeeze_constant, varies
-from l0hooks.structure.movement import POINTWISE
-from l0hooks.structure.nodes import name_of
-from l0hooks.structure.surgery import Bools, Cut, apply_cuts
-from l0hooks.structure.trace import export_and_trace
+from l0hooks.structure.cut_modules import Bools, Cut, apply_cuts
+from l0hooks.structure.export_trace import export_and_trace
+from l0hooks.structure.fx_nodes import name_of
+from l0hooks.structure.macs import evaluating
+from l0hooks.structure.rules_elementwise import POINTWISE
 from l0hooks.structure.tracer import Tracer
-from l0hooks.tracing import evaluating
+from l0hooks.structure.union_find import squeeze_constant, varies
 
 _RESHAPES = ("view", "reshape", "_unsafe_view", "expand")
 

@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from torch import nn
 
+from l0hooks.structure.export_trace import export_and_trace
 from l0hooks.structure.groups import ChannelGroup, ChannelGroups, FrozenChannels, GroupSite, Ints, Kind
-from l0hooks.structure.labels import squeeze_constant, varies
-from l0hooks.structure.trace import export_and_trace
 from l0hooks.structure.tracer import Parameter, Tracer
+from l0hooks.structure.union_find import squeeze_constant, varies
 
 
 def channel_groups(model: nn.Module, example_inputs: Sequence[Any]) -> ChannelGroups:

@@ -9,14 +9,14 @@ import torch
 from torch import Tensor, fx, nn
 
 from l0hooks._torch.tensors import beside, same_tensor
-from l0hooks.structure.failure import export_failure
-from l0hooks.structure.labels import squeeze_constant, varies
-from l0hooks.structure.movement import FILLED, POINTWISE
-from l0hooks.structure.nodes import first_of, has_shape, is_mutable, name_of, shape_of
-from l0hooks.structure.rules import RULES
-from l0hooks.structure.ties import is_placed, memory_of
+from l0hooks.structure.export_errors import export_failure
+from l0hooks.structure.fx_nodes import first_of, has_shape, is_mutable, name_of, shape_of
+from l0hooks.structure.macs import OUT_OF_MEMORY, evaluating
+from l0hooks.structure.named_tensors import is_placed, memory_of
+from l0hooks.structure.rules_channels import RULES
+from l0hooks.structure.rules_elementwise import FILLED, POINTWISE
 from l0hooks.structure.tracer import Parameter, Reference, Tracer, constants
-from l0hooks.tracing import OUT_OF_MEMORY, evaluating
+from l0hooks.structure.union_find import squeeze_constant, varies
 
 
 def export_and_trace(model: nn.Module, example_inputs: Sequence[Any]) -> tuple[torch.export.ExportedProgram, Tracer]:

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from l0hooks.structure.labels import along, constant, varies
-from l0hooks.structure.nodes import argument, first_of, name_of, shape_of
+from l0hooks.structure.fx_nodes import argument, first_of, name_of, shape_of
 from l0hooks.structure.table import rule
 from l0hooks.structure.tracer import Tracer
+from l0hooks.structure.union_find import along, constant, varies
 
 FILLED = frozenset(("zeros", "ones", "full", "new_zeros", "new_ones", "new_full"))
 _POINTWISE = (

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from l0hooks._torch.tensors import beside, has_meta
 from l0hooks.errors import SpecError, explain
-from l0hooks.layers import EMBEDDINGS, TRANSPOSED, is_gateable, tensors_of
+from l0hooks.structure.layers import EMBEDDINGS, TRANSPOSED, is_gateable, tensors_of
 
 OUT_OF_MEMORY = (MemoryError, torch.OutOfMemoryError)  # no reason to believe that a model is wrong
 

@@ -6,11 +6,11 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from l0hooks.structure.labels import along, compress, varies
-from l0hooks.structure.movement import pointwise
-from l0hooks.structure.nodes import argument, first_of, name_of, shape_of
+from l0hooks.structure.fx_nodes import argument, first_of, name_of, shape_of
+from l0hooks.structure.rules_elementwise import pointwise
 from l0hooks.structure.table import RULES, rule
 from l0hooks.structure.tracer import Tracer
+from l0hooks.structure.union_find import along, compress, varies
 
 __all__ = ["RULES"]  # the whole table, which importing this room has filled
 
