@@ -3,6 +3,8 @@
 from importlib.metadata import version
 
 from l0hooks._sparsify import sparsify
+from l0hooks.attach._summary import summary
+from l0hooks.attach.spec import GateSpec
 from l0hooks.budget import Budget
 from l0hooks.budgeting import set_budget
 from l0hooks.control import Scheduled, temperature_schedule
@@ -15,9 +17,7 @@ from l0hooks.optim import param_groups
 from l0hooks.penalties import penalty, register_penalty
 from l0hooks.selection import FeatureGate, SampleGate
 from l0hooks.serial import load_pruned, save_pruned
-from l0hooks.spec import GateSpec
 from l0hooks.structure import channel_groups
-from l0hooks.summary import summary
 from l0hooks.track import Tracker
 
 __version__ = version("l0hooks")

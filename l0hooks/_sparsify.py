@@ -13,19 +13,9 @@ from torch.nn.utils import parametrize
 from torch.utils.hooks import RemovableHandle
 
 from l0hooks._torch.tensors import Tie, same_tensor
-from l0hooks.budget import Budget
-from l0hooks.budgeting import set_budget
-from l0hooks.coupling import build_readers, hook_inputs
-from l0hooks.gates.gate import Gate
-from l0hooks.gates.noise import Door, NoiseSource
-from l0hooks.kept import read_directly
-from l0hooks.planning import Spec, WeightPlan, every_reader, plan_gates
-from l0hooks.spec import GateSpec, Pattern, named_modules
-from l0hooks.structure import ChannelGroup
-from l0hooks.structure.layers import tensors_of
-from l0hooks.structure.macs import count_positions
-from l0hooks.summary import Summary, summary
-from l0hooks.weights import (
+from l0hooks.attach._summary import Summary, summary
+from l0hooks.attach.folded_weight import read_directly
+from l0hooks.attach.gated_weight import (
     GatedWeight,
     Gating,
     accept_dense,
@@ -35,6 +25,16 @@ from l0hooks.weights import (
     remove_gates,
     settle_gates,
 )
+from l0hooks.attach.groups import build_readers, hook_inputs
+from l0hooks.attach.plan import Spec, WeightPlan, every_reader, plan_gates
+from l0hooks.attach.spec import GateSpec, Pattern, named_modules
+from l0hooks.budget import Budget
+from l0hooks.budgeting import set_budget
+from l0hooks.gates.gate import Gate
+from l0hooks.gates.noise import Door, NoiseSource
+from l0hooks.structure import ChannelGroup
+from l0hooks.structure.layers import tensors_of
+from l0hooks.structure.macs import count_positions
 
 
 def sparsify(

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from l0hooks._torch.tensors import is_meta
+from l0hooks.attach.measured_size import Unit
 from l0hooks.errors import InvalidValueError, StateError, explain, near_names
 from l0hooks.gates.gate import Gate
-from l0hooks.measures import Unit
 from l0hooks.schedules import NAMED, MakeSchedule, Schedule, ScheduleName
 from l0hooks.shift import SharedShift
 from l0hooks.sizes import Size

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from l0hooks.copies import run_copy
+from l0hooks.attach.copies import run_copy
 from l0hooks.structure.macs import OUT_OF_MEMORY, evaluating
 
 

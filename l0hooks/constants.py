@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from l0hooks.copies import run_copy
+from l0hooks.attach.copies import run_copy
 from l0hooks.structure.layers import CONVOLUTIONS, EMBEDDINGS, TRANSPOSED, is_hugging_face_conv1d
 from l0hooks.structure.macs import evaluating, slow_attention
 

@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from l0hooks.attach.spec import Pattern, matches, no_match
+from l0hooks.attach.walk import iter_gated
 from l0hooks.errors import InvalidValueError, SpecError, StateError, explain
-from l0hooks.gated import iter_gated
 from l0hooks.gates.gate import Gate
 from l0hooks.gates.hard_concrete import GAMMA, ZETA, check_constants
 from l0hooks.schedules import Schedule
-from l0hooks.spec import Pattern, matches, no_match
 
 
 def temperature_schedule(model: nn.Module, schedule: Schedule | Mapping[Pattern, Schedule]) -> None:

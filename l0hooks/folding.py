@@ -14,6 +14,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from l0hooks.attach.gated_weight import GatedWeight, Site
 from l0hooks.comparison import Comparison
 from l0hooks.constants import constant_inputs, is_standard
 from l0hooks.errors import StateError, UnsupportedModuleError
@@ -22,7 +23,6 @@ from l0hooks.structure import ChannelGroup, channel_groups
 from l0hooks.structure.cut_modules import Bools, plan_cuts
 from l0hooks.structure.groups import ChannelGroups, GroupSite
 from l0hooks.structure.layers import CONVOLUTIONS, EMBEDDINGS, TRANSPOSED, is_hugging_face_conv1d
-from l0hooks.weights import GatedWeight, Site
 
 Closed = dict[str, dict[int, Bools]]
 Reasons = npt.NDArray[np.object_]  # for each channel or member, why it has to stay; "" if it can go

@@ -10,17 +10,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from l0hooks.attach._summary import summary
+from l0hooks.attach.summary_table import Summary, SummaryRow
+from l0hooks.attach.walk import iter_gated
 from l0hooks.errors import StateError, explain
 from l0hooks.extras import import_extra
-from l0hooks.gated import iter_gated
 from l0hooks.gates.gate import Gate, iter_gates
-from l0hooks.report import Summary, SummaryRow
-from l0hooks.summary import summary
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from l0hooks.measures import Unit
+    from l0hooks.attach.measured_size import Unit
 
 _BINS = 40  # one border is ½
 _LONGEST = 36  # characters of a layer's name

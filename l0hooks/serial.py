@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from l0hooks import storage
 from l0hooks._torch.tensors import has_meta
+from l0hooks.attach.walk import iter_gated
 from l0hooks.errors import InvalidValueError, StateError, explain
-from l0hooks.gated import iter_gated
 from l0hooks.shrink import rewritten_from
 from l0hooks.stored import first_names, hidden_buffers, load_hidden, load_tensors, ties
 from l0hooks.structure.cut_graph import rewrite

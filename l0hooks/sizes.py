@@ -12,12 +12,12 @@ from torch import nn
 from torch.nn.parameter import UninitializedParameter
 
 from l0hooks._torch.tensors import same_tensor
-from l0hooks.coupled import CoupledPlan
+from l0hooks.attach.coupled_weight import CoupledPlan
+from l0hooks.attach.gated_weight import Site
+from l0hooks.attach.measured_size import Unit
+from l0hooks.attach.walk import Gated
 from l0hooks.errors import SpecError, explain
-from l0hooks.gated import Gated
-from l0hooks.measures import Unit
 from l0hooks.structure.macs import count_positions, total_macs
-from l0hooks.weights import Site
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]

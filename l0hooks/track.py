@@ -13,13 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from l0hooks import plots
+from l0hooks.attach._summary import summary
+from l0hooks.attach.measured_size import Unit, evaluated_size, expected_size, exported_size
+from l0hooks.attach.spec import check_one_of
 from l0hooks.errors import InvalidValueError, SpecError, StateError, explain
 from l0hooks.extras import import_extra
 from l0hooks.gates.gate import iter_gates
-from l0hooks.measures import Unit, evaluated_size, expected_size, exported_size
 from l0hooks.penalties import Strength, penalty
-from l0hooks.spec import check_one_of
-from l0hooks.summary import summary
 
 if TYPE_CHECKING:
     import pandas as pd

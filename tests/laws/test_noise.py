@@ -15,9 +15,9 @@ from torch.optim.swa_utils import AveragedModel
 from torch.utils.checkpoint import checkpoint
 
 import l0hooks
+from l0hooks.attach.gated_weight import iter_sites
 from l0hooks.errors import StateError
 from l0hooks.gates.noise import NoiseSource
-from l0hooks.weights import iter_sites
 
 pytestmark = pytest.mark.usefixtures("both_ways")
 SPECS = ["weight", "input", "output"]

@@ -15,12 +15,12 @@ from torch.autograd import forward_ad
 import l0hooks
 from l0hooks._torch import memory
 from l0hooks._torch.memory import PIECE, fresh
+from l0hooks.attach.gated_weight import iter_sites
 from l0hooks.gates import hard_concrete as hc
 from l0hooks.gates.gate import Gate
 from l0hooks.gates.noise import _uniform_op
 from l0hooks.gates.random import _MANY, stream
 from l0hooks.gates.shared_sampling import Team
-from l0hooks.weights import iter_sites
 
 pytestmark = pytest.mark.usefixtures("both_ways")
 CPU = torch.device("cpu")

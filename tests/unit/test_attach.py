@@ -11,8 +11,8 @@ from torch import nn
 from torch.nn.utils import parametrizations, parametrize
 
 from l0hooks import Gate, GateSpec, iter_gates, param_groups, penalty, prune, set_temperature, sparsify
+from l0hooks.attach.gated_weight import iter_sites
 from l0hooks.errors import InvalidValueError, L0HooksError, SpecError, UnsupportedModuleError
-from l0hooks.weights import iter_sites
 
 HOOKS = (
     *("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks"),

@@ -13,9 +13,9 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from l0hooks import Budget, Gate, GateSpec, prune, set_budget, sparsify
+from l0hooks.attach.gated_weight import iter_sites
+from l0hooks.attach.walk import iter_gated
 from l0hooks.errors import InvalidValueError, SpecError, StateError
-from l0hooks.gated import iter_gated
-from l0hooks.weights import iter_sites
 
 FAMILIES = ("hard_concrete", "straight_through", "stg", "deterministic")
 UNITS = ("gates", "params", "macs")

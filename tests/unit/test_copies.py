@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from l0hooks import Budget, iter_gates, prune, set_budget, sparsify
-from l0hooks.copies import fold_copy, run_copy
+from l0hooks.attach.copies import fold_copy, run_copy
 
 
 class Counting(nn.Module):

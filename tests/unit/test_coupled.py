@@ -13,9 +13,9 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from l0hooks import GateSpec, channel_groups, iter_gates, param_groups, penalty, prune, sparsify, summary
+from l0hooks.attach.gated_weight import iter_sites
+from l0hooks.attach.walk import iter_gated
 from l0hooks.errors import SpecError, StateError, UnsupportedModuleError
-from l0hooks.gated import iter_gated
-from l0hooks.weights import iter_sites
 
 BY_EXAMPLE = GateSpec(granularity="coupled", noise="example", init_mean=0.6)
 BY_STEP = GateSpec(granularity="coupled", init_mean=0.6)

@@ -13,9 +13,9 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from l0hooks import Gate, iter_gates, prune, sparsify, summary
+from l0hooks.attach.measured_size import exported_size
+from l0hooks.attach.summary_table import Summary
 from l0hooks.errors import SpecError, StateError
-from l0hooks.measures import exported_size
-from l0hooks.report import Summary
 
 CNN_INPUT = (2, 3, 8, 8)
 

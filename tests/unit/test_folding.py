@@ -12,12 +12,12 @@ import torch.nn.functional as F
 from torch import nn
 
 from l0hooks import iter_gates, load_pruned, prune, save_pruned, sparsify
+from l0hooks.attach.gated_weight import iter_sites
 from l0hooks.comparison import Comparison
 from l0hooks.constants import constant_inputs
 from l0hooks.errors import InvalidValueError
 from l0hooks.folding import closed_channels, cut_closed
 from l0hooks.serial import _give_biases
-from l0hooks.weights import iter_sites
 
 IMAGE = (2, 3, 7, 7)
 CLOSED = (1, 3)

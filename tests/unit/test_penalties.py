@@ -10,8 +10,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from l0hooks import Gate, GateSpec, iter_gates, penalty, register_penalty, set_temperature, sparsify
 from l0hooks import penalties as room
+from l0hooks.attach.walk import iter_gated
 from l0hooks.errors import SpecError, StateError
-from l0hooks.gated import iter_gated
 from l0hooks.gates.shared_sampling import keep_probs
 
 NAMES = ["l0", "l2", "expected_l2", "params", "macs"]

@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from l0hooks import prune, sparsify
-from l0hooks.gated import iter_gated
+from l0hooks.attach.walk import iter_gated
 from l0hooks.sizes import Size, fitting, size_of
 
 

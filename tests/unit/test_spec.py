@@ -8,8 +8,8 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from l0hooks import GateSpec, sparsify
+from l0hooks.attach.spec import as_patterns, as_spec, first_matches, is_excluded, matches, named_modules
 from l0hooks.errors import InvalidValueError, L0HooksError, SpecError
-from l0hooks.spec import as_patterns, as_spec, first_matches, is_excluded, matches, named_modules
 
 
 class Net(nn.Module):

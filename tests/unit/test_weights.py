@@ -13,7 +13,7 @@ from torch.func import functional_call, grad, hessian, jacrev, jvp, vmap
 from torch.nn.utils import parametrize
 
 from l0hooks import Budget, GateSpec, iter_gates, prune, set_budget, set_temperature, sparsify
-from l0hooks.weights import GatedWeight, iter_sites
+from l0hooks.attach.gated_weight import GatedWeight, iter_sites
 
 GAMMA, ZETA = -0.1, 1.1
 WEIGHT = "parametrizations.weight.original"

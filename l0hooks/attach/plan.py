@@ -13,9 +13,19 @@ from torch.nn.utils import parametrize
 
 from l0hooks._torch.memory import pieces
 from l0hooks._torch.tensors import is_meta, same_tensor, storage_of
-from l0hooks.coupling import choose_groups
+from l0hooks.attach.gated_weight import Gating
+from l0hooks.attach.groups import choose_groups
+from l0hooks.attach.spec import (
+    GateSpec,
+    Pattern,
+    Shorthand,
+    as_spec,
+    first_matches,
+    is_excluded,
+    matches,
+    named_modules,
+)
 from l0hooks.errors import SpecError, explain
-from l0hooks.spec import GateSpec, Pattern, Shorthand, as_spec, first_matches, is_excluded, matches, named_modules
 from l0hooks.structure import ChannelGroup, GroupSite
 from l0hooks.structure.layers import (
     GATEABLE,
@@ -26,7 +36,6 @@ from l0hooks.structure.layers import (
     is_gateable,
     tensors_of,
 )
-from l0hooks.weights import Gating
 
 Spec = GateSpec | Shorthand | Mapping[Pattern, GateSpec | Shorthand]
 _WILDCARD = re.compile(r"[*?\[]")

@@ -6,8 +6,8 @@ import copy
 
 from torch import nn
 
+from l0hooks.attach.gated_weight import iter_sites
 from l0hooks.gates.gate import iter_gates
-from l0hooks.weights import iter_sites
 
 
 def run_copy(model: nn.Module) -> nn.Module:

@@ -11,10 +11,10 @@ from torch.nn.utils import parametrize
 
 from l0hooks._torch.autograd import is_traced
 from l0hooks._torch.tensors import Tie, is_meta
+from l0hooks.attach.folded_weight import Folded, Kept
 from l0hooks.gates.families import HardConcreteFamily
 from l0hooks.gates.gate import Gate
 from l0hooks.gates.sampling import Constants, gated_weight, held_weight
-from l0hooks.kept import Folded, Kept
 from l0hooks.structure.layers import GateLayout, Granularity
 
 

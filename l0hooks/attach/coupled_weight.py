@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from l0hooks._torch.tensors import Traversal, is_meta
+from l0hooks.attach.gated_weight import Gating
 from l0hooks.gates.gate import Gate
 from l0hooks.gates.shared_sampling import Team
 from l0hooks.structure import ChannelGroup, GroupSite
-from l0hooks.weights import Gating
 
 Count = Callable[[int], int]
 Floats = npt.NDArray[np.float64]

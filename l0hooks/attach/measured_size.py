@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
+from l0hooks.attach.gated_weight import iter_sites
+from l0hooks.attach.summary_table import Summary
+from l0hooks.attach.walk import iter_gated
 from l0hooks.errors import StateError, explain
-from l0hooks.gated import iter_gated
-from l0hooks.report import Summary
 from l0hooks.structure.macs import count_positions
-from l0hooks.weights import iter_sites
 
 Unit = Literal["gates", "params", "macs"]
 
