@@ -9,14 +9,14 @@ from l0hooks.budget import Budget
 from l0hooks.budgeting import set_budget
 from l0hooks.control import Scheduled, temperature_schedule
 from l0hooks.errors import L0HooksError
-from l0hooks.export import prune
+from l0hooks.export._prune import prune
+from l0hooks.export.save import load_pruned, save_pruned
 from l0hooks.gates.distribution import HardConcrete
 from l0hooks.gates.gate import Gate, iter_gates, set_temperature
 from l0hooks.hybrid import HybridGate
 from l0hooks.optim import param_groups
 from l0hooks.penalties import penalty, register_penalty
 from l0hooks.selection import FeatureGate, SampleGate
-from l0hooks.serial import load_pruned, save_pruned
 from l0hooks.structure import channel_groups
 from l0hooks.track import Tracker
 

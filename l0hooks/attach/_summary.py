@@ -19,8 +19,6 @@ from l0hooks.structure import ChannelGroup
 from l0hooks.structure.layers import tensors_of
 from l0hooks.structure.macs import count_positions, total_macs
 
-__all__ = ["Summary", "SummaryRow", "summary"]
-
 
 @torch.no_grad()
 def summary(model: nn.Module, *, example_inputs: Sequence[Any] | None = None) -> Summary:

@@ -13,10 +13,10 @@ from torch import nn
 from l0hooks.attach._summary import summary
 from l0hooks.attach.spec import Pattern
 from l0hooks.errors import StateError, explain
-from l0hooks.export import prune
+from l0hooks.export._prune import prune
+from l0hooks.export.save import save_pruned
 from l0hooks.gates.gate import iter_gates, whole
 from l0hooks.penalties import Strength, penalty
-from l0hooks.serial import save_pruned
 
 Penalties = Mapping[str, Strength | Mapping[Pattern, Strength]]
 

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from l0hooks.comparison import Comparison, batches, difference, lengths, outputs
+from l0hooks.export.comparison import Comparison, batches, difference, lengths, outputs
 
 
 class Words(nn.Module):

@@ -13,11 +13,11 @@ from torch import nn
 
 from l0hooks import iter_gates, load_pruned, prune, save_pruned, sparsify
 from l0hooks.attach.gated_weight import iter_sites
-from l0hooks.comparison import Comparison
-from l0hooks.constants import constant_inputs
 from l0hooks.errors import InvalidValueError
-from l0hooks.folding import closed_channels, cut_closed
-from l0hooks.serial import _give_biases
+from l0hooks.export.comparison import Comparison
+from l0hooks.export.constant_inputs import constant_inputs
+from l0hooks.export.fold_channels import closed_channels, cut_closed
+from l0hooks.export.save import _give_biases
 
 IMAGE = (2, 3, 7, 7)
 CLOSED = (1, 3)

@@ -15,7 +15,7 @@ from torch import nn
 
 from l0hooks import iter_gates, prune, sparsify
 from l0hooks.errors import InvalidValueError, StateError
-from l0hooks.serial import load_pruned, save_pruned
+from l0hooks.export.save import load_pruned, save_pruned
 
 
 class Convolutional(nn.Module):

@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 
 from l0hooks import GateSpec, iter_gates, param_groups, penalty, prune, sparsify, summary
 from l0hooks.errors import StateError
-from l0hooks.serial import load_pruned, save_pruned
+from l0hooks.export.save import load_pruned, save_pruned
 
 ENTRIES = {**ZOO, **HUGGING_FACE}
 TOLERANCE = 1e-5  # of the output's scale

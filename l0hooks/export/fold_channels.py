@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from l0hooks.attach.gated_weight import GatedWeight, Site
-from l0hooks.comparison import Comparison
-from l0hooks.constants import constant_inputs, is_standard
 from l0hooks.errors import StateError, UnsupportedModuleError
-from l0hooks.shrink import shrink
+from l0hooks.export.comparison import Comparison
+from l0hooks.export.constant_inputs import constant_inputs, is_standard
+from l0hooks.export.cut_groups import shrink
 from l0hooks.structure import ChannelGroup, channel_groups
 from l0hooks.structure.cut_modules import Bools, plan_cuts
 from l0hooks.structure.groups import ChannelGroups, GroupSite

@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from l0hooks import storage
 from l0hooks._torch.tensors import has_meta
 from l0hooks.attach.walk import iter_gated
 from l0hooks.errors import InvalidValueError, StateError, explain
-from l0hooks.shrink import rewritten_from
-from l0hooks.stored import first_names, hidden_buffers, load_hidden, load_tensors, ties
+from l0hooks.export import safetensors_file as storage
+from l0hooks.export.cut_groups import rewritten_from
+from l0hooks.export.state import first_names, hidden_buffers, load_hidden, load_tensors, ties
 from l0hooks.structure.cut_graph import rewrite
 from l0hooks.structure.cut_modules import Cut, apply_cuts
 from l0hooks.structure.layers import CONVOLUTIONS

@@ -14,8 +14,8 @@ from torch import nn
 
 from l0hooks.attach.copies import run_copy
 from l0hooks.attach.walk import Gated
-from l0hooks.comparison import Comparison
 from l0hooks.errors import StateError, UnsupportedModuleError, explain
+from l0hooks.export.comparison import Comparison
 from l0hooks.structure import ChannelGroup
 from l0hooks.structure.cut_graph import rewrite
 from l0hooks.structure.cut_modules import Bools, Cut, apply_cuts, plan_cuts
