@@ -5,20 +5,20 @@ from importlib.metadata import version
 from l0hooks._sparsify import sparsify
 from l0hooks.attach._summary import summary
 from l0hooks.attach.spec import GateSpec
-from l0hooks.budget import Budget
-from l0hooks.budgeting import set_budget
-from l0hooks.control import Scheduled, temperature_schedule
 from l0hooks.errors import L0HooksError
 from l0hooks.export._prune import prune
 from l0hooks.export.save import load_pruned, save_pruned
 from l0hooks.gates.distribution import HardConcrete
 from l0hooks.gates.gate import Gate, iter_gates, set_temperature
 from l0hooks.hybrid import HybridGate
-from l0hooks.optim import param_groups
-from l0hooks.penalties import penalty, register_penalty
 from l0hooks.selection import FeatureGate, SampleGate
 from l0hooks.structure import channel_groups
-from l0hooks.track import Tracker
+from l0hooks.training._param_groups import param_groups
+from l0hooks.training._set_budget import set_budget
+from l0hooks.training.budget import Budget
+from l0hooks.training.penalties import penalty, register_penalty
+from l0hooks.training.scheduled import Scheduled, temperature_schedule
+from l0hooks.training.tracker import Tracker
 
 __version__ = version("l0hooks")
 

@@ -28,13 +28,13 @@ from l0hooks.attach.gated_weight import (
 from l0hooks.attach.groups import build_readers, hook_inputs
 from l0hooks.attach.plan import Spec, WeightPlan, every_reader, plan_gates
 from l0hooks.attach.spec import GateSpec, Pattern, named_modules
-from l0hooks.budget import Budget
-from l0hooks.budgeting import set_budget
 from l0hooks.gates.gate import Gate
 from l0hooks.gates.noise import Door, NoiseSource
 from l0hooks.structure import ChannelGroup
 from l0hooks.structure.layers import tensors_of
 from l0hooks.structure.macs import count_positions
+from l0hooks.training._set_budget import set_budget
+from l0hooks.training.budget import Budget
 
 
 def sparsify(

@@ -8,14 +8,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from l0hooks.budget import Budget, BudgetRule
-from l0hooks.budgeting import set_budget
 from l0hooks.errors import InvalidValueError, StateError, explain, near_names
 from l0hooks.gates.families import FamilyName
 from l0hooks.gates.gate import Estimator, Gate
 from l0hooks.rows import check_counts, indices_like, indices_of, length, take
 from l0hooks.schedules import MakeSchedule, ScheduleName
-from l0hooks.sizes import Size
+from l0hooks.training._set_budget import set_budget
+from l0hooks.training.budget import Budget, BudgetRule
+from l0hooks.training.cost import Size
 
 Noise = Literal["step", "example"]
 _OPEN = 40.0  # a location where every family's gate is exactly 1

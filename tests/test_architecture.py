@@ -33,24 +33,14 @@ IMPORTS: dict[str, set[str]] = {
 }
 # what has not moved yet: the package that it goes to
 FLAT = {
-    "budget": "training",
-    "budgeting": "training",
-    "control": "training",
     "extras": "errors",
     "hybrid": "select",
     "items": "select",
-    "lagrangian": "training",
     "matching": "select",
-    "optim": "training",
-    "penalties": "training",
     "quadratics": "select",
     "rows": "select",
     "selection": "select",
-    "shift": "training",
-    "sizes": "training",
     "subset": "sklearn",
-    "support": "training",
-    "track": "training",
 }
 ENTRANCES = {"__init__", "__main__"}  # these may import everything
 

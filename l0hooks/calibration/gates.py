@@ -15,8 +15,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from l0hooks.budget import Budget
-from l0hooks.budgeting import set_budget
 from l0hooks.calibration.columns import Floats, Integers
 from l0hooks.calibration.least_squares import bounded_fit
 from l0hooks.calibration.problem import Problem
@@ -25,8 +23,10 @@ from l0hooks.gates.gate import Gate
 from l0hooks.gates.hard_concrete import GAMMA, ZETA
 from l0hooks.gates.noise import Door, NoiseSource
 from l0hooks.gates.random import Stream, stream
-from l0hooks.penalties import penalty
 from l0hooks.schedules import Schedule, exponential
+from l0hooks.training._set_budget import set_budget
+from l0hooks.training.budget import Budget
+from l0hooks.training.penalties import penalty
 
 _START, _MOST = 4.0, 0.9  # the expected size starts at four times the final one, at most at nine tenths of all
 _SHRINK, _DECAY = 0.6, 0.6  # shares of the epochs: until the size is reached, and until the rates fall

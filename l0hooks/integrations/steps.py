@@ -16,7 +16,7 @@ from l0hooks.errors import StateError, explain
 from l0hooks.export._prune import prune
 from l0hooks.export.save import save_pruned
 from l0hooks.gates.gate import iter_gates, whole
-from l0hooks.penalties import Strength, penalty
+from l0hooks.training.penalties import Strength, penalty
 
 Penalties = Mapping[str, Strength | Mapping[Pattern, Strength]]
 

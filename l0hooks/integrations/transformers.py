@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from l0hooks.errors import InvalidValueError, explain
 from l0hooks.extras import import_extra
 from l0hooks.integrations.steps import Penalties, add_penalties, check_optimizers, pruned_and_saved, sizes
-from l0hooks.optim import gates_apart
+from l0hooks.training._param_groups import gates_apart
 
 if TYPE_CHECKING:
     from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from l0hooks import penalties
+from l0hooks.training import penalties
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"

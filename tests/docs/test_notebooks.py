@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from l0hooks import penalties
+from l0hooks.training import penalties
 
 ROOT = Path(__file__).parents[2]
 NOTEBOOKS = ROOT / "docs" / "notebooks"

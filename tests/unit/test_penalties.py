@@ -9,10 +9,10 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from l0hooks import Gate, GateSpec, iter_gates, penalty, register_penalty, set_temperature, sparsify
-from l0hooks import penalties as room
 from l0hooks.attach.walk import iter_gated
 from l0hooks.errors import SpecError, StateError
 from l0hooks.gates.shared_sampling import keep_probs
+from l0hooks.training import penalties as room
 
 NAMES = ["l0", "l2", "expected_l2", "params", "macs"]
 

@@ -19,7 +19,7 @@ from l0hooks.attach.spec import check_one_of
 from l0hooks.errors import InvalidValueError, SpecError, StateError, explain
 from l0hooks.extras import import_extra
 from l0hooks.gates.gate import iter_gates
-from l0hooks.penalties import Strength, penalty
+from l0hooks.training.penalties import Strength, penalty
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from l0hooks.gates.families import HardConcreteFamily
 from l0hooks.gates.gate import Gate, is_sharded, whole
-from l0hooks.sizes import Floats, Size
+from l0hooks.training.cost import Floats, Size
 
 _ACCURACY, _EXACT = 1e-6, 1e-9  # of the size that is wanted
 _FARTHEST = 2.0  # that one Newton step may go

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from l0hooks.gates.gate import Gate, is_sharded, whole
 from l0hooks.gates.optimizer_hooks import steps_taken
-from l0hooks.sizes import Size, fitting
+from l0hooks.training.cost import Size, fitting
 
 
 class FittingSupport:

@@ -15,9 +15,9 @@ from l0hooks.attach.measured_size import Unit
 from l0hooks.errors import InvalidValueError, StateError, explain, near_names
 from l0hooks.gates.gate import Gate
 from l0hooks.schedules import NAMED, MakeSchedule, Schedule, ScheduleName
-from l0hooks.shift import SharedShift
-from l0hooks.sizes import Size
-from l0hooks.support import FittingSupport
+from l0hooks.training.cost import Size
+from l0hooks.training.fitting_support import FittingSupport
+from l0hooks.training.shared_shift import SharedShift
 
 Method = Literal["shift", "lagrangian"]
 Constraint = Literal["inequality", "equality"]
@@ -52,7 +52,7 @@ class Budget:
     automatic : bool
         Count steps of the optimiser; else those of :meth:`BudgetRule.advance`.
     method : "shift" or "lagrangian"
-        The common shift, or a price in the loss, ``penalty(model, budget=1.0)``: see :mod:`l0hooks.lagrangian`.
+        The common shift, or a price in the loss, ``penalty(model, budget=1.0)``: see :mod:`l0hooks.training.lagrangian`.
     constraint : "inequality" or "equality", optional
         For the Lagrangian method: at most the scheduled size (the default), or exactly that.
 

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from l0hooks.attach.spec import Pattern, matches, named_modules, no_match
 from l0hooks.attach.walk import Gated, iter_gated
-from l0hooks.budget import Budget, BudgetRule, invalid_budget
 from l0hooks.errors import SpecError, StateError, explain
-from l0hooks.lagrangian import LagrangianRule
-from l0hooks.sizes import Size, size_of
+from l0hooks.training.budget import Budget, BudgetRule, invalid_budget
+from l0hooks.training.cost import Size, size_of
+from l0hooks.training.lagrangian import LagrangianRule
 
 _FARTHEST = 3.0  # standard deviations that a weight counts for: many are next to nothing
 

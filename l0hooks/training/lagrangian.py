@@ -19,10 +19,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from l0hooks.budget import Budget, BudgetRule
 from l0hooks.errors import StateError, explain
 from l0hooks.gates.gate import Gate
-from l0hooks.sizes import Size
+from l0hooks.training.budget import Budget, BudgetRule
+from l0hooks.training.cost import Size
 
 
 class LagrangianRule(BudgetRule):
