@@ -27,8 +27,8 @@ from sklearn.model_selection import train_test_split
 from sklearn.svm import SVC
 from torch.nn.functional import pdist
 
-from l0hooks.matching import match_samples
-from l0hooks.quadratics import Kernel, distance
+from l0hooks.select.matching import match_samples
+from l0hooks.select.mean_distance import Kernel, distance
 
 
 class Task:

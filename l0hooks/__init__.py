@@ -10,8 +10,8 @@ from l0hooks.export._prune import prune
 from l0hooks.export.save import load_pruned, save_pruned
 from l0hooks.gates.distribution import HardConcrete
 from l0hooks.gates.gate import Gate, iter_gates, set_temperature
-from l0hooks.hybrid import HybridGate
-from l0hooks.selection import FeatureGate, SampleGate
+from l0hooks.select.gates import FeatureGate, SampleGate
+from l0hooks.select.hybrid import HybridGate
 from l0hooks.structure import channel_groups
 from l0hooks.training._param_groups import param_groups
 from l0hooks.training._set_budget import set_budget

@@ -32,16 +32,7 @@ IMPORTS: dict[str, set[str]] = {
     "_sparsify": TRAINED,
 }
 # what has not moved yet: the package that it goes to
-FLAT = {
-    "extras": "errors",
-    "hybrid": "select",
-    "items": "select",
-    "matching": "select",
-    "quadratics": "select",
-    "rows": "select",
-    "selection": "select",
-    "subset": "sklearn",
-}
+FLAT = {"extras": "errors", "subset": "sklearn"}
 ENTRANCES = {"__init__", "__main__"}  # these may import everything
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from l0hooks.schedules import Schedule, exponential
-from l0hooks.selection import FeatureGate
+from l0hooks.select.gates import FeatureGate
 from l0hooks.sklearn.rows import Floats
 
 _COOL = 0.3  # the temperature at the end

@@ -18,7 +18,7 @@ from sklearn.utils.validation import _check_sample_weight, check_is_fitted  # ty
 from torch import Tensor, nn
 
 from l0hooks.errors import UnsupportedModuleError, explain
-from l0hooks.selection import FeatureGate
+from l0hooks.select.gates import FeatureGate
 from l0hooks.sklearn.base import checked_data
 from l0hooks.sklearn.gated import (
     Loss,

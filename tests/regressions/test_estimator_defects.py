@@ -8,8 +8,8 @@ from torch import nn
 
 from l0hooks import HybridGate
 from l0hooks.errors import InvalidValueError
-from l0hooks.matching import match_samples
-from l0hooks.quadratics import fourier_features
+from l0hooks.select.matching import match_samples
+from l0hooks.select.mean_distance import fourier_features
 from l0hooks.sklearn import L0Classifier, L0FeatureSelector, L0Regressor
 
 

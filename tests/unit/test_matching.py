@@ -10,8 +10,17 @@ import torch
 from sklearn.datasets import load_digits
 
 from l0hooks.errors import InvalidValueError, UnsupportedModuleError
-from l0hooks.matching import match_samples
-from l0hooks.quadratics import Features, Kernel, Moments, distance, fourier_features, greedy, median_distance, swap
+from l0hooks.select.matching import match_samples
+from l0hooks.select.mean_distance import (
+    Features,
+    Kernel,
+    Moments,
+    distance,
+    fourier_features,
+    greedy,
+    median_distance,
+    swap,
+)
 
 
 def seeded(seed=0):

@@ -7,7 +7,7 @@ import scipy.sparse as sp
 import torch
 
 from l0hooks.errors import InvalidValueError, UnsupportedModuleError
-from l0hooks.rows import indices_like, length, scaled, take, total
+from l0hooks.select.containers import indices_like, length, scaled, take, total
 
 FORMATS = ["csr", "csc", "coo", "bsr", "dia", "dok", "lil"]
 SHAPE = (6, 5)

@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 
 from l0hooks.errors import InvalidValueError, UnsupportedModuleError, explain, near_names
-from l0hooks.quadratics import (
+from l0hooks.select.containers import Ints, check_counts, is_pandas, values_of
+from l0hooks.select.gates import SampleGate
+from l0hooks.select.mean_distance import (
     Features,
     Kernel,
     Moments,
@@ -25,8 +27,6 @@ from l0hooks.quadratics import (
     median_distance,
     swap,
 )
-from l0hooks.rows import Ints, check_counts, is_pandas, values_of
-from l0hooks.selection import SampleGate
 
 Objective = Literal["kernel_mean", "moments"]
 Loss = Callable[[Tensor], Tensor]

@@ -10,9 +10,9 @@ import numpy.typing as npt
 import torch
 
 from l0hooks.errors import InvalidValueError, explain
-from l0hooks.items import ItemGate, Options
-from l0hooks.rows import check_counts, indices_like, scaled, take, total
-from l0hooks.selection import check_weighted, gated_weights, preserving
+from l0hooks.select.containers import check_counts, indices_like, scaled, take, total
+from l0hooks.select.gates import check_weighted, gated_weights, preserving
+from l0hooks.select.item_gate import ItemGate, Options
 
 Origins = npt.NDArray[np.str_]
 
@@ -31,7 +31,7 @@ class HybridGate(ItemGate):
     gated_fraction, random_fraction : float in [0, 1]
         Shares of k; they sum to 1. At least one item must be gated.
     **options
-        As in :class:`~l0hooks.items.ItemGate`.
+        As in :class:`~l0hooks.select.item_gate.ItemGate`.
 
     Attributes
     ----------

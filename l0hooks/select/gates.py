@@ -12,15 +12,15 @@ import torch
 from torch import Tensor
 
 from l0hooks.errors import InvalidValueError, explain
-from l0hooks.items import ItemGate, Options
-from l0hooks.rows import indices_like, indices_of, is_pandas, is_sparse, scaled, take, total
+from l0hooks.select.containers import indices_like, indices_of, is_pandas, is_sparse, scaled, take, total
+from l0hooks.select.item_gate import ItemGate, Options
 
 
 class SampleGate(ItemGate):
     r"""Learn which k of n samples stay: minimise E L(z ⊙ x) with Σ P(zᵢ ≠ 0) = k at the end, and exactly k chosen.
 
     The gates multiply the first axis of the data, or their weights; what they learn is decided by the loss. See
-    :class:`~l0hooks.items.ItemGate` for what is common to all gates over items.
+    :class:`~l0hooks.select.item_gate.ItemGate` for what is common to all gates over items.
 
     Parameters
     ----------
@@ -29,7 +29,7 @@ class SampleGate(ItemGate):
         How many stay.
     **options
         ``steps``, ``schedule``, ``automatic``, ``noise``, ``family``, ``init_mean``, ``init_keep_prob``,
-        ``temperature``, ``estimator``, ``device``, as in :class:`~l0hooks.items.ItemGate`. With ``noise="example"``
+        ``temperature``, ``estimator``, ``device``, as in :class:`~l0hooks.select.item_gate.ItemGate`. With ``noise="example"``
         the samples must lie along another axis than the first: ``gate(x, dim=1)``.
 
     Raises
@@ -99,7 +99,7 @@ class SampleGate(ItemGate):
 class FeatureGate(ItemGate):
     """Learn which k of n features stay: the gates multiply the last axis of the data, or the one that is named.
 
-    See :class:`~l0hooks.items.ItemGate` for what is common to all gates over items.
+    See :class:`~l0hooks.select.item_gate.ItemGate` for what is common to all gates over items.
 
     Parameters
     ----------
@@ -109,7 +109,7 @@ class FeatureGate(ItemGate):
     feature_names : sequence of str, optional
         One for each; data frames that are selected from must then have these columns in this order.
     **options
-        As in :class:`~l0hooks.items.ItemGate`; with ``noise="example"`` every example (the first axis) has a mask of
+        As in :class:`~l0hooks.select.item_gate.ItemGate`; with ``noise="example"`` every example (the first axis) has a mask of
         its own.
 
     Raises
@@ -144,7 +144,7 @@ class FeatureGate(ItemGate):
         self.feature_names = None if feature_names is None else self._names(feature_names)
 
     def select(self, x: Any) -> Any:
-        """The k chosen features of ``x`` and their indices; see :meth:`l0hooks.items.ItemGate.select`.
+        """The k chosen features of ``x`` and their indices; see :meth:`l0hooks.select.item_gate.ItemGate.select`.
 
         Raises
         ------
