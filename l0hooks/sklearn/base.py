@@ -13,7 +13,9 @@ from sklearn.model_selection import KFold, StratifiedKFold, check_cv  # type: ig
 from sklearn.utils.validation import _check_sample_weight, check_is_fitted  # type: ignore[import-untyped]
 
 from l0hooks.errors import InvalidValueError, explain
-from l0hooks.subset.choice import (
+from l0hooks.sklearn.subset.design import Floats, Ints
+from l0hooks.sklearn.subset.results import Subset, SubsetPath
+from l0hooks.sklearn.subset.size_choice import (
     Task,
     chosen,
     fit_path,
@@ -25,8 +27,6 @@ from l0hooks.subset.choice import (
     with_price,
     with_ric,
 )
-from l0hooks.subset.design import Floats, Ints
-from l0hooks.subset.path import Subset, SubsetPath
 
 try:
     from sklearn.utils.validation import validate_data as checked_data

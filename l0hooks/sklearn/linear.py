@@ -15,8 +15,8 @@ from sklearn.utils.multiclass import check_classification_targets  # type: ignor
 
 from l0hooks.errors import InvalidValueError, explain
 from l0hooks.sklearn.base import FORMATS, L0LinearModel, checked_data
-from l0hooks.subset.choice import Task
-from l0hooks.subset.design import Floats
+from l0hooks.sklearn.subset.design import Floats
+from l0hooks.sklearn.subset.size_choice import Task
 
 
 class L0Regressor(RegressorMixin, L0LinearModel):  # type: ignore[misc]  # scikit-learn has no types

@@ -7,7 +7,7 @@ import math
 import numpy as np
 from scipy.special import log_ndtr
 
-from l0hooks.sklearn.rows import Floats, Indices, Rows
+from l0hooks.sklearn.standardised import Floats, Indices, Rows
 
 MAX_PAIRED = 1000  # features that are looked at in pairs
 MAX_CONTRASTS = 16

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from l0hooks.errors import UnsupportedModuleError, explain
 from l0hooks.select.gates import FeatureGate
 from l0hooks.sklearn.base import checked_data
-from l0hooks.sklearn.gated import (
+from l0hooks.sklearn.linear import L0Classifier, L0Regressor
+from l0hooks.sklearn.networks import (
     Loss,
     Networks,
     Training,
@@ -29,9 +30,8 @@ from l0hooks.sklearn.gated import (
     regression_loss,
     train_gates,
 )
-from l0hooks.sklearn.linear import L0Classifier, L0Regressor
-from l0hooks.sklearn.rows import Floats, Indices, Rows
 from l0hooks.sklearn.screening import contrasts, evidence
+from l0hooks.sklearn.standardised import Floats, Indices, Rows
 from l0hooks.sklearn.targets import encoded, invalid, task_of
 
 Task = Literal["auto", "classification", "regression"]

@@ -11,7 +11,7 @@ from sklearn.utils.multiclass import check_classification_targets  # type: ignor
 from sklearn.utils.validation import column_or_1d  # type: ignore[import-untyped]
 
 from l0hooks.errors import InvalidValueError, explain
-from l0hooks.sklearn.rows import Floats
+from l0hooks.sklearn.standardised import Floats
 
 
 def task_of(y: Any) -> Literal["classification", "regression"]:

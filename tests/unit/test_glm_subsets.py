@@ -10,8 +10,8 @@ import pytest
 from scipy import sparse
 from sklearn.linear_model import LogisticRegression, PoissonRegressor
 
-from l0hooks.subset.choice import LOSSES, Task, fit_path, with_ebic
-from l0hooks.subset.path import smallest
+from l0hooks.sklearn.subset.results import smallest
+from l0hooks.sklearn.subset.size_choice import LOSSES, Task, fit_path, with_ebic
 
 NAMES = ["logistic", "multinomial", "poisson"]
 

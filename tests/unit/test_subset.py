@@ -10,7 +10,10 @@ import pytest
 from scipy import sparse
 
 from l0hooks.errors import InvalidValueError
-from l0hooks.subset.choice import (
+from l0hooks.sklearn.subset.design import Design
+from l0hooks.sklearn.subset.least_squares import SubsetSearch
+from l0hooks.sklearn.subset.results import smallest
+from l0hooks.sklearn.subset.size_choice import (
     Task,
     ebic_gamma,
     fit_path,
@@ -20,11 +23,8 @@ from l0hooks.subset.choice import (
     with_price,
     with_ric,
 )
-from l0hooks.subset.design import Design
-from l0hooks.subset.path import smallest
-from l0hooks.subset.problem import SquaresProblem
-from l0hooks.subset.squares import SubsetSearch
-from l0hooks.subset.tableau import Tableau
+from l0hooks.sklearn.subset.support_gains import SquaresProblem
+from l0hooks.sklearn.subset.sweep import Tableau
 
 FORMATS = ["csr", "csc", "coo", "lil", "dok", "bsr", "dia"]
 
@@ -77,7 +77,7 @@ def test_the_best_of_all_is_found_with_fewer_rows_than_columns_and_with_dependen
 
 
 def test_no_search_does_better_than_the_best_of_all_and_most_do_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("l0hooks.subset.squares.FEW", 0)
+    monkeypatch.setattr("l0hooks.sklearn.subset.least_squares.FEW", 0)
     equal = 0
     for seed in range(15):
         x, y = data(seed)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.special import gammaln
 
-from l0hooks.subset.design import Bools, Floats
+from l0hooks.sklearn.subset.design import Bools, Floats
 
 SAME = 1e-12  # criteria closer than this part of the first or the best are equal: the smaller size wins
 EXACT = 1e-14  # residuals below this part of the null model's are rounding

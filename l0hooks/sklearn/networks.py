@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from l0hooks.schedules import Schedule, exponential
 from l0hooks.select.gates import FeatureGate
-from l0hooks.sklearn.rows import Floats
+from l0hooks.sklearn.standardised import Floats
 
 _COOL = 0.3  # the temperature at the end
 _SETTLE = 0.15  # of the steps, before features begin to go

@@ -8,11 +8,11 @@ from typing import Any, Literal
 
 import numpy as np
 
-from l0hooks.subset.design import Design, Floats, Ints
-from l0hooks.subset.glm import glm_path
-from l0hooks.subset.likelihood import Logistic, Loss, Multinomial, Poisson
-from l0hooks.subset.path import SubsetPath, ebic, smallest
-from l0hooks.subset.refit import squares_path
+from l0hooks.sklearn.subset.design import Design, Floats, Ints
+from l0hooks.sklearn.subset.glm import glm_path
+from l0hooks.sklearn.subset.losses import Logistic, Loss, Multinomial, Poisson
+from l0hooks.sklearn.subset.refit import squares_path
+from l0hooks.sklearn.subset.results import SubsetPath, ebic, smallest
 
 LossName = Literal["squared", "logistic", "multinomial", "poisson"]
 LOSSES: dict[str, Loss] = {"logistic": Logistic(), "multinomial": Multinomial(), "poisson": Poisson()}

@@ -7,9 +7,9 @@ from itertools import pairwise
 
 import numpy as np
 
-from l0hooks.subset.design import Design, Floats, Ints
-from l0hooks.subset.grouped import GroupTableau, block_gains, group_swap_gains, pad
-from l0hooks.subset.tableau import Tableau, inverse, quotient, squares, swap_gains
+from l0hooks.sklearn.subset.design import Design, Floats, Ints
+from l0hooks.sklearn.subset.grouped import GroupTableau, block_gains, group_swap_gains, pad
+from l0hooks.sklearn.subset.sweep import Tableau, inverse, quotient, squares, swap_gains
 
 TINY = 1e-300
 FIRST = 4  # times as many items as are asked for are looked at before all are

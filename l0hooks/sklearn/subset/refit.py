@@ -6,10 +6,10 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from l0hooks.subset.design import Design, Floats, Ints
-from l0hooks.subset.path import EXACT, Subset, SubsetPath
-from l0hooks.subset.problem import SquaresProblem
-from l0hooks.subset.squares import best_subsets
+from l0hooks.sklearn.subset.design import Design, Floats, Ints
+from l0hooks.sklearn.subset.least_squares import best_subsets
+from l0hooks.sklearn.subset.results import EXACT, Subset, SubsetPath
+from l0hooks.sklearn.subset.support_gains import SquaresProblem
 
 SINGULAR = 1e-13  # eigenvalues below this part of the largest, times their number, are 0
 REFINEMENTS = 2

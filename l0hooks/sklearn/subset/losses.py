@@ -9,7 +9,7 @@ import numpy as np
 from scipy.linalg import cho_factor, cho_solve
 from scipy.special import expit, logsumexp, softmax, xlogy
 
-from l0hooks.subset.design import Floats
+from l0hooks.sklearn.subset.design import Floats
 
 FLOOR = 1e-9  # ridge on standardised coefficients: an optimum exists for separable data too, and moves no other
 USUAL = 0.1  # null curvature below which the floors fall with it, for rare classes and small counts

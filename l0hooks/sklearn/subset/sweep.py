@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from scipy.linalg import blas, lapack
 
-from l0hooks.subset.design import Floats, Ints
+from l0hooks.sklearn.subset.design import Floats, Ints
 
 DEPENDENT = 1e-9  # a column with less than this part of its variance left is a combination of the others
 STALE = 400  # pivots after which the tableau is formed again, against the growth of rounding

@@ -6,8 +6,8 @@ from itertools import pairwise
 
 import numpy as np
 
-from l0hooks.subset.design import Floats, Ints
-from l0hooks.subset.tableau import DEPENDENT, Tableau
+from l0hooks.sklearn.subset.design import Floats, Ints
+from l0hooks.sklearn.subset.sweep import DEPENDENT, Tableau
 
 
 def pad(groups: list[Ints]) -> tuple[Ints, Floats]:

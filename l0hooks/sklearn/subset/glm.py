@@ -7,12 +7,12 @@ from itertools import pairwise
 
 import numpy as np
 
-from l0hooks.subset.design import Design, Floats, Ints
-from l0hooks.subset.likelihood import LIGHTEST, Fit, Loss, NewtonFit
-from l0hooks.subset.path import Subset, SubsetPath
-from l0hooks.subset.problem import SquaresProblem
-from l0hooks.subset.refit import on_columns
-from l0hooks.subset.squares import best_subsets
+from l0hooks.sklearn.subset.design import Design, Floats, Ints
+from l0hooks.sklearn.subset.least_squares import best_subsets
+from l0hooks.sklearn.subset.losses import LIGHTEST, Fit, Loss, NewtonFit
+from l0hooks.sklearn.subset.refit import on_columns
+from l0hooks.sklearn.subset.results import Subset, SubsetPath
+from l0hooks.sklearn.subset.support_gains import SquaresProblem
 
 MODELS = 25  # quadratic models for one size
 TRIES = 6  # single exchanges that are tried exactly when the model's own optimum is no better
@@ -165,7 +165,7 @@ def glm_path(
 
     Examples
     --------
-    >>> from l0hooks.subset.likelihood import Poisson
+    >>> from l0hooks.sklearn.subset.losses import Poisson
     >>> rng = np.random.default_rng(0)
     >>> x = rng.normal(size=(200, 6))
     >>> path, _ = glm_path(Design(x), rng.poisson(np.exp(x[:, [4]])) * 1.0, [1, 2], Poisson())

@@ -13,7 +13,7 @@ from math import comb
 
 import numpy as np
 
-from l0hooks.subset.problem import TINY, SquaresProblem
+from l0hooks.sklearn.subset.support_gains import TINY, SquaresProblem
 
 GAIN = 1e-9  # an exchange counts if it gains this part of yᵀy
 WIDTH = 2  # columns of the first working set for each item of the largest support
@@ -229,7 +229,7 @@ def best_subsets(
 
     Examples
     --------
-    >>> from l0hooks.subset.design import Design
+    >>> from l0hooks.sklearn.subset.design import Design
     >>> x = np.random.default_rng(0).normal(size=(50, 8))
     >>> problem = SquaresProblem(Design(x), (x[:, [2]] - x[:, [5]]))
     >>> best_subsets(problem, [2])[2].items
