@@ -79,9 +79,9 @@ def our_fit(given, keep, method="auto"):
 
 
 def baseline(given, keep, kind):
-    from l0hooks.calibration.polish import polish
-    from l0hooks.calibration.problem import prepare
-    from l0hooks.calibration.solver import Options, Solver, random_selection
+    from l0hooks.calibration.fit.polish import polish
+    from l0hooks.calibration.fit.solver import Options, Solver, random_selection
+    from l0hooks.calibration.numerics.problem import prepare
 
     if kind != "random":
         return our_fit(given, keep, {"random+swaps": "dense", "greedy+swaps": "greedy"}[kind])
@@ -169,8 +169,8 @@ def plain():
     """Plain calibration: seconds, and how far the optima are apart."""
     from scipy.optimize import lsq_linear
 
-    from l0hooks.calibration.distance import nearest_weights
-    from l0hooks.calibration.least_squares import bounded_fit
+    from l0hooks.calibration.numerics.distance import nearest_weights
+    from l0hooks.calibration.numerics.least_squares import bounded_fit
 
     rng = np.random.default_rng(0)
     n, rows = 3_000, 200
@@ -202,7 +202,7 @@ def plain():
 def raking_to_margins(rng, n, sizes, repeats=5):
     """Medians: ours on the matrix, a whole fit with its checks, and proportional fitting, which is given labels."""
     from l0hooks.calibration import Calibrator
-    from l0hooks.calibration.distance import nearest_weights
+    from l0hooks.calibration.numerics.distance import nearest_weights
 
     labels = [rng.integers(0, size, n) for size in sizes]
     starts, many = np.cumsum([0, *sizes[:-1]]), len(sizes)

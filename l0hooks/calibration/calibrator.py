@@ -8,17 +8,17 @@ from typing import Any
 
 import numpy as np
 
-from l0hooks.calibration.checkpoint import Checkpoint
-from l0hooks.calibration.columns import Floats
-from l0hooks.calibration.driver import Driver, Outcome, prepared
-from l0hooks.calibration.households import check_count
-from l0hooks.calibration.inputs import Inputs, read_inputs
-from l0hooks.calibration.matrix import read_matrix
-from l0hooks.calibration.progress import Display
-from l0hooks.calibration.result import CalibrationResult
+from l0hooks.calibration.data.households import check_count
+from l0hooks.calibration.data.inputs import Inputs, read_inputs
+from l0hooks.calibration.data.matrix import read_matrix
+from l0hooks.calibration.data.targets import CalibrationWarning
+from l0hooks.calibration.fit.checkpoint import Checkpoint
+from l0hooks.calibration.fit.driver import Driver, Outcome, prepared
+from l0hooks.calibration.fit.progress import Display
+from l0hooks.calibration.fit.solver import Options
+from l0hooks.calibration.numerics.columns import Floats
+from l0hooks.calibration.output.result import CalibrationResult
 from l0hooks.calibration.settings import Settings
-from l0hooks.calibration.solver import Options
-from l0hooks.calibration.targets import CalibrationWarning
 from l0hooks.errors import InvalidValueError, StateError, explain
 
 
@@ -80,7 +80,7 @@ class Calibrator(Settings):
     checkpoint_interval : float, >= 0
         Seconds between two writings.
     callbacks : iterable of callables
-        Called with an :class:`~l0hooks.calibration.progress.Update` after each step; one that returns True ends the
+        Called with an :class:`~l0hooks.calibration.fit.progress.Update` after each step; one that returns True ends the
         search.
     progress : bool, optional
         True, False, or by itself: a line in a terminal, else ``logging`` (``l0hooks.calibration``, INFO).

@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any, get_args
 
 from l0hooks.calibration.calibrator import Calibrator
-from l0hooks.calibration.dual import Distance
-from l0hooks.calibration.files import TextTable, as_names, read_matrix_file, read_table
-from l0hooks.calibration.problem import BoundsOn, Loss, Precision
-from l0hooks.calibration.report import write_report
-from l0hooks.calibration.result import CalibrationResult, Table
-from l0hooks.calibration.solver import Method
-from l0hooks.calibration.targets import CalibrationWarning
+from l0hooks.calibration.data.files import TextTable, as_names, read_matrix_file, read_table
+from l0hooks.calibration.data.targets import CalibrationWarning
+from l0hooks.calibration.fit.solver import Method
+from l0hooks.calibration.numerics.dual import Distance
+from l0hooks.calibration.numerics.problem import BoundsOn, Loss, Precision
+from l0hooks.calibration.output.html_report import write_report
+from l0hooks.calibration.output.result import CalibrationResult, Table
 from l0hooks.errors import InvalidValueError, L0HooksError, explain
 
 OK, BAD, NOT_CONVERGED, INTERRUPTED = 0, 2, 3, 130

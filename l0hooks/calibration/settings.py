@@ -11,11 +11,11 @@ from typing import Any, Self, get_args
 
 import numpy as np
 
-from l0hooks.calibration.dual import Distance
-from l0hooks.calibration.polish import Objective
-from l0hooks.calibration.problem import BoundsOn, Loss, Precision
-from l0hooks.calibration.progress import Callback
-from l0hooks.calibration.solver import Method
+from l0hooks.calibration.fit.polish import Objective
+from l0hooks.calibration.fit.progress import Callback
+from l0hooks.calibration.fit.solver import Method
+from l0hooks.calibration.numerics.dual import Distance
+from l0hooks.calibration.numerics.problem import BoundsOn, Loss, Precision
 from l0hooks.errors import InvalidValueError, explain
 
 _LONGEST = 60  # characters of an option in repr

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 from scipy import optimize, sparse
 
-from l0hooks.calibration.certificate import can_be_met, proves_impossible
-from l0hooks.calibration.polish import polish
-from l0hooks.calibration.problem import prepare
-from l0hooks.calibration.stage import Selection
+from l0hooks.calibration.fit.polish import polish
+from l0hooks.calibration.fit.stage import Selection
+from l0hooks.calibration.numerics.certificate import can_be_met, proves_impossible
+from l0hooks.calibration.numerics.problem import prepare
 
 TOLERANCE = 1e-6
 
@@ -95,7 +95,7 @@ def test_no_multipliers_prove_what_is_false(seed) -> None:
 
 
 def test_large_problems_are_left_open(monkeypatch) -> None:
-    monkeypatch.setattr("l0hooks.calibration.certificate._ENTRIES", 0)
+    monkeypatch.setattr("l0hooks.calibration.numerics.certificate._ENTRIES", 0)
     block, ends, low, high = sparse.csr_array(np.eye(2)), np.array([1.0, 2.0]), np.zeros(2), np.ones(2)
     answer = can_be_met(block, ends, ends, low, high, np.array([-1.0, 0.0]), 1e-9)
     assert (answer.g, answer.impossible) == (None, False)
@@ -103,8 +103,8 @@ def test_large_problems_are_left_open(monkeypatch) -> None:
 
 
 def test_a_fit_says_when_it_does_not_know(monkeypatch) -> None:
-    monkeypatch.setattr("l0hooks.calibration.certificate._ENTRIES", 0)
-    monkeypatch.setattr("l0hooks.calibration.certificate.proves_impossible", lambda *_: False)
+    monkeypatch.setattr("l0hooks.calibration.numerics.certificate._ENTRIES", 0)
+    monkeypatch.setattr("l0hooks.calibration.numerics.certificate.proves_impossible", lambda *_: False)
     problem = prepare(
         sparse.csr_array(np.ones((1, 4))), [100.0], bounds=(0.5, 0.6), bounds_on="weight", dtype="float64"
     )

@@ -16,7 +16,7 @@ from scipy.io import mmwrite
 
 from l0hooks.calibration import Calibrator, cli
 from l0hooks.calibration.cli import main
-from l0hooks.calibration.report import report_html
+from l0hooks.calibration.output.html_report import report_html
 
 T, N = 6, 40
 

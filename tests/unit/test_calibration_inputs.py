@@ -7,11 +7,11 @@ import pandas as pd
 import pytest
 from scipy import sparse
 
-from l0hooks.calibration.households import check_count, read_households
-from l0hooks.calibration.inputs import read_inputs
-from l0hooks.calibration.names import Axis
-from l0hooks.calibration.reach import reachable_range, weight_limits
-from l0hooks.calibration.targets import CalibrationWarning
+from l0hooks.calibration.data.households import check_count, read_households
+from l0hooks.calibration.data.inputs import read_inputs
+from l0hooks.calibration.data.names import Axis
+from l0hooks.calibration.data.reach import reachable_range, weight_limits
+from l0hooks.calibration.data.targets import CalibrationWarning
 from l0hooks.errors import InvalidValueError
 
 NAMES = ["people", "income", "owners"]
@@ -315,7 +315,7 @@ BAD = {
 }
 
 
-@pytest.mark.filterwarnings("ignore::l0hooks.calibration.targets.CalibrationWarning")
+@pytest.mark.filterwarnings("ignore::l0hooks.calibration.data.targets.CalibrationWarning")
 @pytest.mark.parametrize("name", BAD)
 def test_bad_input_is_refused(name):
     message, args, options = BAD[name]

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from scipy import sparse
 
-from l0hooks.calibration.columns import compacted, row_norms, rows_of, weighted_squares
-from l0hooks.calibration.problem import prepare
+from l0hooks.calibration.numerics.columns import compacted, row_norms, rows_of, weighted_squares
+from l0hooks.calibration.numerics.problem import prepare
 
 RNG = np.random.default_rng(0)
 DENSE = RNG.random((5, 12)) * (RNG.random((5, 12)) < 0.6)
@@ -109,7 +109,7 @@ def test_rows_are_moved_together_in_their_own_memory(share, dtype) -> None:
 
 
 def test_sums_over_pieces_are_sums(monkeypatch) -> None:
-    monkeypatch.setattr("l0hooks.calibration.columns._PIECE", 7)
+    monkeypatch.setattr("l0hooks.calibration.numerics.columns._PIECE", 7)
     rng = np.random.default_rng(4)
     dense = rng.normal(size=(60, 9)) * (rng.random((60, 9)) < 0.4)
     curvature = rng.random(60)
@@ -127,7 +127,7 @@ def test_rows_in_float64_are_those_of_the_stored_matrix() -> None:
 
 
 def test_matrices_are_turned_around_piece_by_piece(monkeypatch) -> None:
-    monkeypatch.setattr("l0hooks.calibration.columns._PIECE", 5)
+    monkeypatch.setattr("l0hooks.calibration.numerics.columns._PIECE", 5)
     rng = np.random.default_rng(0)
     dense = rng.random((40, 30)) * (rng.random((40, 30)) < 0.3)
     dense[[0, 7, 39]] = dense[:, [0, 3, 29]] = 0

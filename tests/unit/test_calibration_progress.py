@@ -8,9 +8,9 @@ import os
 import numpy as np
 import pytest
 
-from l0hooks.calibration.checkpoint import Checkpoint
-from l0hooks.calibration.progress import Display, Update, Watch, percent
-from l0hooks.calibration.stage import Progress
+from l0hooks.calibration.fit.checkpoint import Checkpoint
+from l0hooks.calibration.fit.progress import Display, Update, Watch, percent
+from l0hooks.calibration.fit.stage import Progress
 from l0hooks.errors import InvalidValueError, StateError
 
 

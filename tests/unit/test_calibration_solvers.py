@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 from scipy import optimize, sparse
 
-from l0hooks.calibration.distance import nearest_weights
-from l0hooks.calibration.factor import factorised
-from l0hooks.calibration.least_squares import bounded_fit
-from l0hooks.calibration.proximal import proximal_fit
+from l0hooks.calibration.numerics.distance import nearest_weights
+from l0hooks.calibration.numerics.factor import factorised
+from l0hooks.calibration.numerics.least_squares import bounded_fit
+from l0hooks.calibration.numerics.proximal import proximal_fit
 
 
 def random_block(rng, n, rows, density=0.4):
@@ -207,9 +207,9 @@ def test_the_dense_preconditioner_changes_nothing_but_the_work(monkeypatch) -> N
     def solve():
         return nearest_weights(sparse.csr_array(block), target, target, 0 * ones, 9 * ones, ones, tolerance=1e-7)
 
-    monkeypatch.setattr("l0hooks.calibration.dual._CHEAP", 2)
+    monkeypatch.setattr("l0hooks.calibration.numerics.dual._CHEAP", 2)
     dense = solve()
-    monkeypatch.setattr("l0hooks.calibration.dual._DENSE", 0)
+    monkeypatch.setattr("l0hooks.calibration.numerics.dual._DENSE", 0)
     plain = solve()
     assert dense.feasible
     assert dense.products < plain.products
@@ -255,7 +255,7 @@ def test_proximal_points_go_on_where_conjugate_gradients_stall() -> None:
 
 
 def test_proximal_points_say_when_they_do_not_arrive(monkeypatch) -> None:
-    monkeypatch.setattr("l0hooks.calibration.proximal._POINTS", 1)
+    monkeypatch.setattr("l0hooks.calibration.numerics.proximal._POINTS", 1)
     rng = np.random.default_rng(8)
     block = sparse.csr_array(ill_conditioned(rng, 150, 120))
     target = rng.random(120)

@@ -10,15 +10,15 @@ import torch
 from scipy import optimize, sparse
 
 from l0hooks.calibration import Calibrator
-from l0hooks.calibration.distance import nearest_weights
-from l0hooks.calibration.gates import GateStage
-from l0hooks.calibration.greedy import GreedyStage
-from l0hooks.calibration.polish import polish
-from l0hooks.calibration.priced import PricedSwapStage
-from l0hooks.calibration.problem import prepare
-from l0hooks.calibration.solver import Options, Solver, path, random_selection
-from l0hooks.calibration.stage import Selection, largest, refit
-from l0hooks.calibration.swaps import PruneStage, SwapStage
+from l0hooks.calibration.fit.gates import GateStage
+from l0hooks.calibration.fit.greedy import GreedyStage
+from l0hooks.calibration.fit.polish import polish
+from l0hooks.calibration.fit.priced import PricedSwapStage
+from l0hooks.calibration.fit.solver import Options, Solver, path, random_selection
+from l0hooks.calibration.fit.stage import Selection, largest, refit
+from l0hooks.calibration.fit.swaps import PruneStage, SwapStage
+from l0hooks.calibration.numerics.distance import nearest_weights
+from l0hooks.calibration.numerics.problem import prepare
 from l0hooks.gates import hard_concrete
 
 
@@ -114,7 +114,7 @@ def test_the_expected_size_follows_the_schedule() -> None:
 
 @pytest.mark.parametrize("few", [0.0, 2.0])
 def test_the_gradient_over_open_units_is_autograds(monkeypatch, few) -> None:
-    monkeypatch.setattr("l0hooks.calibration.gates._SPARSE", few)
+    monkeypatch.setattr("l0hooks.calibration.fit.gates._SPARSE", few)
     problem = small(dtype="float64")
     stage = GateStage(problem, 20, epochs=20)
     x = np.where(np.arange(problem.size) % 3 == 0, 0.5, 0.0).astype(np.float32)
@@ -336,8 +336,8 @@ def test_of_selections_that_meet_all_targets_the_smallest_design_effect_wins() -
 
 
 def test_many_units_take_one_start_and_the_polish_is_certified(monkeypatch) -> None:
-    monkeypatch.setattr("l0hooks.calibration.solver._CHEAP", 0)
-    monkeypatch.setattr("l0hooks.calibration.solver._SOME", 1.6)  # 50 are 1.67 times as many as targets
+    monkeypatch.setattr("l0hooks.calibration.fit.solver._CHEAP", 0)
+    monkeypatch.setattr("l0hooks.calibration.fit.solver._SOME", 1.6)  # 50 are 1.67 times as many as targets
     solver = Solver(small(feasible=False), Options(keep=50))
     best = solver.run()
     assert [one.name for one in solver.candidates] == ["random+swaps"]
@@ -346,7 +346,7 @@ def test_many_units_take_one_start_and_the_polish_is_certified(monkeypatch) -> N
 
 
 def test_greedy_search_is_polished_too_where_its_error_is_near_though_its_loss_is_not(monkeypatch) -> None:
-    monkeypatch.setattr("l0hooks.calibration.solver._CHEAP", 0)
+    monkeypatch.setattr("l0hooks.calibration.fit.solver._CHEAP", 0)
     solver = Solver(small(feasible=False), Options(keep=50))
     while not solver._selected:
         solver.advance()

@@ -13,7 +13,7 @@ from scipy import sparse
 from scipy.optimize import lsq_linear, minimize
 
 from l0hooks.calibration import CalibrationWarning, Calibrator, NamedMatrix
-from l0hooks.calibration.plots import history_plot
+from l0hooks.calibration.output.plots import history_plot
 from l0hooks.errors import InvalidValueError, MissingExtraError, StateError
 
 T, N = 12, 150

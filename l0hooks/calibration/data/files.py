@@ -1,0 +1,212 @@
+"""Matrices and tables from files: NumPy, Matrix Market, CSV and Parquet, with messages that say where."""
+
+from __future__ import annotations
+
+import csv
+import zipfile
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy import sparse
+
+from l0hooks.calibration.data.matrix import NamedMatrix
+from l0hooks.calibration.data.names import few
+from l0hooks.errors import InvalidValueError, explain, near_names
+from l0hooks.extras import import_extra
+
+_MATRICES = (".npz", ".mtx", ".mtx.gz", ".parquet", ".csv")
+_VALUES = ("value", "lower", "upper", "group", "importance", "weight", "cluster")  # columns that name nothing
+_NAMES = ("target", "household")  # columns that name the rows of a matrix
+
+
+@dataclass(frozen=True, eq=False)
+class TextTable:
+    """A CSV or Parquet file: columns of text or numbers.
+
+    Attributes
+    ----------
+    path : Path
+    columns : dict from name to list
+    """
+
+    path: Path
+    columns: dict[str, list[Any]]
+
+    def need(self, *names: str) -> str:
+        """The first of ``names`` that is a column."""
+        for name in names:
+            if name in self.columns:
+                return name
+        raise InvalidValueError(
+            explain(
+                str(self.path),
+                f"it needs a column {' or '.join(repr(name) for name in names)}.",
+                got=few(list(self.columns)),
+            )
+        )
+
+    def names(self, column: str) -> list[Hashable]:
+        """A column of names: integers if all are."""
+        values = self.columns[column]
+        empty = [place for place, value in enumerate(values) if value is None or value == ""]
+        if empty:
+            raise InvalidValueError(self._at(column, empty[0], "a name must be given.", "nothing"))
+        return as_names(values)
+
+    def numbers(self, column: str, *, empty: float | None = None) -> list[float]:
+        """A column of numbers; ``empty`` for cells without one, which are refused otherwise."""
+        found = []
+        for place, value in enumerate(self.columns[column]):
+            if empty is not None and (value is None or value == ""):
+                found.append(empty)
+                continue
+            try:
+                found.append(float(value))
+            except (TypeError, ValueError) as error:
+                got = "nothing" if value in (None, "") else repr(value)
+                raise InvalidValueError(self._at(column, place, "it must be a number.", got)) from error
+        return found
+
+    def by_name(self, key: str, values: Sequence[Any]) -> Any:
+        """``values`` under the names in column ``key``, or as they stand if there is none."""
+        if key not in self.columns:
+            others = [name for name in self.columns if name not in _VALUES]
+            if others and len(self.columns) > 1:  # one of them may be the names: an order is not to be guessed
+                must = f"it needs a column {key!r}, or no column but those that are read."
+                raise InvalidValueError(explain(str(self.path), must, got=few(others)))
+            return list(values)
+        names = self.names(key)
+        if len(set(names)) < len(names):
+            twice = [name for name in dict.fromkeys(names) if names.count(name) > 1]
+            raise InvalidValueError(
+                explain(str(self.path), "names must be distinct.", got=f"more than once: {few(twice)}")
+            )
+        return dict(zip(names, values, strict=True))
+
+    def _at(self, column: str, place: int, must: str, got: str) -> str:
+        return explain(f"{self.path}, row {place + 1} of column {column!r}", must, got=got)
+
+
+def as_names(values: Sequence[Any]) -> list[Hashable]:
+    """Names from a file: integers if all are written like integers.
+
+    Examples
+    --------
+    >>> as_names(["3", "1"]), as_names(["3", "b"]), as_names(["03", "1"])
+    ([3, 1], ['3', 'b'], ['03', '1'])
+    """
+    texts = [str(value) for value in values]
+    if all(text.isdecimal() and (text == "0" or not text.startswith("0")) for text in texts):
+        return [int(text) for text in texts]
+    return list(texts)
+
+
+def read_table(path: Path) -> TextTable:
+    """A table from a ``.csv`` or ``.parquet`` file.
+
+    Raises
+    ------
+    InvalidValueError
+        If there is no such file, or it is no table.
+    MissingExtraError
+        If pyarrow is needed and not installed.
+    """
+    _check_file(path)
+    if path.suffix == ".parquet":
+        return TextTable(path, _parquet(path))
+    with path.open(newline="", encoding="utf-8-sig") as file:
+        try:
+            header = file.readline()
+            delimiter = max(",;\t", key=header.count)
+            file.seek(0)
+            rows = [row for row in csv.reader(file, delimiter=delimiter) if row]
+        except (UnicodeDecodeError, csv.Error) as error:
+            raise InvalidValueError(explain(str(path), "it must be CSV in UTF-8.", got=str(error))) from error
+    if len(rows) < 2:
+        raise InvalidValueError(explain(str(path), "it must have a header and rows.", got=f"{len(rows)} lines"))
+    names = [name.strip() for name in rows[0]]
+    if len(set(names)) < len(names):
+        raise InvalidValueError(explain(str(path), "columns must have distinct names.", got=few(names)))
+    for number, row in enumerate(rows[1:], 2):
+        if len(row) != len(names):
+            raise InvalidValueError(
+                explain(
+                    f"{path}, line {number}", "every line must have all columns.", expected=len(names), got=len(row)
+                )
+            )
+    return TextTable(path, {name: [row[place].strip() for row in rows[1:]] for place, name in enumerate(names)})
+
+
+def read_matrix_file(path: Path, *, transpose: bool = False) -> NamedMatrix:
+    """A matrix from a file.
+
+    Parameters
+    ----------
+    path : Path
+        ``.npz`` of ``scipy.sparse.save_npz``, Matrix Market (``.mtx``, ``.mtx.gz``), or a table (``.parquet``,
+        ``.csv``) whose column ``target`` or ``household`` names the rows.
+    transpose : bool
+        Whether the file has one row for each household.
+
+    Returns
+    -------
+    NamedMatrix
+
+    Raises
+    ------
+    InvalidValueError
+        If there is no such file, or it cannot be read as a matrix.
+    """
+    _check_file(path)
+    if not path.name.endswith(_MATRICES):
+        raise InvalidValueError(explain(str(path), "its kind must be known.", expected=", ".join(_MATRICES)))
+    if path.suffix in (".parquet", ".csv"):
+        matrix, rows, columns = _from_table(read_table(path))
+    else:
+        matrix, rows, columns = _sparse(path), None, None
+    return NamedMatrix(matrix.T, columns, rows) if transpose else NamedMatrix(matrix, rows, columns)
+
+
+def _sparse(path: Path) -> Any:
+    try:
+        if path.suffix == ".npz":
+            return sparse.load_npz(path)
+        from scipy.io import mmread
+
+        return mmread(path)
+    except (ValueError, KeyError, OSError, zipfile.BadZipFile, OverflowError) as error:
+        must = "it must be a file of scipy.sparse.save_npz." if path.suffix == ".npz" else "it must be Matrix Market."
+        raise InvalidValueError(explain(str(path), must, got=str(error))) from error
+
+
+def _from_table(table: TextTable) -> tuple[Any, list[Hashable] | None, list[Hashable]]:
+    key = next((name for name in _NAMES if name in table.columns), None)
+    rows = None if key is None else table.names(key)
+    columns = [name for name in table.columns if name != key]
+    if not columns:
+        raise InvalidValueError(explain(str(table.path), "a matrix needs columns of numbers.", got=few([key])))
+    matrix = np.column_stack([table.numbers(name) for name in columns])
+    return sparse.csr_array(matrix), rows, as_names(columns)
+
+
+def _parquet(path: Path) -> dict[str, list[Any]]:
+    arrow = import_extra("pyarrow", extra="calibration", where=str(path))
+    parquet = import_extra("pyarrow.parquet", extra="calibration", where=str(path))
+    try:
+        columns: dict[str, list[Any]] = parquet.read_table(path).to_pydict()
+    except (arrow.ArrowException, OSError) as error:
+        raise InvalidValueError(explain(str(path), "it must be Parquet.", got=str(error))) from error
+    if "__index_level_0__" in columns:  # pandas' nameless index
+        index = columns.pop("__index_level_0__")
+        columns = {"household" if "target" in columns else "target": index, **columns}
+    return columns
+
+
+def _check_file(path: Path) -> None:
+    if not path.is_file():
+        present = [other.name for other in path.absolute().parent.glob(f"*{path.suffix}")] if path.suffix else []
+        hint = near_names(path.name, sorted(present)) if present else None
+        raise InvalidValueError(explain(str(path), "the file must exist.", hint=hint))

@@ -1,0 +1,279 @@
+"""Everything that a user passes to a calibration, checked before any work and put into one frozen record."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import warnings
+from collections.abc import Hashable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from l0hooks.calibration.data.households import Households, check_count, read_households
+from l0hooks.calibration.data.matrix import read_matrix
+from l0hooks.calibration.data.names import Axis, few, is_frame, is_series
+from l0hooks.calibration.data.reach import reachable_range, weight_limits, within
+from l0hooks.calibration.data.targets import (
+    CalibrationWarning,
+    Conditions,
+    Given,
+    read_ends,
+    read_groups,
+    read_hierarchy,
+    read_importance,
+    take_apart,
+)
+from l0hooks.calibration.numerics.columns import Flags, Floats, Sparse, pieces
+from l0hooks.calibration.numerics.problem import BoundsOn, Precision
+from l0hooks.errors import InvalidValueError, explain
+
+_LARGEST = float(np.finfo(np.float32).max)
+
+
+@dataclass(frozen=True, eq=False)
+class Inputs:
+    """Valid data; :func:`read_inputs` makes it.
+
+    Attributes
+    ----------
+    matrix : sparse.csr_array, shape (T, N)
+        M as given, without duplicates.
+    targets, households : Axis
+        Their names.
+    lower, upper : float64, shape (T,)
+        Equal for points.
+    groups : tuple, length T, or None
+    importance : float64, shape (T,)
+        What each squared error counts, groups and multipliers included.
+    hierarchy : tuple of (parent, children)
+        Numbers of targets.
+    people : Households
+        Design weights, bounds, who must be in or out, clusters.
+    bounds_on : "ratio" or "weight"
+    reachable : bool, shape (T,)
+        False for targets that no allowed weights can meet.
+    dtype : "float32" or "float64"
+        In which the fit holds the matrix.
+    """
+
+    matrix: Sparse
+    targets: Axis
+    households: Axis
+    lower: Floats
+    upper: Floats
+    groups: tuple[Hashable, ...] | None
+    importance: Floats
+    hierarchy: Conditions
+    people: Households
+    bounds_on: BoundsOn
+    reachable: Flags
+    dtype: Precision
+
+    def fingerprint(self) -> str:
+        """A hash of all of it, values included: data that differ in one number have another."""
+        digest = hashlib.blake2b(digest_size=20)
+        people = self.people
+        clusters = np.zeros(0) if people.clusters is None else people.clusters
+        arrays = [self.matrix.data, self.matrix.indices.astype(np.int64), self.matrix.indptr.astype(np.int64)]
+        arrays += [self.lower, self.upper, self.importance, people.design, people.low, people.high]
+        for array in [*arrays, people.keep, people.leave_out, clusters]:
+            digest.update(f"{array.dtype}{array.shape}".encode())
+            digest.update(np.ascontiguousarray(array).data)
+        words = (self.matrix.shape, self.hierarchy, self.bounds_on, self.dtype)
+        digest.update(repr(words).encode())
+        return digest.hexdigest()
+
+
+def read_inputs(
+    matrix: object,
+    y: object = None,
+    *,
+    lower: object = None,
+    upper: object = None,
+    k: int | None = None,
+    selects: bool | None = None,
+    design_weights: object = None,
+    bounds: object = (0.0, math.inf),
+    bounds_on: BoundsOn = "ratio",
+    groups: object = None,
+    group_multipliers: Mapping[Any, float] | None = None,
+    normalize_groups: bool = True,
+    importance: object = None,
+    hierarchy: Mapping[Any, Any] | None = None,
+    keep: object = None,
+    leave_out: object = None,
+    clusters: object = None,
+    dtype: Precision = "float32",
+) -> Inputs:
+    """Check everything, in the order in which a reader would: matrix, targets, households, then whether they fit.
+
+    Parameters
+    ----------
+    matrix : scipy.sparse array or matrix, array_like, DataFrame or NamedMatrix; shape (T, N)
+        What one household adds to each target.
+    y, lower, upper : array_like, Series, mapping or DataFrame
+        Points, or ends of intervals; aligned by name where they have names.
+    k : int, optional
+        How many households (clusters, where there are any) will be chosen.
+    selects : bool, optional
+        Whether households may stay without weight; as ``k`` says if not given.
+    design_weights : array_like, Series, mapping or DataFrame, > 0, shape (N,), optional
+    bounds : (lo, hi)
+        Numbers, or one for each household, of its ratio to the design weight or of its weight.
+    bounds_on : "ratio" or "weight"
+    groups, importance : array_like, Series or mapping, shape (T,), optional
+    group_multipliers : mapping from group to float >= 0, optional
+    normalize_groups : bool
+        Whether each group counts as much as any other, whatever its size.
+    hierarchy : mapping, optional
+        Parent → children, or child → parent, by the names of targets.
+    keep, leave_out : names, numbers or flags, optional
+    clusters : array_like, Series or mapping of labels, optional
+    dtype : "float32" or "float64"
+
+    Returns
+    -------
+    Inputs
+
+    Raises
+    ------
+    InvalidValueError
+        With a message that says what is wrong, where, and what to try.
+
+    Warns
+    -----
+    CalibrationWarning
+        For targets that cannot be met, and for parents that differ from their children.
+
+    Examples
+    --------
+    >>> inputs = read_inputs([[1, 1, 0], [0, 20, 30]], {"people": 8, "income": 100})
+    >>> inputs.targets.names, inputs.reachable
+    (('people', 'income'), array([ True,  True]))
+    """
+    if dtype not in ("float32", "float64"):
+        raise InvalidValueError(
+            explain("dtype", "it must be known.", expected="'float32' or 'float64'", got=repr(dtype))
+        )
+    given = take_apart(Given(y, lower, upper, groups, importance))
+    values, targets, households = read_matrix(matrix)
+    _refuse_transposed(given.first, design_weights, targets, households)
+    targets, households = targets.adopt(given.first), households.adopt(_weights(design_weights))
+    low, high = read_ends(given, targets)
+    labels = read_groups(given.groups, targets)
+    counts = read_importance(given.importance, labels, group_multipliers, normalize_groups, targets)
+    conditions = read_hierarchy(hierarchy, targets, low, high)
+    people = read_households(
+        households,
+        design_weights=design_weights,
+        bounds=bounds,
+        bounds_on=bounds_on,
+        keep=keep,
+        leave_out=leave_out,
+        clusters=clusters,
+    )
+    chosen = None if k is None else check_count(k, people)
+    if dtype == "float32":
+        _refuse_overflow(values, low, high, people, targets)
+    limits = weight_limits(people, on_weight=bounds_on == "weight")
+    if selects if selects is not None else chosen is not None:
+        may_stay_out = np.ones(households.count, np.bool_)
+        may_stay_out[people.keep] = False
+        limits[0][may_stay_out] = 0.0
+    reach = reachable_range(values, *limits, chosen if people.clusters is None else None)
+    reachable = within(*reach, low, high)
+    _warn_unreachable(values, reachable, reach, (low, high), targets)
+    return Inputs(
+        values, targets, households, low, high, labels, counts, conditions, people, bounds_on, reachable, dtype
+    )
+
+
+def _weights(given: Any) -> object:
+    return given.set_index("household") if is_frame(given) and "household" in given.columns else given
+
+
+def _length(given: Any) -> int | None:
+    if isinstance(given, Mapping) or is_series(given) or is_frame(given):
+        return len(given)
+    shape = np.shape(given)
+    return shape[0] if shape else None
+
+
+def _refuse_transposed(y: Any, design_weights: Any, targets: Axis, households: Axis) -> None:
+    """Lengths, or names where the matrix has them, that fit the other axis only."""
+    signs = []
+    if isinstance(y, Mapping) or is_series(y):
+        names = list(y.index if is_series(y) else y)
+        if names and households.names and not set(names) & set(targets.labels) and set(names) <= set(households.names):
+            signs.append(f"y names {few(names)}, which are columns of M")
+    size = _length(y)
+    if size == households.count != targets.count:
+        signs.append(f"{size:,} targets, and M has {households.count:,} columns but {targets.count:,} rows")
+    size = None if design_weights is None else _length(design_weights)
+    if size == targets.count != households.count:
+        signs.append(f"{size:,} design weights, and M has {targets.count:,} rows but {households.count:,} columns")
+    if signs:
+        shape = f"({targets.count:,}, {households.count:,})"
+        raise InvalidValueError(
+            explain(
+                "M",
+                "it must have one row for each target and one column for each household: it looks transposed.",
+                got=f"shape {shape}; " + "; ".join(signs),
+                hint="M.T, on the command line --transpose",
+            )
+        )
+
+
+def _refuse_overflow(matrix: Sparse, lower: Floats, upper: Floats, people: Households, targets: Axis) -> None:
+    """float32 ends at 3.4e38: neither the values nor what design weights make of them may lie beyond."""
+    ends = [np.where(np.isfinite(one), np.abs(one), 0.0) for one in (lower, upper)]
+    big = np.flatnonzero(np.maximum(*ends) > _LARGEST)
+    got = f"a target of {max(ends[0][big[0]], ends[1][big[0]]):.3g}, {targets.shown(big[:1])}" if len(big) else None
+    if got is None and matrix.nnz:
+        largest = max(abs(float(matrix.data.max())), abs(float(matrix.data.min())))
+        with np.errstate(over="ignore"):
+            # sums over a row are taken in float32 too
+            product = largest * max(1.0, float(people.design.max())) * max(1, int(np.diff(matrix.indptr).max()))
+        if product > _LARGEST:
+            got = f"values up to {largest:.3g}, which with design weights up to {people.design.max():.3g} overflow"
+    if got is not None:
+        raise InvalidValueError(
+            explain("dtype", "float32 holds numbers up to 3.4e38.", got=got, hint="dtype='float64', or other units")
+        )
+
+
+def _warn_unreachable(
+    matrix: Sparse, reachable: Flags, reach: tuple[Floats, Floats], ends: tuple[Floats, Floats], targets: Axis
+) -> None:
+    support = np.diff(matrix.indptr) - _stored_zeros(matrix)
+    empty = np.flatnonzero(support == 0)
+    if len(empty):
+        message = explain(
+            "M",
+            "every target should have a household that adds to it.",
+            got=f"{len(empty):,} with an empty row: {targets.shown(empty)}",
+            hint="leave such targets out, or give them importance 0",
+        )
+        warnings.warn(message, CalibrationWarning, stacklevel=5)
+    beyond = np.flatnonzero(~reachable & (support > 0))
+    if len(beyond):
+        first = int(beyond[0])
+        asked = f"{ends[0][first]:,.6g}" + ("" if ends[0][first] == ends[1][first] else f" to {ends[1][first]:,.6g}")
+        message = explain(
+            "y",
+            "targets should lie within what weights can reach by sign, bounds and k.",
+            expected=f"{reach[0][first]:,.6g} to {reach[1][first]:,.6g} for {targets.labels[first]!r}",
+            got=f"{asked}; out of reach: {targets.shown(beyond)}",
+            hint="wider bounds, a larger k, or other targets",
+        )
+        warnings.warn(message, CalibrationWarning, stacklevel=5)
+
+
+def _stored_zeros(matrix: Sparse) -> Any:
+    """How many stored entries of each row are zero."""
+    parts = (part for part, _ in pieces(matrix))
+    zeros = np.concatenate([part.start + np.flatnonzero(matrix.data[part] == 0) for part in parts])
+    rows = np.searchsorted(matrix.indptr, zeros, side="right") - 1
+    return np.bincount(rows, minlength=matrix.shape[0])

@@ -1,0 +1,249 @@
+"""Names of targets and households: values given by name are put in the matrix's order, never taken by position."""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from numbers import Integral
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from l0hooks.calibration.numerics.columns import Floats, Integers
+from l0hooks.errors import InvalidValueError, explain, near_names
+
+Kind = Literal["target", "household"]
+_SHOWN = 5
+
+
+def is_frame(given: object) -> bool:
+    """Whether it is a pandas DataFrame; pandas is not imported to know."""
+    pandas = sys.modules.get("pandas")
+    return pandas is not None and isinstance(given, pandas.DataFrame)
+
+
+def is_series(given: object) -> bool:
+    """Whether it is a pandas Series."""
+    pandas = sys.modules.get("pandas")
+    return pandas is not None and isinstance(given, pandas.Series)
+
+
+def few(items: Sequence[object]) -> str:
+    """The first few, and how many more there are.
+
+    Examples
+    --------
+    >>> few(["a", "b", "c", "d", "e", "f", "g"])
+    "'a', 'b', 'c', 'd', 'e' and 2 more"
+    """
+    shown = ", ".join(repr(_plain(item)) for item in items[:_SHOWN])
+    return shown + (f" and {len(items) - _SHOWN:,} more" if len(items) > _SHOWN else "")
+
+
+def check_distinct(names: Iterable[Hashable], what: str) -> tuple[Hashable, ...]:
+    """``names`` as a tuple.
+
+    Raises
+    ------
+    InvalidValueError
+        If one is missing (NaN, None), cannot be a name, or stands there twice.
+    """
+    found = tuple(names)
+    empty = [place for place, name in enumerate(found) if name is None or name != name]
+    if empty:
+        raise InvalidValueError(explain(what, "every name must be given.", got=f"none at place {few(empty)}"))
+    if any(not isinstance(name, Hashable) for name in found):
+        raise InvalidValueError(explain(what, "names must be strings, numbers or tuples of them."))
+    if len(set(found)) < len(found):
+        twice = [name for name, times in Counter(found).items() if times > 1]
+        raise InvalidValueError(explain(what, "names must be distinct.", got=f"more than once: {few(twice)}"))
+    return found
+
+
+@dataclass(frozen=True, eq=False)
+class Axis:
+    """The targets or the households of a matrix: how many there are, and what they are called.
+
+    Parameters
+    ----------
+    kind : "target" or "household"
+    count : int
+    names : tuple, optional
+        Distinct, one for each.
+
+    Examples
+    --------
+    >>> axis = Axis("target", 2, ("men", "women"))
+    >>> axis.values({"women": 5, "men": 3}, "y")
+    array([3., 5.])
+    """
+
+    kind: Kind
+    count: int
+    names: tuple[Hashable, ...] | None = None
+
+    @cached_property
+    def index(self) -> Mapping[Hashable, int]:
+        """Where each name stands."""
+        return {name: place for place, name in enumerate(self.names or range(self.count))}
+
+    @cached_property
+    def labels(self) -> Sequence[Hashable]:
+        """The names, or the numbers where there are none."""
+        return range(self.count) if self.names is None else self.names
+
+    def shown(self, places: NDArray[Any] | Sequence[int]) -> str:
+        """The names of a few, for a message."""
+        return few([self.labels[int(place)] for place in places])
+
+    def adopt(self, given: object) -> Axis:
+        """The same axis with the names of ``given``, if that has names and the axis none.
+
+        Names that are the numbers 0, 1, … in any order say which entry is meant, and name nothing.
+        """
+        names = _names_of(given)
+        if self.names is not None or names is None or len(names) != self.count or _numbers(names, self.count):
+            return self
+        return Axis(self.kind, self.count, check_distinct(names, f"{self.kind}s"))
+
+    def values(self, given: object, what: str, *, fill: float | None = None) -> Floats:
+        """Numbers, one for each entry: float64, shape (count,).
+
+        Parameters
+        ----------
+        given : array_like, Series, mapping, or DataFrame of one column
+            What has names is aligned by them.
+        what : str
+            Its name in messages.
+        fill : float, optional
+            For entries that a mapping or a Series does not name; without it they are an error.
+
+        Raises
+        ------
+        InvalidValueError
+            If lengths or names do not fit, a name stands there twice, or something is no number.
+        """
+        return _floats(self.objects(given, what, fill=fill), what)
+
+    def objects(self, given: object, what: str, *, fill: object = None) -> NDArray[Any]:
+        """As :meth:`values`, for entries of any type."""
+        names = _names_of(given)
+        if names is None:
+            return self._by_position(given, what)
+        check_distinct(names, what)
+        content = _content(given, what)
+        unknown = [name for name in names if name not in self.index]
+        if unknown:
+            raise InvalidValueError(self._strangers(unknown, what))
+        if fill is None and len(names) < self.count:
+            present = set(names)
+            missing = [name for name in self.labels if name not in present]
+            raise InvalidValueError(
+                explain(what, f"every {self.kind} must be named.", got=f"{len(missing):,} missing: {few(missing)}")
+            )
+        placed = np.empty(self.count, object if content.dtype.kind not in "biuf" else content.dtype)
+        if fill is not None:
+            placed = np.full(self.count, fill, np.result_type(content, np.float64) if _number(fill) else object)
+        if len(names):
+            placed[np.fromiter((self.index[name] for name in names), np.int64, len(names))] = content
+        return placed
+
+    def places(self, given: object, what: str) -> Integers:
+        """Which entries are meant, sorted: names (numbers where there are none), or one flag for each entry.
+
+        Raises
+        ------
+        InvalidValueError
+            If a name is unknown or stands there twice, or flags are not one for each entry.
+        """
+        if isinstance(given, str):
+            given = [given]
+        if is_series(given) or isinstance(given, Mapping):
+            given = self.objects(given, what, fill=False)
+        if not isinstance(given, Iterable):
+            raise InvalidValueError(explain(what, f"it must list {self.kind}s.", got=repr(given)))
+        array = given if isinstance(given, np.ndarray) else None
+        listed = [_plain(name) for name in given]
+        if (array is not None and array.dtype.kind == "b") or (listed and all(type(n) is bool for n in listed)):
+            if len(listed) != self.count:
+                raise InvalidValueError(
+                    explain(what, f"flags must be one for each {self.kind}.", expected=self.count, got=len(listed))
+                )
+            return np.flatnonzero(np.asarray(listed, np.bool_))
+        check_distinct(listed, what)
+        unknown = [name for name in listed if name not in self.index]
+        if unknown:
+            raise InvalidValueError(self._strangers(unknown, what))
+        return np.sort(np.fromiter((self.index[name] for name in listed), np.int64, len(listed)))
+
+    def _by_position(self, given: object, what: str) -> NDArray[Any]:
+        content = _content(given, what)
+        if content.ndim == 2 and 1 in content.shape:
+            content = content.ravel()
+        if content.shape != (self.count,):
+            got = f"{len(content):,}" if content.ndim == 1 else f"shape {content.shape}"
+            raise InvalidValueError(
+                explain(what, f"there must be one for each {self.kind}.", expected=f"{self.count:,}", got=got)
+            )
+        return content
+
+    def _strangers(self, unknown: Sequence[Hashable], what: str) -> str:
+        texts = [label for label in self.labels[:20_000] if isinstance(label, str)]
+        hint = near_names(str(unknown[0]), texts) if texts else None
+        if self.names is None:
+            hint = f"the matrix has no names: {self.kind}s are numbered 0 to {self.count - 1}"
+        elif len(unknown) == self.count and _numbers(unknown, self.count):
+            hint = "it has numbers where the matrix has names; where the order is right, .to_numpy() says so"
+        return explain(what, f"names must be those of the matrix's {self.kind}s.", got=few(unknown), hint=hint)
+
+
+def _names_of(given: Any) -> list[Hashable] | None:
+    if isinstance(given, Mapping):
+        return [_plain(name) for name in given]
+    if is_series(given) or is_frame(given):
+        index: list[Hashable] = given.index.tolist()
+        return index
+    return None
+
+
+def _content(given: Any, what: str) -> NDArray[Any]:
+    if isinstance(given, Mapping):
+        content = np.empty(len(given), object)
+        content[:] = list(given.values())
+        return content
+    if is_frame(given) and given.shape[1] != 1:
+        raise InvalidValueError(explain(what, "a frame must have one column.", got=few(list(given.columns))))
+    if isinstance(given, np.ma.MaskedArray):
+        given = np.ma.filled(given.astype(np.float64), np.nan)  # what is masked is missing
+    try:
+        array = np.asarray(given.to_numpy() if is_series(given) or is_frame(given) else given)
+    except (ValueError, TypeError) as error:
+        raise InvalidValueError(explain(what, "it must be one plain list of values.", got=str(error))) from error
+    return array.ravel() if is_frame(given) else array
+
+
+def _floats(content: NDArray[Any], what: str) -> Floats:
+    if content.dtype.kind not in "biufO":
+        raise InvalidValueError(explain(what, "values must be real numbers.", got=f"{content.dtype} values"))
+    try:
+        return content.astype(np.float64)
+    except (TypeError, ValueError) as error:
+        raise InvalidValueError(explain(what, "values must be real numbers.", got=str(error))) from error
+
+
+def _numbers(names: Sequence[Hashable], count: int) -> bool:
+    """Whether they are 0, 1, …, count − 1 in some order."""
+    return all(isinstance(name, Integral) for name in names) and set(names) == set(range(count))
+
+
+def _number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _plain(value: Any) -> Any:
+    """A NumPy scalar as Python's: its ``repr`` is for people."""
+    return value.item() if isinstance(value, np.generic) else value

@@ -1,0 +1,306 @@
+"""What the user says about targets, checked: values or intervals, groups, importance, parents and children."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from numbers import Real
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from l0hooks.calibration.data.names import Axis, few, is_frame
+from l0hooks.calibration.numerics.columns import Flags, Floats
+from l0hooks.errors import InvalidValueError, explain, near_names
+
+Conditions = tuple[tuple[int, tuple[int, ...]], ...]
+_ROUNDING = 1e-9  # relative difference of a parent and its children that floating point explains
+_COLUMNS = ("target", "value", "lower", "upper", "group", "importance")
+
+
+class CalibrationWarning(UserWarning):
+    """A fit can be done, but something about its data or its result should be known.
+
+    Examples
+    --------
+    >>> import warnings
+    >>> import numpy as np
+    >>> from l0hooks.calibration import CalibrationWarning, Calibrator
+    >>> with warnings.catch_warnings():
+    ...     warnings.simplefilter("error", CalibrationWarning)
+    ...     try:
+    ...         Calibrator(1, progress=False).fit(np.eye(2), [1.0, -1.0])
+    ...     except CalibrationWarning:
+    ...         print("no household has a negative value: the second target is out of reach")
+    no household has a negative value: the second target is out of reach
+    """
+
+
+@dataclass(frozen=True)
+class Given:
+    """``y``, ``lower``, ``upper``, ``groups`` and ``importance`` as they came, a frame of targets taken apart."""
+
+    y: object = None
+    lower: object = None
+    upper: object = None
+    groups: object = None
+    importance: object = None
+
+    @property
+    def first(self) -> object:
+        """What says how many targets there are, and how they are called."""
+        return next((one for one in (self.y, self.lower, self.upper) if one is not None), None)
+
+
+def take_apart(given: Given) -> Given:
+    """``given``, the columns of a frame ``y`` put where they belong.
+
+    Parameters
+    ----------
+    given : Given
+        A frame with one column holds the targets. One with more has some of the columns target, value, lower, upper,
+        group and importance; others are not read. Where ``value`` is empty, lower and upper count.
+
+    Raises
+    ------
+    InvalidValueError
+        If something is given twice, or nothing.
+    """
+    if is_frame(given.y):
+        given = _from_frame(given)
+    if given.first is None:
+        raise InvalidValueError(explain("y", "targets must be given.", hint="y=, or lower= and upper="))
+    return given
+
+
+def _from_frame(given: Given) -> Given:
+    frame: Any = given.y
+    if "target" in frame.columns:
+        frame = frame.set_index("target")
+    known = [name for name in _COLUMNS if name in frame.columns]
+    if not {"value", "lower", "upper"} & set(known):
+        if frame.shape[1] != 1:
+            raise InvalidValueError(
+                explain("y", "a frame of targets needs a column 'value'.", got=few(list(frame.columns)))
+            )
+        return Given(frame.iloc[:, 0], given.lower, given.upper, given.groups, given.importance)
+    said = {"lower": given.lower, "upper": given.upper, "group": given.groups, "importance": given.importance}
+    for name, other in said.items():
+        if other is not None and (name in known or name in ("lower", "upper")):
+            got = f"columns {few(known)} of y, and an argument for {name}"
+            raise InvalidValueError(explain("y", "everything must be given once.", got=got))
+    columns = {name: frame[name] for name in known}
+    points = columns.get("value")
+    if points is not None and ("lower" in known or "upper" in known):
+        for name, infinite in (("lower", -math.inf), ("upper", math.inf)):
+            columns[name] = points.where(points.notna(), columns.get(name, infinite))
+        points = None
+    group, importance = columns.get("group", given.groups), columns.get("importance", given.importance)
+    return Given(points, columns.get("lower"), columns.get("upper"), group, importance)
+
+
+def read_ends(given: Given, axis: Axis) -> tuple[Floats, Floats]:
+    """Lower and upper end of every target, equal for points.
+
+    Raises
+    ------
+    InvalidValueError
+        If a value is NaN, a point infinite, an interval reversed or without any end.
+    """
+    if given.y is not None and (given.lower is not None or given.upper is not None):
+        raise InvalidValueError(
+            explain(
+                "y", "targets are points or intervals.", got="y= with lower= or upper=", hint="equal ends for points"
+            )
+        )
+    if given.y is not None:
+        points = axis.values(given.y, "y")
+        _refuse(~np.isfinite(points), points, axis, "y", "targets must be finite.")
+        return points, points
+    lower = np.full(axis.count, -np.inf) if given.lower is None else axis.values(given.lower, "lower")
+    upper = np.full(axis.count, np.inf) if given.upper is None else axis.values(given.upper, "upper")
+    _refuse(np.isnan(lower) | (lower == np.inf), lower, axis, "lower", "it must be a number or -inf.")
+    _refuse(np.isnan(upper) | (upper == -np.inf), upper, axis, "upper", "it must be a number or inf.")
+    _refuse(lower > upper, lower, axis, "lower", "it must not be above upper.")
+    neither = np.isinf(lower) & np.isinf(upper)
+    _refuse(neither, lower, axis, "lower and upper", "a target needs at least one finite end.")
+    return lower, upper
+
+
+def read_groups(given: object, axis: Axis) -> tuple[Hashable, ...] | None:
+    """The group of every target."""
+    if given is None:
+        return None
+    labels = axis.objects(given, "groups")
+    found = tuple(label.item() if isinstance(label, np.generic) else label for label in labels.tolist())
+    missing = [place for place, label in enumerate(found) if label is None or label != label]
+    if missing:
+        raise InvalidValueError(explain("groups", "every target needs a group.", got=f"none for {axis.shown(missing)}"))
+    return found
+
+
+def read_importance(
+    given: object,
+    groups: tuple[Hashable, ...] | None,
+    multipliers: Mapping[Any, float] | None,
+    normalize: bool,
+    axis: Axis,
+) -> Floats:
+    """What the squared error of each target counts: its importance, averaged over its group, times the multiplier.
+
+    Raises
+    ------
+    InvalidValueError
+        If something is negative or not finite, nothing counts, a group is unknown, or multipliers have no groups.
+    """
+    counts = np.ones(axis.count) if given is None else axis.values(given, "importance", fill=1.0)
+    _refuse(~np.isfinite(counts) | (counts < 0), counts, axis, "importance", "it must be finite and not negative.")
+    if groups is None:
+        if multipliers:
+            raise InvalidValueError(explain("group_multipliers", "targets must have groups.", hint="groups=..."))
+    else:
+        labels, number = _numbered(groups)
+        if normalize:
+            counts = counts / np.bincount(number)[number]
+        counts = counts * _multipliers(multipliers or {}, labels)[number]
+    if not counts.any():
+        raise InvalidValueError(explain("importance", "some target must count.", got="zero for all"))
+    return counts
+
+
+def _numbered(groups: tuple[Hashable, ...]) -> tuple[list[Hashable], NDArray[np.int64]]:
+    labels = list(dict.fromkeys(groups))
+    place = {label: number for number, label in enumerate(labels)}
+    return labels, np.array([place[label] for label in groups])
+
+
+def _multipliers(given: Mapping[Any, float], labels: list[Hashable]) -> Floats:
+    unknown = [label for label in given if label not in labels]
+    if unknown:
+        raise InvalidValueError(
+            explain(
+                "group_multipliers",
+                "keys must be groups of targets.",
+                got=few(unknown),
+                hint=near_names(str(unknown[0]), [str(label) for label in labels]),
+            )
+        )
+    for label, factor in given.items():
+        if not isinstance(factor, Real) or not 0 <= factor < math.inf:
+            raise InvalidValueError(
+                explain(
+                    "group_multipliers", "a multiplier must be finite and not negative.", got=f"{label!r}: {factor!r}"
+                )
+            )
+    return np.array([float(given.get(label, 1.0)) for label in labels])
+
+
+def read_hierarchy(given: Mapping[Any, Any] | None, axis: Axis, lower: Floats, upper: Floats) -> Conditions:
+    """Which targets are to be the sums of which others, as numbers.
+
+    Parameters
+    ----------
+    given : mapping, optional
+        Parent → its children, or child → its parent.
+
+    Raises
+    ------
+    InvalidValueError
+        If a name is unknown, a child stands twice under one parent, or someone is an ancestor of itself.
+
+    Warns
+    -----
+    CalibrationWarning
+        If a parent's target is not the sum of its children's.
+    """
+    if not given:
+        return ()
+    if not isinstance(given, Mapping):
+        raise InvalidValueError(
+            explain("hierarchy", "it must be a mapping.", expected="parent: [children]", got=repr(given))
+        )
+    conditions = []
+    for parent, children in _by_parent(given, axis).items():
+        if not len(children):
+            raise InvalidValueError(explain("hierarchy", "a parent needs children.", got=f"none for {parent!r}"))
+        (number,) = axis.places([parent], "hierarchy (parents)")
+        places = axis.places(list(children), f"hierarchy (children of {parent!r})")
+        conditions.append((int(number), tuple(int(place) for place in places)))
+    _refuse_cycles(dict(conditions), axis)
+    _compare_sums(conditions, axis, lower, upper)
+    return tuple(conditions)
+
+
+def _by_parent(given: Mapping[Any, Any], axis: Axis) -> Mapping[Any, Sequence[Any]]:
+    """``given`` as parent → children; a value that is a target's name is a parent."""
+    single = [
+        isinstance(value, str) or (isinstance(value, Hashable) and value in axis.index) for value in given.values()
+    ]
+    if not any(single):
+        for parent, children in given.items():
+            if not isinstance(children, (Sequence, np.ndarray, set, frozenset)):
+                raise InvalidValueError(
+                    explain("hierarchy", "a parent's children must be listed.", got=f"{parent!r}: {children!r}")
+                )
+        return {parent: list(children) for parent, children in given.items()}
+    if not all(single):
+        raise InvalidValueError(
+            explain("hierarchy", "it must say parent: [children], or child: parent, not both.", got=few(list(given)))
+        )
+    turned: dict[Any, list[Any]] = {}
+    for child, parent in given.items():
+        turned.setdefault(parent, []).append(child)
+    return turned
+
+
+def _refuse_cycles(children: Mapping[int, tuple[int, ...]], axis: Axis) -> None:
+    """Depth first, without recursion: hierarchies may be deep."""
+    finished: set[int] = set()
+    for root in children:
+        path: list[int] = []
+        waiting = [(root, False)]
+        while waiting:
+            node, left = waiting.pop()
+            if left:
+                finished.add(path.pop())
+                continue
+            if node in path:
+                circle = [*path[path.index(node) :], node]
+                got = " → ".join(repr(axis.labels[one]) for one in circle)
+                raise InvalidValueError(explain("hierarchy", "nothing may lie beneath itself.", got=got))
+            if node in finished:
+                continue
+            path.append(node)
+            waiting.append((node, True))
+            waiting += [(child, False) for child in children.get(node, ())]
+
+
+def _compare_sums(conditions: Sequence[tuple[int, tuple[int, ...]]], axis: Axis, lower: Floats, upper: Floats) -> None:
+    apart = []
+    for parent, children in conditions:
+        places = list(children)
+        low, high = float(lower[places].sum()), float(upper[places].sum())
+        slack = _ROUNDING * max(1.0, float(np.abs(lower[places]).sum()) if math.isfinite(low) else 1.0)
+        if low > upper[parent] + slack or high < lower[parent] - slack:
+            nearest = low if low > upper[parent] else high
+            own = upper[parent] if low > upper[parent] else lower[parent]
+            apart.append(f"{axis.labels[parent]!r} is {own:,.6g}, its children add up to {nearest:,.6g}")
+    if apart:
+        more = f", and {len(apart) - 3} more" if len(apart) > 3 else ""
+        message = explain(
+            "hierarchy",
+            "a parent's target should be the sum of its children's: no weights can meet both.",
+            got="; ".join(apart[:3]) + more,
+        )
+        warnings.warn(message, CalibrationWarning, stacklevel=6)
+
+
+def _refuse(bad: Flags, values: Floats, axis: Axis, where: str, must: str) -> None:
+    places = np.flatnonzero(bad)
+    if len(places):
+        shown = [axis.labels[int(place)] for place in places]
+        got = f"{values[places[0]]:g} for {few(shown)}"
+        raise InvalidValueError(explain(where, must, got=got))

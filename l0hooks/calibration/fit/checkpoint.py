@@ -1,0 +1,176 @@
+"""Checkpoints of a fit: written as a whole or not at all, and read back only for the data they were made from."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import time
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from l0hooks.calibration.fit.stage import State
+from l0hooks.errors import InvalidValueError, StateError, explain
+
+_FORMAT = 1
+_HEADER = "header"
+
+
+class Checkpoint:
+    """One file that holds the latest state of a fit.
+
+    Parameters
+    ----------
+    path : path-like
+        Of a file in a folder that exists; created when first written.
+    fingerprint : str
+        Of the data and the settings. A file with another one is refused.
+    interval : float, >= 0
+        Seconds between two checkpoints: what a kill can lose at the most.
+    clock : callable
+
+    Raises
+    ------
+    InvalidValueError
+        If the folder does not exist, or the interval is negative.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> folder = tempfile.TemporaryDirectory()
+    >>> checkpoint = Checkpoint(Path(folder.name) / "fit.npz", "data 1")
+    >>> checkpoint.write({"stage": "gates", "gates": {"epoch": 7, "theta": np.ones(2)}})
+    >>> checkpoint.read()
+    {'stage': 'gates', 'gates': {'epoch': 7, 'theta': array([1., 1.])}}
+    >>> folder.cleanup()
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        fingerprint: str,
+        *,
+        interval: float = 60.0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.path = Path(path)
+        if not self.path.absolute().parent.is_dir():
+            raise InvalidValueError(
+                explain("checkpoint", "its folder must exist.", got=str(self.path.absolute().parent))
+            )
+        if not interval >= 0:
+            raise InvalidValueError(explain("checkpoint", "the interval must not be negative.", got=repr(interval)))
+        self.fingerprint, self.interval = fingerprint, interval
+        self._clock = clock
+        self._next = clock() + interval
+
+    @property
+    def due(self) -> bool:
+        """Whether the interval is over."""
+        return self._clock() >= self._next
+
+    def write(self, state: State) -> None:
+        """Replace the file: at every moment it is the old one or the new one, whole."""
+        self.path = self.path.absolute()
+        arrays: dict[str, Any] = {}
+        tree = _take_apart(state, arrays)
+        header = {"format": _FORMAT, "fingerprint": self.fingerprint, "state": tree}
+        buffer = io.BytesIO()
+        arrays[_HEADER] = np.frombuffer(json.dumps(header).encode(), np.uint8)
+        np.savez(buffer, **arrays)
+        temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.part")
+        try:
+            with temporary.open("wb") as file:
+                file.write(buffer.getbuffer())
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(self.path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        _sync_folder(self.path.parent)
+        self._next = self._clock() + self.interval
+
+    def read(self) -> State | None:
+        """The state of the file; None if there is no file.
+
+        Raises
+        ------
+        StateError
+            If the file is of other data or settings, or not a checkpoint.
+        """
+        if not self.path.exists():
+            return None
+        try:
+            with self.path.open("rb") as content, np.load(content, allow_pickle=False) as file:
+                arrays = {name: file[name] for name in file.files}
+            header = json.loads(arrays.pop(_HEADER).tobytes())
+            kind, fingerprint = header["format"], header["fingerprint"]
+        except (OSError, ValueError, KeyError, TypeError, EOFError, AttributeError, zipfile.BadZipFile) as error:
+            raise StateError(
+                explain(
+                    "checkpoint", "the file must be a checkpoint.", got=f"{self.path}: {error}", hint="another path"
+                )
+            ) from error
+        if kind != _FORMAT:
+            raise StateError(explain("checkpoint", "its format must be known.", expected=_FORMAT, got=repr(kind)))
+        if fingerprint != self.fingerprint:
+            raise StateError(
+                explain(
+                    "checkpoint",
+                    "it must be of the same data and settings.",
+                    expected=self.fingerprint,
+                    got=f"{fingerprint} in {self.path}",
+                    hint="another path, or delete the file to begin anew",
+                )
+            )
+        state: State = _put_together(header["state"], arrays)
+        return state
+
+    def remove(self) -> None:
+        """Delete the file, if there is one."""
+        self.path.unlink(missing_ok=True)
+
+
+def _take_apart(value: Any, arrays: dict[str, Any]) -> Any:
+    """``value`` as JSON; arrays go into ``arrays`` under a number."""
+    if isinstance(value, dict):
+        return {"of": {str(key): _take_apart(one, arrays) for key, one in value.items()}}
+    if isinstance(value, (list, tuple)):
+        return {"list": [_take_apart(one, arrays) for one in value]}
+    if isinstance(value, np.ndarray):
+        name = f"array{len(arrays)}"
+        arrays[name] = value
+        return {"array": name}
+    if isinstance(value, np.generic):
+        value = value.item()
+    if isinstance(value, float):
+        return {"float": value.hex()}  # to the bit, infinity and NaN too
+    if value is None or isinstance(value, (bool, int, str)):
+        return {"plain": value}
+    raise StateError(explain("checkpoint", "a state holds numbers, strings and arrays.", got=type(value).__name__))
+
+
+def _put_together(tree: Any, arrays: dict[str, Any]) -> Any:
+    ((kind, value),) = tree.items()
+    if kind == "of":
+        return {key: _put_together(one, arrays) for key, one in value.items()}
+    if kind == "list":
+        return [_put_together(one, arrays) for one in value]
+    if kind == "array":
+        return arrays[value]
+    return float.fromhex(value) if kind == "float" else value
+
+
+def _sync_folder(folder: Path) -> None:
+    """The new name, too, outlives a loss of power (where the system lets folders be synced)."""
+    if os.name != "posix":
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

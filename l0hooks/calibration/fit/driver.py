@@ -1,0 +1,196 @@
+"""Runs the solver over one or several K: tells how far it is, asks callbacks, writes and reads checkpoints."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from l0hooks.calibration.data.inputs import Inputs
+from l0hooks.calibration.data.reach import weight_limits
+from l0hooks.calibration.fit.checkpoint import Checkpoint
+from l0hooks.calibration.fit.polish import Polished
+from l0hooks.calibration.fit.progress import Callback, Display, Update, Watch
+from l0hooks.calibration.fit.solver import Options, Solver
+from l0hooks.calibration.fit.stage import Selection, State
+from l0hooks.calibration.numerics.columns import Floats, shared
+from l0hooks.calibration.numerics.problem import Loss, Problem, prepare
+
+_LEAST = 1e-12  # importance of a target that only stands in the hierarchy, against the largest
+COLUMNS = ("stage", "step", "steps", "error", "active", "seconds")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What the solver found for one K.
+
+    Attributes
+    ----------
+    keep : int or None
+    weights : float64, shape (N,)
+    selection : Selection
+    stage : str
+        The candidate that won.
+    converged : bool
+    reason : str
+    candidates : dict from name to mean \\|relative error\\|
+        All that were tried.
+    rows : list of dict
+        The history.
+    """
+
+    keep: int | None
+    weights: Floats
+    selection: Selection
+    stage: str
+    converged: bool
+    reason: str
+    candidates: dict[str, float]
+    rows: list[dict[str, Any]] = field(default_factory=list)
+
+
+def prepared(inputs: Inputs, *, loss: Loss, consistency: float, offset: float = 1.0) -> Problem:
+    """The problem that the stages work on, of the targets that count or have parents or children."""
+    people = inputs.people
+    counts = inputs.importance > 0
+    related = [number for parent, children in inputs.hierarchy for number in (parent, *children)]
+    counts[related] = True
+    rows = np.flatnonzero(counts)
+    place = np.cumsum(counts) - 1
+    whole = len(rows) == len(counts)
+    problem = prepare(
+        inputs.matrix if whole else inputs.matrix[rows],
+        inputs.lower[rows],
+        inputs.upper[rows],
+        design_weights=people.design,
+        importance=np.maximum(inputs.importance[rows], _LEAST * inputs.importance.max()),
+        loss=loss,
+        offset=offset,
+        hierarchy=[(int(place[parent]), place[list(children)].tolist()) for parent, children in inputs.hierarchy],
+        consistency=consistency,
+        keep=people.keep,
+        leave_out=people.leave_out,
+        clusters=people.clusters,
+        dtype=inputs.dtype,
+    )
+    low, high = weight_limits(people, on_weight=inputs.bounds_on == "weight")
+    if people.clusters is not None or len(people.leave_out):
+        first = np.full(problem.size, len(problem.members))
+        inside = np.flatnonzero(problem.members >= 0)
+        np.minimum.at(first, problem.members[inside], inside)  # a cluster's households have the same bounds
+        low, high = low[first], high[first]
+    low /= problem.design
+    high /= problem.design
+    return replace(problem, low=shared(low), high=shared(high))
+
+
+class Driver:
+    """Takes the solver through all K, largest first.
+
+    Parameters
+    ----------
+    problem : Problem
+    options : Options
+        ``keep`` is not read.
+    sizes : sequence of int or None
+        None: no number was asked for.
+    callbacks : sequence of Callback
+    display : Display
+    checkpoint : Checkpoint, optional
+    """
+
+    def __init__(
+        self,
+        problem: Problem,
+        options: Options,
+        sizes: Sequence[int | None],
+        *,
+        callbacks: Sequence[Callback] = (),
+        display: Display,
+        checkpoint: Checkpoint | None = None,
+    ) -> None:
+        self.options, self.sizes = options, list(sizes)
+        self._problems = [problem] * len(self.sizes)  # each solver takes one: the last alone holds what it needs
+        self.callbacks, self.display, self.checkpoint = callbacks, display, checkpoint
+        self.outcomes: list[Outcome] = []
+        self._rows: list[dict[str, Any]] = []
+        self._stopped = ""
+        self._watch = Watch()
+
+    def run(self) -> list[Outcome]:
+        """One outcome for each K; what a checkpoint holds is not done again."""
+        saved = None if self.checkpoint is None else self.checkpoint.read()
+        if saved is not None:
+            self._restore(saved)
+        try:
+            while len(self.outcomes) < len(self.sizes):
+                solver = self._solver()
+                if saved is not None:
+                    solver.resume(saved["solver"])
+                    saved = None
+                else:
+                    self._stopped = ""
+                if self._stopped:
+                    solver.try_no_more()
+                self.outcomes.append(self._solve(solver))
+                self._rows = []
+        finally:
+            self.display.close()
+        if self.checkpoint is not None:
+            self.checkpoint.remove()
+        return self.outcomes
+
+    def _solver(self) -> Solver:
+        before = self.outcomes[-1].selection if self.outcomes else None
+        options = replace(self.options, keep=self.sizes[len(self.outcomes)])
+        return Solver(self._problems.pop(), options, before, frugal=True)
+
+    def _solve(self, solver: Solver) -> Outcome:
+        while not solver.done and not (self._stopped and solver.candidates):
+            update = self._watch.update(solver.advance())
+            self._rows.append({name: vars(update)[name] for name in COLUMNS})
+            self.display.show(update)
+            self._ask(update, solver)
+            if self.checkpoint is not None and self.checkpoint.due and solver.resumable:
+                self.checkpoint.write(self._state(solver))
+        return self._outcome(solver)
+
+    def _ask(self, update: Update, solver: Solver) -> None:
+        for callback in self.callbacks:
+            if callback(update):
+                self._stopped = f"stopped by a callback after {update.stage} {update.step}/{update.steps}"
+                solver.end_stage()
+                solver.try_no_more()
+
+    def _outcome(self, solver: Solver) -> Outcome:
+        best = solver.best()
+        polished: Polished = best.polished
+        selection = polished.selection
+        return Outcome(
+            keep=solver.options.keep,
+            weights=solver.problem.weights(selection.g, selection.units),
+            selection=selection,
+            stage=best.name,
+            converged=polished.converged,
+            reason=polished.reason + (f"; {self._stopped}" if self._stopped else ""),
+            candidates={candidate.name: candidate.polished.error for candidate in solver.candidates},
+            rows=self._rows,
+        )
+
+    def _state(self, solver: Solver) -> State:
+        outcomes = [{**vars(one), "selection": vars(one.selection)} for one in self.outcomes]
+        return {
+            "outcomes": outcomes,
+            "rows": self._rows,
+            "seconds": self._watch.seconds(),
+            "stopped": self._stopped,
+            "solver": solver.state(),
+        }
+
+    def _restore(self, saved: State) -> None:
+        self.outcomes = [Outcome(**{**one, "selection": Selection(**one["selection"])}) for one in saved["outcomes"]]
+        self._rows, self._stopped = saved["rows"], saved["stopped"]
+        del self._problems[: len(self.outcomes)]
+        self._watch = Watch(before=saved["seconds"])

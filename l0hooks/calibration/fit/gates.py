@@ -1,0 +1,344 @@
+r"""The gate stage: Hard Concrete gates over the units, trained at an exact, scheduled expected size.
+
+Every epoch draws gates z, forms x = e^θ·z and p = Bx, and descends on ½ Σ dist(s·p, [l, u])² in θ and in the gates'
+log-odds, s the best common factor. Units whose gate is exactly zero contribute nothing to p, and neither θ nor their
+log-odds have a gradient: both products run over the open ones only.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from l0hooks.calibration.fit.stage import Progress, Selection, State, largest
+from l0hooks.calibration.numerics.columns import Floats, Integers
+from l0hooks.calibration.numerics.least_squares import bounded_fit
+from l0hooks.calibration.numerics.problem import Problem
+from l0hooks.gates.gate import Gate
+from l0hooks.gates.hard_concrete import GAMMA, ZETA
+from l0hooks.gates.noise import Door, NoiseSource
+from l0hooks.gates.random import Stream, stream
+from l0hooks.schedules import Schedule, exponential
+from l0hooks.training._set_budget import set_budget
+from l0hooks.training.budget import Budget
+from l0hooks.training.penalties import penalty
+
+_START, _MOST = 4.0, 0.9  # the expected size starts at four times the final one, at most at nine tenths of all
+_SHRINK, _DECAY = 0.6, 0.6  # shares of the epochs: until the size is reached, and until the rates fall
+_SPREAD = 5.0  # log-odds at the start differ by no more either way
+_SPARSE = 0.6  # of the entries: with fewer open ones it pays to copy them together
+_SAVED = 10  # epochs from one state that can be saved to the next
+_RATE, _GATE_RATE, _SCALE_RATE = 0.05, 0.3, 0.2
+
+
+class GateDescent(torch.optim.Optimizer):
+    """Momentum whose steps are divided by one number, the root mean square of all gradients so far.
+
+    Relative sizes of the gradients survive; divided coordinate by coordinate, as Adam does, the noise of gates that
+    are seldom open would become a random walk.
+
+    Parameters
+    ----------
+    params : iterable of Tensor
+    lr : float, > 0
+        A gradient of the usual size moves its coordinate by this much.
+    momentum, decay : float in (0, 1)
+        Of the mean of the gradients, and of that of their squares.
+    largest : float, > 0
+        No coordinate moves further in one step.
+
+    Examples
+    --------
+    >>> x = torch.nn.Parameter(torch.zeros(2))
+    >>> optimizer = GateDescent([x], lr=0.1)
+    >>> x.grad = torch.tensor([3.0, 4.0])
+    >>> _ = optimizer.step()
+    >>> x.detach()
+    tensor([-0.0849, -0.1131])
+    """
+
+    def __init__(
+        self, params: Any, *, lr: float, momentum: float = 0.9, decay: float = 0.99, largest: float = 0.5
+    ) -> None:
+        super().__init__(params, {"lr": lr, "momentum": momentum, "decay": decay, "largest": largest})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """Take one step."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for x in group["params"]:
+                if x.grad is not None:
+                    self._move(x, x.grad, group)
+        return loss
+
+    def _move(self, x: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
+        state = self.state[x]
+        if not state:
+            state.update(steps=0, square=0.0, mean=torch.zeros_like(x))
+        square = float(torch.dot(grad.flatten(), grad.flatten())) / max(1, int(torch.count_nonzero(grad)))
+        state["steps"] += 1
+        state["square"] = group["decay"] * state["square"] + (1 - group["decay"]) * square
+        state["mean"].lerp_(grad, 1 - group["momentum"])
+        unbiased = state["square"] / (1 - group["decay"] ** state["steps"])
+        rate = group["lr"] / (1 - group["momentum"] ** state["steps"]) / (math.sqrt(unbiased) + 1e-20)
+        x.sub_((state["mean"] * rate).clamp_(-group["largest"], group["largest"]))
+
+
+class NumberedNoise(Door):
+    """Noise that depends on a seed and the number of the epoch alone; torch's own generator is left in peace."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__(NoiseSource(), "")
+        self.seed, self.epoch = seed, 0
+
+    def stream(self, index: int, like: Tensor) -> Stream:
+        """The noise of this epoch."""
+        (seed,) = np.random.SeedSequence([self.seed, self.epoch, index]).generate_state(1, np.uint64)
+        return stream(int(seed), like.numel(), like.device)
+
+
+class GateStage:
+    """Trains the gates of a problem.
+
+    Parameters
+    ----------
+    problem : Problem
+    keep : int, optional
+        The expected number of units that stay, those that must included; held exactly, on schedule. Either this or
+        ``l0``.
+    l0 : float, > 0, optional
+        The price of one unit in the loss Σ dist², as in the earlier library, through the penalty registry.
+    epochs : int, > 0
+    start : float64, > 0, shape (n,), optional
+        g to start from; by :func:`warm_start` if not given.
+    log_odds : float32, shape (n,), optional
+        Log-odds to start from, instead of those by the contributions of ``start``.
+    random_state : int, >= 0
+
+    Examples
+    --------
+    >>> from scipy import sparse
+    >>> from l0hooks.calibration.numerics.problem import prepare
+    >>> rng = np.random.default_rng(0)
+    >>> matrix = sparse.csr_array(rng.random((4, 50)))
+    >>> stage = GateStage(prepare(matrix, matrix @ np.ones(50)), keep=8, epochs=20)
+    >>> while not stage.done:
+    ...     told = stage.advance()
+    >>> told.step, len(stage.selection().units)
+    (20, 8)
+
+    References
+    ----------
+    Louizos, Welling & Kingma (2018), section 2.2.
+    """
+
+    def __init__(
+        self,
+        problem: Problem,
+        keep: int | None = None,
+        *,
+        l0: float | None = None,
+        epochs: int = 200,
+        start: Floats | None = None,
+        log_odds: Floats | None = None,
+        random_state: int = 0,
+    ) -> None:
+        self.problem, self.keep, self.l0, self.epochs = problem, keep, l0, epochs
+        self.epoch = 0
+        self._free = np.flatnonzero(~problem.kept)
+        self._all_free = len(self._free) == problem.size
+        # of each unit among the free ones
+        self._place = np.where(problem.kept, -1, np.cumsum(~problem.kept) - 1) if not self._all_free else self._free
+        wanted = len(self._free) / 2 if keep is None else keep - (problem.size - len(self._free))
+        first = min(_START * wanted, _MOST * len(self._free))
+        self._noise = NumberedNoise(random_state)
+        self.gate = Gate(len(self._free), init_keep_prob=max(first, wanted) / len(self._free), door=self._noise)
+        begin = warm_start(problem) if start is None else start
+        scores = _scores(problem, begin, self._free, wanted) if log_odds is None else log_odds[self._free]
+        self._put_under_budget(int(wanted), torch.from_numpy(scores).float())
+        least = 1e-3 * float(np.median(begin[begin > 0])) if (begin > 0).any() else 1.0
+        self.theta = torch.nn.Parameter(torch.from_numpy(np.log(np.maximum(begin, least))).float())
+        self._adam = torch.optim.Adam([self.theta], lr=_RATE, betas=(0.9, 0.99), eps=1e-10, fused=True)
+        self._descent = GateDescent([self.gate.log_alpha], lr=_GATE_RATE)
+
+    def _put_under_budget(self, wanted: int, scores: Tensor) -> None:
+        if self.l0 is not None:
+            with torch.no_grad():
+                self.gate.log_alpha.add_(scores)
+            return
+        (self._rule,) = set_budget(self.gate, Budget(keep=wanted, steps=self.epochs, schedule=_shrinking, min_keep=0))
+        self._rule.start_from([scores])
+
+    @property
+    def done(self) -> bool:
+        """Whether all epochs are over."""
+        return self.epoch >= self.epochs
+
+    @property
+    def settled(self) -> bool:
+        """Whether the expected size is the final one, so that errors of epochs can be compared."""
+        return self.epoch >= max(_SHRINK, _DECAY) * self.epochs
+
+    @property
+    def resumable(self) -> bool:
+        """Whether :meth:`state` may be called now: after every tenth epoch."""
+        return self.epoch % _SAVED == 0
+
+    def advance(self) -> Progress:
+        """One epoch."""
+        self._noise.epoch = self.epoch
+        with torch.no_grad():
+            opened = self.gate.sample().numpy()
+        z = opened if self._all_free else self._with_kept(opened)
+        active = np.flatnonzero(z)
+        strength = np.exp(self.theta.detach().numpy()[active])
+        x = z[active] * strength
+        slope, misses, factor = self._slope(active, x)
+        self.theta.grad = self._spread(active, slope * x, self.problem.size)
+        by_gate = slope * strength * self._opening(z[active])
+        if self._all_free:
+            self.gate.log_alpha.grad = self._spread(active, by_gate, self.problem.size)
+        else:
+            free = self._place[active] >= 0
+            places = self._place[active][free]
+            self.gate.log_alpha.grad = self._spread(places, by_gate[free], len(self._free))
+        if self.l0 is not None:
+            (self.l0 / 2 * penalty(self.gate, l0=1.0)).backward()  # type: ignore[no-untyped-call]
+        self._step(factor)
+        return Progress("gates", self.epoch, self.epochs, self.problem.error(misses), len(active))
+
+    def _with_kept(self, opened: Any) -> Any:
+        z = np.ones(self.problem.size, np.float32)
+        z[self._free] = opened
+        return z
+
+    def _opening(self, z: Any) -> Any:
+        """dz / d log-odds of gates, from their values: zero where they are clamped, and once they are fixed."""
+        if self.l0 is None and self._rule.finished:
+            return np.zeros_like(z)
+        share = (z - GAMMA) / (ZETA - GAMMA)
+        return np.where(z < 1, (ZETA - GAMMA) / self.gate.temperature * share * (1 - share), 0)
+
+    @staticmethod
+    def _spread(places: Integers, values: Any, count: int) -> Tensor:
+        whole = np.zeros(count, np.float32)
+        whole[places] = values
+        return torch.from_numpy(whole)
+
+    def _slope(self, active: Integers, x: Any) -> tuple[Any, Floats, float]:
+        """d loss / dx of the active units (float32), the misses, and the common factor."""
+        problem, columns = self.problem, self.problem.columns
+        if len(active) < _SPARSE * problem.size:
+            block, part = columns[active], x
+        else:
+            block, part = columns, np.zeros(problem.size, np.float32)
+            part[active] = x
+        p = np.asarray(block.T @ part.astype(block.dtype), np.float64)
+        towards = np.clip(p, problem.lower, problem.upper)
+        square = float(p @ p)
+        factor = min(max(float(towards @ p) / square, 1e-6), 1e6) if square > 0 else 1.0
+        misses = problem.misses(factor * p)
+        slope = (block @ (factor * misses).astype(block.dtype)).astype(np.float32)
+        return slope if block is not columns else slope[active], misses, factor
+
+    def _step(self, factor: float) -> None:
+        done = self.epoch / self.epochs
+        decay = 1.0 if done < _DECAY else (1 + math.cos(math.pi * (done - _DECAY) / (1 - _DECAY))) / 2
+        self._adam.param_groups[0]["lr"] = _RATE * decay
+        self._adam.step()
+        self._descent.step()
+        self.gate.log_alpha.grad = None
+        with torch.no_grad():
+            self.theta.add_(_SCALE_RATE * math.log(factor))
+        self.epoch += 1
+        if self.resumable and self.l0 is None:
+            self._rule.state()  # forgets what a run that resumes does not know
+
+    def log_odds(self) -> Floats:
+        """The log-odds of all units, infinite for those that must stay: float64, shape (n,)."""
+        ranked = np.full(self.problem.size, np.inf)
+        ranked[self._free] = self.gate.log_alpha.detach().numpy()
+        return ranked
+
+    def values(self) -> Floats:
+        """e^θ of all units: float64, shape (n,)."""
+        return self.theta.detach().double().exp().numpy()
+
+    def selection(self) -> Selection:
+        """The ``keep`` units with the largest log-odds; with a price, those whose gates are open."""
+        if self.keep is not None:
+            return self.leading(self.keep)
+        chosen = self.problem.kept.copy()
+        chosen[self._free] = self.gate.support().numpy()
+        units = np.flatnonzero(chosen)
+        return Selection(units, self.values()[units])
+
+    def leading(self, count: int) -> Selection:
+        """The ``count`` units with the largest log-odds."""
+        units = largest(self.log_odds(), count)
+        return Selection(units, self.values()[units])
+
+    def state(self) -> State:
+        """What :meth:`resume` needs."""
+        adam, descent = self._adam.state[self.theta], self._descent.state[self.gate.log_alpha]
+        return {
+            "epoch": self.epoch,
+            "theta": self.theta.detach().numpy().copy(),
+            "log_alpha": self.gate.log_alpha.detach().numpy().copy(),
+            "rule": np.array(() if self.l0 is not None else self._rule.state()),
+            "means": np.stack([s.numpy() for s in (adam["exp_avg"], adam["exp_avg_sq"])]) if adam else np.zeros(0),
+            "momentum": descent["mean"].numpy().copy() if descent else np.zeros(0),
+            "square": descent["square"] if descent else 0.0,
+        }
+
+    @torch.no_grad()
+    def resume(self, state: State) -> None:
+        """Go on from ``state``, of a stage made with the same arguments."""
+        self.epoch = int(state["epoch"])
+        self.theta.copy_(torch.from_numpy(state["theta"]))
+        self.gate.log_alpha.copy_(torch.from_numpy(state["log_alpha"]))
+        if self.l0 is None:
+            self._rule.resume(*state["rule"].tolist())
+        if self.epoch:
+            mean, square = (torch.from_numpy(part.copy()) for part in state["means"])
+            steps = torch.tensor(float(self.epoch))
+            self._adam.state[self.theta] = {"step": steps, "exp_avg": mean, "exp_avg_sq": square}
+            self._descent.state[self.gate.log_alpha] = {
+                "steps": self.epoch,
+                "square": float(state["square"]),
+                "mean": torch.from_numpy(state["momentum"].copy()),
+            }
+
+
+def warm_start(problem: Problem, iterations: int = 60) -> Floats:
+    """g of a short non-negative least-squares fit of all units: float64, shape (n,)."""
+    target = np.clip((problem.lower + problem.upper) / 2, problem.lower, problem.upper)
+    target = np.where(np.isfinite(target), target, np.clip(0.0, problem.lower, problem.upper))
+    zeros, high = np.zeros(problem.size), np.full(problem.size, np.inf)
+    fit = bounded_fit(
+        problem.columns, target, zeros, high, np.ones(problem.size), iterations=iterations, norms=problem.norms
+    )
+    return fit.g
+
+
+def _scores(problem: Problem, g: Floats, free: Integers, wanted: float) -> Floats:
+    """How much more the contribution of a unit speaks for it than that of the last one wanted, in log-odds."""
+    contribution = (g * problem.norms)[free]
+    last = max(0, len(free) - max(1, int(wanted)))
+    edge = np.partition(contribution, last)[last]
+    reference = max(float(edge), 1e-12 * float(contribution.max(initial=0.0)), 1e-300)
+    scores: Floats = np.clip(np.log(contribution / reference + 1e-6), -_SPREAD, _SPREAD)
+    return scores
+
+
+def _shrinking(start: float, stop: float, steps: int) -> Schedule:
+    return exponential(start, stop, max(1, round(_SHRINK * steps)))

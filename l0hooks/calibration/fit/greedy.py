@@ -1,0 +1,134 @@
+"""The greedy stage: orthogonal matching pursuit in blocks, for few units."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from l0hooks.calibration.fit.stage import Progress, Selection, State, largest, refit
+from l0hooks.calibration.numerics.columns import Floats
+from l0hooks.calibration.numerics.problem import Problem
+
+_ROUNDS, _ITERATIONS = (100, 40), (100, 30)  # with few units, at most one for two targets; with more
+
+
+class GreedyStage:
+    """Adds the units whose columns have most in common with what is still missing, and refits, round by round.
+
+    Parameters
+    ----------
+    problem : Problem
+    keep : int
+        The number of units to choose, those that must stay included.
+    rounds : int, > 0, optional
+    iterations : int, > 0, optional
+        Of each refit. Both are larger by default where there are fewer than half as many units as targets.
+
+    Examples
+    --------
+    >>> from scipy import sparse
+    >>> from l0hooks.calibration.numerics.problem import prepare
+    >>> matrix = sparse.csr_array([[1.0, 0.0, 1.0], [0.0, 1.0, 1.0]])
+    >>> stage = GreedyStage(prepare(matrix, [4.0, 4.0]), keep=1)
+    >>> told = stage.advance()
+    >>> stage.selection().units, stage.done
+    (array([2]), True)
+
+    References
+    ----------
+    Bruckstein, Elad & Zibulevsky (2008), On the uniqueness of nonnegative sparse solutions to underdetermined systems
+    of equations, section III, for the pursuit with non-negative coefficients.
+    """
+
+    def __init__(
+        self, problem: Problem, keep: int, *, rounds: int | None = None, iterations: int | None = None
+    ) -> None:
+        many = int(2 * keep > problem.rows)
+        self.problem, self.keep = problem, keep
+        self.iterations = _ITERATIONS[many] if iterations is None else iterations
+        self._block = max(1, keep // (_ROUNDS[many] if rounds is None else rounds))
+        self._units = np.flatnonzero(problem.kept)
+        self._g = np.maximum(problem.low[self._units], np.minimum(1.0, problem.high[self._units]))
+        self._misses = problem.misses(problem.estimates(self._g, self._units))
+
+    @property
+    def done(self) -> bool:
+        """Whether as many as wanted are chosen."""
+        return len(self._units) >= self.keep
+
+    @property
+    def misses(self) -> Floats:
+        """Of the units chosen so far."""
+        return self._misses
+
+    @property
+    def resumable(self) -> bool:
+        """Always."""
+        return True
+
+    def advance(self) -> Progress:
+        """One block."""
+        problem = self.problem
+        scores = problem.promise(self._misses)
+        scores[self._units] = -np.inf
+        new = largest(scores, min(self._block, self.keep - len(self._units)))
+        units = np.concatenate([self._units, new])
+        usual = np.median(self._g[self._g > 0]) if (self._g > 0).any() else problem.size / self.keep
+        order = np.argsort(units)
+        fitted = refit(
+            problem,
+            units[order],
+            np.concatenate([self._g, np.full(len(new), 0.05 * usual)])[order],
+            iterations=self.iterations,
+            relaxed=True,
+        )
+        self._units, self._g, self._misses = units[order], fitted.g, fitted.misses
+        steps = -(-self.keep // self._block)
+        step = min(steps, -(-len(self._units) // self._block))
+        return Progress("greedy", step, steps, problem.error(self._misses), int((self._g > 0).sum()))
+
+    def selection(self) -> Selection:
+        """The units chosen so far."""
+        return Selection(self._units, self._g)
+
+    def state(self) -> State:
+        """What :meth:`resume` needs."""
+        return {"units": self._units.copy(), "g": self._g.copy(), "misses": self._misses.copy()}
+
+    def resume(self, state: State) -> None:
+        """Go on from ``state``."""
+        self._units, self._g, self._misses = state["units"], state["g"], state["misses"]
+
+
+def worth_their_price(problem: Problem, price: float) -> Selection:
+    """Units one by one, while each lowers the loss by more than half the price.
+
+    Parameters
+    ----------
+    problem : Problem
+    price : float, > 0
+
+    Returns
+    -------
+    Selection
+        Of nobody, if the first is not worth it.
+
+    Examples
+    --------
+    >>> from scipy import sparse
+    >>> from l0hooks.calibration.numerics.problem import prepare
+    >>> problem = prepare(sparse.csr_array([[1.0, 0.0, 1.0], [0.0, 1.0, 1.1]]), [4.0, 4.0])
+    >>> [worth_their_price(problem, price).units.tolist() for price in (0.1, 10.0)]
+    [[2], []]
+    """
+    most = min(problem.size, problem.rows + 1)
+    stage = GreedyStage(problem, most, rounds=most)
+    best, least = stage.selection(), float(stage.misses @ stage.misses) / 2
+    while not stage.done:
+        stage.advance()
+        found = stage.selection()
+        fitted = refit(problem, found.units, found.g, iterations=_ITERATIONS[0])
+        cost = fitted.loss + price / 2 * len(found.units)
+        if cost >= least:
+            break
+        best, least = Selection(found.units, fitted.g), cost
+    return best

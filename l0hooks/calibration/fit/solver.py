@@ -1,0 +1,406 @@
+"""``Solver``: candidates by regime, each a chain of stages, and the best of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Literal
+
+import numpy as np
+
+from l0hooks.calibration.fit.gates import GateStage
+from l0hooks.calibration.fit.greedy import GreedyStage, worth_their_price
+from l0hooks.calibration.fit.polish import Objective, Polished, polish
+from l0hooks.calibration.fit.priced import PricedSwapStage, cheapest
+from l0hooks.calibration.fit.stage import Patience, Progress, Selection, Stage, State, refit
+from l0hooks.calibration.fit.swaps import PruneStage, SwapStage
+from l0hooks.calibration.numerics.columns import rows_of, shared
+from l0hooks.calibration.numerics.dual import Distance
+from l0hooks.calibration.numerics.problem import Problem
+
+Method = Literal["auto", "gates", "greedy", "dense"]
+_ITERATIONS = 60  # of the refit that selections are compared by
+_FLOOR = 1e-3  # of the usual g, n/K: a chosen unit's weight is no smaller
+_EQUAL = 0.01  # errors that differ by less count as equal: the smaller design effect decides
+_NEAR = 1e-2  # root mean square of the scaled misses of an unpolished selection that may yet meet all targets
+_CLOSE = 1.1  # losses of unpolished selections whose square roots differ by no more are all polished
+_UNSETTLED = 2.0  # the same, where the polish lowered the first one's by so much
+_SAME = 1.06  # two starts that end as close as this have met the floor: a third is not tried
+_FEW, _SOME = 1.5, 5.0  # units a target: up to which gates may win, and greedy search
+_MANY = 2.0  # units a target from which a random selection may do
+_SMALL = 200  # targets up to which greedy search one by one is cheap
+_CHEAP = 2000  # units up to which every start is tried all the same
+_RANDOM, _RANDOM_SWAPS, _GREEDY, _GATES = (
+    ("random",),
+    ("random", "swaps"),
+    ("greedy", "swaps"),
+    ("gates", "prune", "swaps"),
+)
+_PATH, _PRICED, _DENSE = ("path", "prune", "swaps"), ("gates", "swaps"), ("all",)
+
+
+@dataclass(frozen=True)
+class Options:
+    """What :class:`Solver` is to do.
+
+    Attributes
+    ----------
+    keep : int, optional
+        K, the number of units with a positive weight.
+    l0 : float, > 0, optional
+        The price of a unit instead; neither: all units, plain calibration.
+    method : "auto", "gates", "greedy" or "dense"
+        "auto" runs all candidates that could win; "dense" starts from a random selection and swaps, without gates.
+    epochs : int, > 0
+        Of the gates.
+    objective, distance, tolerance
+        As in :func:`polish`.
+    random_state : int, >= 0
+    patience : int, > 0, optional
+        Gates, once they are down to their final number, and swaps end after so many steps without a better error.
+    """
+
+    keep: int | None = None
+    l0: float | None = None
+    method: Method = "auto"
+    epochs: int = 200
+    objective: Objective = "auto"
+    distance: Distance = "chi_square"
+    tolerance: float = 1e-6
+    random_state: int = 0
+    patience: int | None = None
+
+
+@dataclass(frozen=True)
+class Pending:
+    """A candidate's selection before the polish.
+
+    Attributes
+    ----------
+    name : str
+    selection : Selection
+    norm : float
+        √Σ dist² after a short refit.
+    error : float
+        The mean relative error then, which another may have smaller.
+    """
+
+    name: str
+    selection: Selection
+    norm: float
+    error: float
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One candidate's result.
+
+    Attributes
+    ----------
+    name : str
+        Its stages, joined by ``+``.
+    polished : Polished
+    """
+
+    name: str
+    polished: Polished
+
+
+class Solver:
+    """Runs the candidates step by step and keeps the best.
+
+    In ``"auto"`` these are greedy with swaps, a random selection with swaps, and gates with pruning and swaps, which
+    are left out where the first two end equally well. Above 2,000 units gates are made up to one and a half times as
+    many units as targets, and greedy search up to five times as many; beyond, these starts end within a few per cent of
+    each other once they are polished. From twice as many on a random selection is tried as it is. Those that come close
+    to the best, in loss or in error, are polished. The smallest mean relative error wins; of errors within 1 % of it,
+    or of targets all met, the smallest design effect.
+
+    Parameters
+    ----------
+    problem : Problem
+    options : Options
+    before : Selection, optional
+        The result for a larger K, from which this one may be reached by pruning.
+    frugal : bool
+        Whether ``problem`` gives up the columns of all units that are in no selection before the polish.
+
+    Attributes
+    ----------
+    problem : Problem
+        With a positive floor under the weights of chosen units, so that K is exact.
+    candidates : list of Candidate
+        Those that are finished.
+
+    Examples
+    --------
+    >>> from scipy import sparse
+    >>> from l0hooks.calibration.numerics.problem import prepare
+    >>> rng = np.random.default_rng(0)
+    >>> matrix = sparse.csr_array(rng.random((4, 50)))
+    >>> solver = Solver(prepare(matrix, matrix @ np.ones(50)), Options(keep=6, epochs=20))
+    >>> best = solver.run()
+    >>> len(best.polished.selection.units), best.polished.feasible
+    (6, True)
+    """
+
+    def __init__(
+        self, problem: Problem, options: Options, before: Selection | None = None, *, frugal: bool = False
+    ) -> None:
+        self.options, self._before, self._frugal = options, before, frugal
+        self.problem = _with_floor(problem, options.keep)
+        self.candidates: list[Candidate] = []
+        self._pending: list[Pending] = []
+        self._plan = _plan(self.problem, options, before is not None)
+        self._candidate = self._leg = 0
+        self._stage: Stage | None = None
+        self._selection: Selection | None = None
+        self._patience = None if options.patience is None else Patience(options.patience)
+
+    @property
+    def done(self) -> bool:
+        """Whether all candidates that could win are polished."""
+        return self._selected and not self._pending
+
+    @property
+    def _selected(self) -> bool:
+        """Whether no further selection is to be made."""
+        if self.candidates or self._candidate >= len(self._plan):  # once it has begun, the polish sees what is left
+            return True
+        norms = sorted(one.norm for one in self._pending if one.name.endswith("swaps"))
+        return (
+            self._leg == 0 and len(norms) > 1 and norms[1] <= _SAME * norms[0] and self._plan[self._candidate] == _GATES
+        )
+
+    @property
+    def resumable(self) -> bool:
+        """Whether :meth:`state` may be called now."""
+        return self._stage is None or self._stage.resumable
+
+    @property
+    def gates(self) -> GateStage | None:
+        """The gate stage, while it runs."""
+        return self._stage if isinstance(self._stage, GateStage) else None
+
+    def run(self) -> Candidate:
+        """Take all steps; the best candidate."""
+        while not self.done:
+            self.advance()
+        return self.best()
+
+    def best(self) -> Candidate:
+        """The best of the finished candidates."""
+        errors = np.array([c.polished.error for c in self.candidates])
+        met = np.array([c.polished.feasible for c in self.candidates])
+        edge = errors.min() * (1 + _EQUAL)
+        equal = met if met.any() else errors <= edge
+        deff = np.where(equal, [c.polished.deff for c in self.candidates], np.inf)
+        return self.candidates[int(np.argmin(deff))]
+
+    def advance(self) -> Progress:
+        """One step of the stage that runs, or one polish."""
+        if self._selected:
+            return self._polish()
+        legs = self._plan[self._candidate]
+        while self._stage is None and self._leg < len(legs):
+            self._begin(legs[self._leg])
+        if self._stage is None:
+            return self._put_by("+".join(legs))
+        told = self._stage.advance()
+        if self._stage.done:
+            self._end_leg()
+        elif self._patience is not None and self._may_end() and self._patience.is_over(told):
+            self.end_stage()
+        return told
+
+    def _may_end(self) -> bool:
+        """Whether errors of the stage that runs can be compared from step to step, and it may end at any of them."""
+        stage = self._stage
+        return isinstance(stage, (SwapStage, PricedSwapStage)) or (isinstance(stage, GateStage) and stage.settled)
+
+    def end_stage(self) -> None:
+        """End gates or swaps with what they have; a stage that has not its K units yet goes on."""
+        if isinstance(self._stage, (GateStage, SwapStage, PricedSwapStage)):
+            self._end_leg()
+
+    def try_no_more(self) -> None:
+        """Finish the selection that is being made, and begin no other."""
+        begun = self._stage is not None or self._leg > 0 or not self._pending
+        self._plan = self._plan[: self._candidate + begun]
+
+    def _begin(self, leg: str) -> None:
+        """Make the stage of a leg; a leg that needs no steps is over at once."""
+        if leg in ("random", "all", "path"):
+            self._selection, self._leg = self._given(leg), self._leg + 1
+            return
+        self._stage = self._make(leg)
+        if self._stage.done:
+            self._end_leg()
+
+    def _given(self, leg: str) -> Selection:
+        problem, keep = self.problem, self.options.keep
+        if leg == "path" and self._before is not None:
+            return self._before
+        if leg == "all" or keep is None:
+            return Selection(np.arange(problem.size), np.ones(problem.size))
+        return random_selection(problem, keep, self.options.random_state)
+
+    def _make(self, leg: str) -> Stage:
+        problem, options = self.problem, self.options
+        if leg == "gates":
+            return GateStage(
+                problem, options.keep, l0=options.l0, epochs=options.epochs, random_state=options.random_state
+            )
+        keep = problem.size if options.keep is None else options.keep
+        if leg == "greedy":
+            return GreedyStage(problem, keep)
+        selection = self._given("random") if self._selection is None else self._selection
+        if options.l0 is not None:
+            return PricedSwapStage(problem, selection, options.l0)
+        return PruneStage(problem, selection, keep) if leg == "prune" else SwapStage(problem, selection)
+
+    def _end_leg(self) -> None:
+        stage, keep = self._stage, self.options.keep
+        if isinstance(stage, GateStage) and keep is not None:
+            self._selection = stage.leading(min(2 * keep, self.problem.size))
+        elif stage is not None:
+            self._selection = stage.selection()
+            self._compare_with_greedy()
+        self._stage, self._leg = None, self._leg + 1
+        if self._patience is not None:
+            self._patience.begin()
+
+    def _compare_with_greedy(self) -> None:
+        """With a price and few targets, or where gates that can stand in for each other all closed at once."""
+        price, found, few = self.options.l0, self._selection, self.problem.rows <= _SMALL
+        if price is not None and found is not None and (few or not len(found.units)):
+            self._selection = cheapest(self.problem, price, [found, worth_their_price(self.problem, price)])
+
+    def _put_by(self, name: str) -> Progress:
+        """A selection is made: whether it is polished depends on the others."""
+        selection = self._given("all") if self._selection is None else self._selection
+        norm, error = 0.0, np.inf
+        if len(self._plan) > 1:
+            block = rows_of(self.problem.columns, selection.units, rough=len(selection.units) > self.problem.rows)
+            fitted = refit(self.problem, selection.units, selection.g, iterations=_ITERATIONS, block=block)
+            norm, error = float(np.linalg.norm(fitted.misses)), self.problem.error(fitted.misses)
+        self._pending.append(Pending(name, selection, norm, error))
+        self._selection, self._leg, self._candidate = None, 0, self._candidate + 1
+        return Progress("choice", self._candidate, len(self._plan), error, len(selection.units))
+
+    def _polish(self) -> Progress:
+        """Polish the most promising selection, and forget those that are too far behind it."""
+        if self._frugal and not self.candidates:
+            wanted = np.zeros(self.problem.size, np.bool_)
+            for one in self._pending:
+                wanted[one.selection.units] = True
+            self.problem = self.problem.only(np.flatnonzero(wanted))
+        self._pending.sort(key=lambda one: one.norm)
+        first, options = self._pending[0], self.options
+        polished = polish(
+            self.problem,
+            first.selection,
+            objective=options.objective,
+            distance=options.distance,
+            tolerance=options.tolerance,
+        )
+        self.candidates.append(Candidate(first.name, polished))
+        reached = min(c.polished.loss for c in self.candidates)
+        gained = first.norm / max(float(np.sqrt(2 * polished.loss)), 1e-300)
+        close = max(_CLOSE, min(gained, _UNSETTLED))  # what the polish may turn round is polished
+        edge = close * max(first.norm, float(np.sqrt(2 * reached)))
+        if polished.feasible:  # who may meet all targets, too, may have the smaller design effect
+            edge = _NEAR * math.sqrt(self.problem.rows)
+        also = "random" if polished.feasible else None
+        least = close * first.error
+        self._pending = [one for one in self._pending[1:] if one.norm <= edge or one.error <= least or one.name == also]
+        return Progress("polish", 1, 1 + len(self._pending), polished.error, len(first.selection.units))
+
+    # --- checkpoints -----------------------------------------------------------------------------------------------
+
+    def state(self) -> State:
+        """What :meth:`resume` needs: numbers, strings, arrays, and lists and dictionaries of them."""
+        return {
+            "candidate": self._candidate,
+            "leg": self._leg,
+            "stage": None if self._stage is None else self._stage.state(),
+            "selection": None if self._selection is None else asdict(self._selection),
+            "pending": [asdict(one) for one in self._pending],
+            "candidates": [{"name": c.name, "polished": asdict(c.polished)} for c in self.candidates],
+            "patience": None if self._patience is None else self._patience.state(),
+        }
+
+    def resume(self, state: State) -> None:
+        """Go on from ``state``, of a solver made with the same arguments."""
+        self._candidate, self._leg = int(state["candidate"]), int(state["leg"])
+        self._selection = None if state["selection"] is None else Selection(**state["selection"])
+        self.candidates = [
+            Candidate(c["name"], Polished(**{**c["polished"], "selection": Selection(**c["polished"]["selection"])}))
+            for c in state["candidates"]
+        ]
+        self._pending = [
+            Pending(one["name"], Selection(**one["selection"]), float(one["norm"]), float(one["error"]))
+            for one in state["pending"]
+        ]
+        if self._patience is not None:
+            self._patience.resume(state["patience"])
+        self._stage = None
+        if state["stage"] is not None:
+            self._stage = self._make(self._plan[self._candidate][self._leg])
+            self._stage.resume(state["stage"])
+
+
+def random_selection(problem: Problem, keep: int, random_state: int) -> Selection:
+    """``keep`` units at random, those that must stay among them, with one g for all."""
+    rng = np.random.default_rng([random_state, 1])
+    free = np.flatnonzero(~problem.kept)
+    drawn = rng.choice(free, keep - (problem.size - len(free)), replace=False)
+    units = np.sort(np.concatenate([np.flatnonzero(problem.kept), drawn]))
+    return Selection(units, np.full(keep, problem.size / keep))
+
+
+def path(problem: Problem, sizes: Sequence[int], options: Options) -> dict[int, Candidate]:
+    """The best candidate for every K of ``sizes``, from the largest down, each pruned from the last as well.
+
+    Examples
+    --------
+    >>> from scipy import sparse
+    >>> from l0hooks.calibration.numerics.problem import prepare
+    >>> matrix = sparse.csr_array(np.random.default_rng(0).random((4, 50)))
+    >>> found = path(prepare(matrix, matrix @ np.ones(50)), [5, 20], Options(epochs=20))
+    >>> [(k, len(best.polished.selection.units)) for k, best in found.items()]
+    [(20, 20), (5, 5)]
+    """
+    found: dict[int, Candidate] = {}
+    before: Selection | None = None
+    for keep in sorted(set(sizes), reverse=True):
+        found[keep] = Solver(problem, replace(options, keep=keep), before).run()
+        before = found[keep].polished.selection
+    return found
+
+
+def _with_floor(problem: Problem, keep: int | None) -> Problem:
+    """A positive lower bound where there is none: for all units if their number is fixed, else for those kept."""
+    floor = np.minimum(_FLOOR * problem.size / (problem.size if keep is None else keep), problem.high)
+    needed = (problem.low <= 0) & (problem.kept | (keep is not None))
+    return replace(problem, low=shared(np.where(needed, floor, problem.low)))
+
+
+def _plan(problem: Problem, options: Options, prunable: bool) -> list[tuple[str, ...]]:
+    """The candidates, the likeliest to win first."""
+    if options.l0 is not None and not problem.kept.all():
+        return [_PRICED]
+    if options.keep is None or options.keep == problem.size:
+        return [_DENSE]
+    if options.keep == int(problem.kept.sum()):
+        return [_RANDOM]
+    single: dict[str, list[tuple[str, ...]]] = {"gates": [_GATES], "greedy": [_GREEDY], "dense": [_RANDOM_SWAPS]}
+    if options.method != "auto":
+        return single[options.method]
+    first = [_PATH] if prunable else []
+    last = [_RANDOM] if options.keep > _MANY * problem.rows else []
+    if options.keep <= max(_FEW * problem.rows, _CHEAP):
+        return [*first, _GREEDY, _RANDOM_SWAPS, *last, _GATES]
+    also = [_GREEDY] if options.keep <= _SOME * problem.rows else []
+    return [*first, _RANDOM_SWAPS, *also, *last]

@@ -1,0 +1,161 @@
+r"""Whether targets can be met within bounds: a point that meets them, a proof that none does, or neither.
+
+The proof is Farkas's: with v = Bᵀu, all estimates B g within bounds have u·Bg ≤ Σᵢ max(vᵢ·lᵢ, vᵢ·hᵢ), and all y within
+their intervals u·y ≥ Σⱼ (uⱼ·lowerⱼ or uⱼ·upperⱼ). Where the first number is below the second for some u, no estimate is
+within all intervals. The sums are computed anew, with room for their rounding: whoever proposed u need not be trusted.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from scipy import sparse
+
+from l0hooks.calibration.numerics.columns import Floats, Sparse, pieces, row_norms
+
+_ROOM = 1e-12  # of the sum of all sizes, for rounding
+_ENTRIES, _SECONDS = 60_000, 20.0  # up to which a linear programme is solved; how long it may take
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What is known.
+
+    Attributes
+    ----------
+    g : float64, shape (n,), or None
+        A point within bounds that meets all targets.
+    impossible : bool
+        Whether it is proved that there is none.
+    """
+
+    g: Floats | None
+    impossible: bool
+
+
+def proves_impossible(
+    block: Sparse, u: Floats, lower: Floats, upper: Floats, low: Floats, high: Floats, tolerance: float = 0.0
+) -> bool:
+    """Whether ``u`` separates all estimates from all intervals.
+
+    Parameters
+    ----------
+    block : sparse.csr_array, float64, shape (n, Q)
+        Bᵀ.
+    u : float64, shape (Q,)
+    lower, upper : float64, shape (Q,)
+        Intervals of the estimates; one end may be infinite.
+    low, high : float64, shape (n,)
+        Bounds of g; ``high`` may be infinite.
+    tolerance : float, >= 0
+        Estimates so far outside an interval still count as within.
+
+    Returns
+    -------
+    bool
+        False says nothing.
+
+    Examples
+    --------
+    >>> block, low, high = sparse.csr_array([[1.0], [2.0]]), np.zeros(2), np.ones(2)
+    >>> [proves_impossible(block, np.ones(1), np.full(1, y), np.full(1, y), low, high) for y in (2.9, 3.1)]
+    [False, True]
+
+    References
+    ----------
+    Farkas (1902), Theorie der einfachen Ungleichungen.
+    """
+    # an end that is infinite can be reached by any y: no multiplier may lean on it
+    u = np.where((u > 0) & np.isneginf(lower), 0.0, np.where((u < 0) & np.isposinf(upper), 0.0, u))
+    u = _lowered(block, u, upper, high)
+    ends = np.where(u > 0, lower, np.where(u < 0, upper, 0.0))
+    if not u.any() or not np.isfinite(u).all():
+        return False
+    pull = np.asarray(block @ u, np.float64)
+    limit = np.where(pull > 0, high, low)
+    if (np.isinf(limit) & (pull != 0)).any():
+        return False
+    most = np.where(pull == 0, 0.0, pull * np.where(pull == 0, 0.0, limit))
+    # ‖Bᵢ‖·‖u‖ is no less than Σⱼ |Bᵢⱼ uⱼ|
+    sizes = np.where(np.isinf(limit), 0.0, row_norms(block) * float(np.linalg.norm(u)) * np.abs(limit))
+    room = _ROOM * (float(sizes.sum()) + float(np.abs(ends * u).sum()))
+    return float(most.sum()) + room < float(ends @ u) - tolerance * float(np.abs(u).sum())
+
+
+def _lowered(block: Sparse, u: Floats, upper: Floats, high: Floats) -> Floats:
+    """u, lowered a little where rounding has left a pull upwards on units without an upper bound."""
+    free = np.isinf(high)
+    if not free.any() or not np.isfinite(u).all():
+        return u
+    # rows without negative entries, that may have a negative multiplier
+    least = np.zeros(len(u))
+    for part, _ in pieces(block):
+        np.minimum.at(least, block.indices[part], block.data[part])
+    useful = (np.isfinite(upper) & (least >= 0)).astype(np.float64)
+    weight = np.asarray(block @ useful, np.float64)
+    rounding = 1e-2 * _ROOM * row_norms(block) * float(np.linalg.norm(u))
+    for _ in range(3):
+        pull = np.asarray(block @ u, np.float64)
+        up = free & (pull > 0)
+        if not up.any() or not (weight[up] > 0).all():
+            break
+        u = u - float(((2 * pull[up] + rounding[up]) / weight[up]).max()) * useful
+    return u
+
+
+def can_be_met(
+    block: Sparse, lower: Floats, upper: Floats, low: Floats, high: Floats, misses: Floats, tolerance: float
+) -> Answer:
+    """Settle it, by the misses of a fit if they are a proof, else up to 60,000 entries by a linear programme.
+
+    Parameters
+    ----------
+    block, lower, upper, low, high, tolerance
+        As for :func:`proves_impossible`.
+    misses : float64, shape (Q,)
+        Of a fit that does not meet all targets.
+
+    Examples
+    --------
+    >>> block, low, high, end = sparse.csr_array(np.eye(2)), np.zeros(2), np.ones(2), np.array([1.0, 2.0])
+    >>> can_be_met(block, end, end, low, high, np.array([0.0, -1.0]), 1e-9).impossible
+    True
+    >>> can_be_met(block, end / 2, end / 2, low, high, np.array([0.3, 0.2]), 1e-9).g.round(6)
+    array([0.5, 1. ])
+    """
+    if proves_impossible(block, -misses, lower, upper, low, high, tolerance):
+        return Answer(None, True)
+    if block.nnz > _ENTRIES:
+        return Answer(None, False)
+    return _by_programme(block, lower, upper, low, high, tolerance)
+
+
+def _by_programme(block: Sparse, lower: Floats, upper: Floats, low: Floats, high: Floats, tolerance: float) -> Answer:
+    """The smallest sum of misses; its multipliers are the u to look at."""
+    from scipy.optimize import linprog  # costs more time than a small fit
+
+    solve: Any = linprog  # its stubs know no sparse matrices
+    over, under = np.flatnonzero(np.isfinite(upper)), np.flatnonzero(np.isfinite(lower))
+    estimates, (n, rows) = block.T.tocsr(), block.shape
+    slack = sparse.eye_array(rows, format="csr")
+    sides = [sparse.hstack([estimates[over], -slack[over]]), sparse.hstack([-estimates[under], -slack[under]])]
+    solved = solve(
+        np.concatenate([np.zeros(n), np.ones(rows)]),
+        A_ub=sparse.csr_array(sparse.vstack(sides)),
+        b_ub=np.concatenate([upper[over], -lower[under]]),
+        bounds=np.column_stack([np.concatenate([low, np.zeros(rows)]), np.concatenate([high, np.full(rows, np.inf)])]),
+        method="highs",
+        options={"time_limit": _SECONDS},
+    )
+    if solved.x is None:
+        return Answer(None, False)
+    g = np.clip(solved.x[:n], low, high)
+    reached = np.asarray(block.T @ g, np.float64)
+    if float(np.abs(reached - np.clip(reached, lower, upper)).max(initial=0.0)) <= tolerance:
+        return Answer(g, False)
+    u = np.zeros(rows)
+    np.add.at(u, over, solved.ineqlin.marginals[: len(over)])
+    np.subtract.at(u, under, solved.ineqlin.marginals[len(over) :])
+    return Answer(None, proves_impossible(block, u, lower, upper, low, high, tolerance))
