@@ -10,7 +10,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from l0hooks.extras import import_extra
-from l0hooks.integrations.steps import Penalties, add_penalties, check_optimizers, pruned_and_saved, sizes
+from l0hooks.integrations.common import Penalties, add_penalties, check_optimizers, pruned_and_saved, sizes
 
 if TYPE_CHECKING:
     from lightning.pytorch import Callback, LightningModule, Trainer
