@@ -79,7 +79,29 @@ class Gated:
 
 
 def iter_gated(model: nn.Module) -> Iterator[Gated]:
-    """Every gate below ``model`` once, with the weights it multiplies."""
+    """Every gate below ``model`` once, with the weights it multiplies.
+
+    Parameters
+    ----------
+    model : nn.Module
+
+    Yields
+    ------
+    Gated
+
+    Raises
+    ------
+    StateError
+        If ``model`` is a part of a model with coupled gates, which run through the whole of it.
+
+    Examples
+    --------
+    >>> from l0hooks import sparsify
+    >>> model = nn.Sequential(nn.Linear(8, 4), nn.Linear(4, 2))
+    >>> _ = sparsify(model, {"0": "output", "1": "weight"})
+    >>> [gated.name for gated in iter_gated(model)]
+    ['0', '1']
+    """
     modules = dict(model.named_modules())  # one walk: a penalty's gates cost less than finding them
     by_gate: dict[int, list[Site]] = {}
     for site in sites_among(modules.items()):

@@ -29,7 +29,7 @@ class SampleGate(ItemGate):
         How many stay.
     **options
         ``steps``, ``schedule``, ``automatic``, ``noise``, ``family``, ``init_mean``, ``init_keep_prob``,
-        ``temperature``, ``estimator``, ``device``, as in :class:`~l0hooks.select.item_gate.ItemGate`. With ``noise="example"``
+        ``temperature``, ``estimator``, ``device``, as in :class:`~l0hooks.select.ItemGate`. With ``noise="example"``
         the samples must lie along another axis than the first: ``gate(x, dim=1)``.
 
     Raises
@@ -109,7 +109,7 @@ class FeatureGate(ItemGate):
     feature_names : sequence of str, optional
         One for each; data frames that are selected from must then have these columns in this order.
     **options
-        As in :class:`~l0hooks.select.item_gate.ItemGate`; with ``noise="example"`` every example (the first axis) has a mask of
+        As in :class:`~l0hooks.select.ItemGate`; with ``noise="example"`` every example (the first axis) has a mask of
         its own.
 
     Raises

@@ -52,7 +52,8 @@ class Budget:
     automatic : bool
         Count steps of the optimiser; else those of :meth:`BudgetRule.advance`.
     method : "shift" or "lagrangian"
-        The common shift, or a price in the loss, ``penalty(model, budget=1.0)``: see :mod:`l0hooks.training.lagrangian`.
+        The common shift, or a price in the loss, ``penalty(model, budget=1.0)``: see
+        :class:`~l0hooks.training.LagrangianRule`.
     constraint : "inequality" or "equality", optional
         For the Lagrangian method: at most the scheduled size (the default), or exactly that.
 

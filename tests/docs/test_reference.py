@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 
 DOCS = Path(__file__).parents[2] / "docs"
-PACKAGES = ("l0hooks", "l0hooks.structure", "l0hooks.sklearn", "l0hooks.calibration")
+INNER = ("attach", "calibration", "export", "gates", "select", "sklearn", "structure", "training")
+PACKAGES = ("l0hooks", *(f"l0hooks.{name}" for name in INNER))
 MODULES = ("l0hooks.plots", "l0hooks.schedules", "l0hooks.errors", "l0hooks.gates.hard_concrete")
 SHAPED = re.compile(r"shape|broadcast|as `|of this|scalar|sequence|dtype of")
 

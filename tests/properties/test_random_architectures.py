@@ -1,19 +1,14 @@
 """Random graphs of layers: whatever ``channel_groups`` calls free is irrelevant once nothing reads it."""
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from structure_oracle import TOLERANCE, check_consistent, draw, effect, leak, randomise
 from torch import Tensor, nn
 
 from l0hooks.structure import channel_groups
-
-sys.path.append(str(Path(__file__).parents[1] / "zoo"))
-from structure_oracle import TOLERANCE, check_consistent, draw, effect, leak, randomise
 
 WIDTHS = (4, 6, 8, 12)
 ACTIVATIONS = (F.relu, F.silu, F.hardswish, torch.sigmoid, F.softplus, torch.tanh, torch.cos, lambda x: x + 1)

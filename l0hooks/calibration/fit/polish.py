@@ -73,8 +73,8 @@ def polish(
 
     Up to as many units as there are targets: bounded least squares. Above, and where the targets can be met: the
     weights nearest to the design weights that meet them. Where they cannot: least squares, and with more than four
-    times as many units as targets the soft compromise of :mod:`l0hooks.calibration.numerics.distance`. Where the search for the
-    nearest weights does not end: least squares, and, if that meets all targets, the nearest weights with its estimates.
+    times as many units as targets the soft compromise of ``numerics/distance``. Where the search for the nearest
+    weights does not end: least squares, and, if that meets all targets, the nearest weights with its estimates.
 
     Parameters
     ----------

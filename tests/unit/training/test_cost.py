@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from test_coupled import MODELS, gates_of, mlp, models, set_support
+from coupled_models import MODELS, gates_of, mlp, models, set_support
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 

@@ -21,11 +21,11 @@ from l0hooks.gates.expected_count import expected_count
 from l0hooks.gates.random import Philox, kernels_on, stream
 from l0hooks.gates.sampling import Constants, gated_weight
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[4]
 INTERPRETED = [
     Path(__file__).with_name("interpreted_kernels.py"),
-    ROOT / "l0hooks" / "kernels.py",
-    ROOT / "l0hooks" / "recomputed.py",
+    ROOT / "l0hooks" / "gates" / "kernels" / "cuda.py",
+    ROOT / "l0hooks" / "gates" / "kernels" / "autograd_cuda.py",
 ]
 
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from test_coupled import MODELS, fingerprint, gates_of, mlp
-from test_sizes import size
+from coupled_models import MODELS, fingerprint, gates_of, mlp
+from test_cost import size
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
