@@ -19,7 +19,7 @@ _SOME = 2**8  # from here on kernels, where Numba is installed: a toy is not wor
 _MANY = 2**15  # from here on a generator that is slow to seed and fast to run
 _LEVELS = 2**16
 _WORD = 2**64 - 1
-_COMPILERS = {"cuda": ("triton", "kernels"), "cpu": ("numba", "cpu_kernels")}
+_COMPILERS = {"cuda": ("triton", "cuda"), "cpu": ("numba", "cpu")}
 _log = logging.getLogger("l0hooks")
 
 
@@ -67,7 +67,7 @@ def stream(seed: int, count: int, device: torch.device) -> Stream:
 
 @functools.cache
 def kernels_on(device: torch.device) -> ModuleType | None:
-    """The room ``kernels`` or ``cpu_kernels``, if it can run on ``device``; the log says once why not.
+    """The module ``kernels.cuda`` or ``kernels.cpu``, if it can run on ``device``; the log says once why not.
 
     Parameters
     ----------
@@ -84,12 +84,12 @@ def kernels_on(device: torch.device) -> ModuleType | None:
     """
     if device.type not in _COMPILERS:
         return None
-    compiler, room = _COMPILERS[device.type]
+    compiler, module = _COMPILERS[device.type]
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < (7, 0):
         _log.info("gates on %s run without Triton kernels: it needs compute capability 7.0", device)
         return None
     try:
-        return importlib.import_module(f"l0hooks.{room}")
+        return importlib.import_module(f"l0hooks.gates.kernels.{module}")
     except ImportError as error:
         without = f"gates on {device} run without {compiler.capitalize()} kernels"
         if isinstance(error, ModuleNotFoundError) and error.name == compiler:

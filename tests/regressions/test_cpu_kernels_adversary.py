@@ -205,7 +205,7 @@ def test_an_error_in_a_thread_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_training_goes_on_while_the_interpreter_ends() -> None:
     script = (
         "import atexit, torch\n"
-        "from l0hooks import cpu_kernels as k\n"
+        "from l0hooks.gates.kernels import cpu as k\n"
         "torch.set_num_threads(2)\n"
         "draw = lambda: k.fill(torch.empty(2**18), 7, 0)\n"
         "first = draw()\n"
@@ -219,8 +219,8 @@ def test_training_goes_on_while_the_interpreter_ends() -> None:
 def test_without_a_numba_that_works_gates_are_drawn_by_torch(
     wrong: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    for room in ("cpu_kernels", "compiled"):
-        monkeypatch.delitem(sys.modules, f"l0hooks.{room}")
+    for name in ("cpu", "threads"):
+        monkeypatch.delitem(sys.modules, f"l0hooks.gates.kernels.{name}")
     if wrong:
         (tmp_path / "numba.py").write_text(wrong)
         monkeypatch.syspath_prepend(tmp_path)

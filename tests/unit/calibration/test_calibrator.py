@@ -293,7 +293,7 @@ def test_predictions_are_those_of_the_matrix_at_hand():
 
 
 def test_not_converged_is_told(monkeypatch):
-    from l0hooks.calibration import polish
+    from l0hooks.calibration.fit import polish
 
     monkeypatch.setattr(polish, "_ITERATIONS", 1)
     monkeypatch.setattr(polish, "_VIOLATION", -1.0)  # cannot be reached

@@ -153,7 +153,7 @@ def test_an_error_is_one_message_and_writes_nothing(folder, name, capsys):
 
 
 def test_not_converged_has_its_own_code_and_still_writes(folder, monkeypatch, capsys):
-    from l0hooks.calibration import polish
+    from l0hooks.calibration.fit import polish
 
     for limit in ("_GAP", "_VIOLATION"):
         monkeypatch.setattr(polish, limit, -1.0)  # cannot be reached

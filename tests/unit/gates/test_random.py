@@ -14,7 +14,7 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-import l0hooks
+from l0hooks.gates import kernels
 from l0hooks.gates.random import _MANY, _SOME, Native, Packed, Philox, Stream, kernels_on, stream
 
 CPU = torch.device("cpu")
@@ -123,7 +123,7 @@ def gpu_of(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[tuple[int, int
         monkeypatch.setitem(sys.modules, "triton", triton)
         monkeypatch.delitem(sys.modules, "triton.language", raising=False)
         monkeypatch.delitem(sys.modules, "l0hooks.gates.kernels.cuda", raising=False)
-        monkeypatch.delattr(l0hooks, "kernels", raising=False)
+        monkeypatch.delattr(kernels, "cuda", raising=False)
 
     kernels_on.cache_clear()
     yield feign
