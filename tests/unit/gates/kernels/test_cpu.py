@@ -428,8 +428,8 @@ def test_without_a_folder_to_write_to_they_are_compiled_each_time(tmp_path: Path
         "import numba.core.caching as c\n"
         "for kind in c.CacheImpl._locator_classes: kind.from_function = classmethod(lambda *_: None)\n"
         "import torch\n"
-        "from l0hooks import cpu_kernels\n"
-        "print(cpu_kernels.fill(torch.empty(3), 7, 0).tolist())\n"
+        "from l0hooks.gates.kernels import cpu\n"
+        "print(cpu.fill(torch.empty(3), 7, 0).tolist())\n"
     )
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
