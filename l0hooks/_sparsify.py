@@ -12,26 +12,24 @@ from torch import nn
 from torch.nn.utils import parametrize
 from torch.utils.hooks import RemovableHandle
 
-from l0hooks._torch.tensors import Tie, same_tensor
-from l0hooks.attach._summary import Summary, summary
-from l0hooks.attach.folded_weight import read_directly
+from l0hooks._torch.modules import Tie, own_class, parameters_of, parametrization_lists, read_directly, tensors_of
+from l0hooks._torch.tensors import same_tensor
+from l0hooks.attach._summary import summary
 from l0hooks.attach.gated_weight import (
     GatedWeight,
     Gating,
     accept_dense,
     iter_sites,
-    own_class,
-    parametrization_lists,
     remove_gates,
     settle_gates,
 )
 from l0hooks.attach.groups import build_readers, hook_inputs
 from l0hooks.attach.plan import Spec, WeightPlan, every_reader, plan_gates
 from l0hooks.attach.spec import GateSpec, Pattern, named_modules
+from l0hooks.attach.summary_table import Summary
 from l0hooks.gates.gate import Gate
 from l0hooks.gates.noise import Door, NoiseSource
 from l0hooks.structure import ChannelGroup
-from l0hooks.structure.layers import tensors_of
 from l0hooks.structure.macs import count_positions
 from l0hooks.training._set_budget import set_budget
 from l0hooks.training.budget import Budget
@@ -185,7 +183,7 @@ def _hang(hangings: Sequence[tuple[nn.Module, str, Gating]]) -> None:
         if parametrize.is_parametrized(module):
             own_class(module)
     for module, _, gating in hangings:
-        gating.order = tuple(module._parameters)
+        gating.order = tuple(parameters_of(module))
     for module, tensor_name, gating in hangings:
         gating.train(module.training)
         parametrize.register_parametrization(module, tensor_name, gating, unsafe=True)

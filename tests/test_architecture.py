@@ -6,6 +6,7 @@ import ast
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -90,6 +91,36 @@ def test_no_function_hides_a_module() -> None:
             for alias in node.names
         }
         assert not (own & public) - set(FLAT), name
+
+
+PRIVATE_ATTRIBUTES = {
+    *("_version", "_modules", "_parameters", "_buffers", "_cdata", "_schema", "_sequence_nr", "_is_zerotensor"),
+    *("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks", "_cache_enabled"),
+    *("_forward_hooks_always_called", "_forward_pre_hooks_with_kwargs", "_current_level", "_execution_engine"),
+    *("_load_state_dict_pre_hooks", "_load_state_dict_post_hooks", "_is_fx_tracing_flag", "_tracer_cls"),
+    *("full_tensor", "check_guards"),
+}
+
+
+def private_names(path: Path) -> Iterator[str]:
+    """Private names of torch that a file reads: below ``torch`` itself, from its modules, or of tensors and modules."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Attribute):
+            dotted = ast.unparse(node)
+            if re.match(r"(torch|nn|fx)(\.\w+)*\._[a-z]", dotted) or node.attr in PRIVATE_ATTRIBUTES:
+                yield dotted
+        elif isinstance(node, ast.ImportFrom) and re.match(r"torch\b", node.module or ""):
+            yield from (f"{node.module}.{a.name}" for a in node.names if re.search(r"\._", f".{node.module}.{a.name}"))
+        elif isinstance(node, ast.Import):
+            yield from (a.name for a in node.names if re.match(r"torch\..*\b_", a.name))
+        elif isinstance(node, ast.keyword) and node.arg in PRIVATE_ATTRIBUTES:
+            yield node.arg
+
+
+def test_private_names_of_torch_stand_in_one_package() -> None:
+    for name, path in modules().items():
+        if package(name) != "_torch":
+            assert not set(private_names(path)), name
 
 
 def test_the_contributing_guide_prints_the_same_table() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,8 @@ from torch import Tensor, nn
 PIECE = 2**17  # elements: a few arrays of them lie in a processor's cache
 _LARGE = 2**20  # bytes
 _KEPT = 2**26  # bytes that are kept for the next array of the same size; larger ones lie on huge pages
+# forward-mode derivatives that are zero and hold no memory; without the name nothing counts as plain memory
+_is_zero: Callable[[Tensor], bool] = vars(torch._C.TensorBase).get("_is_zerotensor", lambda tensor: True)
 _free: dict[int, list[npt.NDArray[np.uint8]]] = {}
 
 
@@ -98,7 +100,7 @@ def has_address(tensor: Tensor, dtype: torch.dtype = torch.float32) -> bool:
         and tensor.layout == torch.strided
         and tensor.is_contiguous()
         and not tensor.is_neg()
-        and not tensor._is_zerotensor()
+        and not _is_zero(tensor)
     )
 
 

@@ -1,15 +1,14 @@
-"""Where tensors lie: which of them are one, and models on the meta device, whose data come later."""
+"""Where tensors lie: which of them are one, which are spread over processes, and which have no data yet."""
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
-from torch.utils import _pytree as pytree
+
+from l0hooks._torch.trees import tree_map_only
 
 
 def is_meta(tensor: Tensor) -> bool:
@@ -39,7 +38,7 @@ def beside(model: nn.Module, example_inputs: Sequence[Any]) -> tuple[Any, ...]:
     inputs = tuple(example_inputs)
     if not has_meta(model):
         return inputs
-    moved: tuple[Any, ...] = pytree.tree_map_only(Tensor, lambda t: t.to("meta"), inputs)
+    moved: tuple[Any, ...] = tree_map_only(Tensor, lambda t: t.to("meta"), inputs)
     return moved
 
 
@@ -56,66 +55,59 @@ def storage_of(tensor: Tensor) -> tuple[bool, int]:
     """What is equal for tensors in one memory: its address, or on the meta device the storage's own."""
     storage = tensor.untyped_storage()
     address = storage.data_ptr()
-    return (True, address) if address else (False, storage._cdata)
+    return (True, address) if address else (False, _storage_number(storage))
 
 
-class Traversal:
-    """Which function ``Module._apply`` carries through a model: a module that hangs at two places meets it twice."""
-
-    def __init__(self) -> None:
-        self._function: weakref.ref[Callable[[Tensor], Tensor]] | None = None
-
-    def __reduce__(self) -> tuple[object, ...]:
-        return Traversal, ()
-
-    def again(self, function: Callable[[Tensor], Tensor]) -> bool:
-        """Whether ``function`` was noted before."""
-        return self._function is not None and self._function() is function
-
-    def note(self, function: Callable[[Tensor], Tensor]) -> None:
-        """Remember ``function`` for as long as it lives."""
-        self._function = weakref.ref(function)
-
-    def fills(self, function: Callable[[Tensor], Tensor], tensor: Tensor, start: float | None = None) -> bool:
-        """Whether ``function`` finds ``tensor`` without data, or did so at another place that is the same module.
-
-        With ``start``, what ``tensor`` was filled with then: once its values have moved, this is a later traversal.
-        """
-        if is_meta(tensor):
-            self.note(function)
-            return True
-        return self.again(function) and (start is None or bool((tensor.detach() == start).all()))
+def _number_of(storage: torch.UntypedStorage) -> int:
+    return int(storage._cdata)
 
 
-class Tie:
-    """One weight beneath the parametrizations of several layers; torch forgets that when it comes from the meta device.
+# torch keeps one Python object for each storage that lives
+_storage_number = _number_of if "_cdata" in dir(torch.UntypedStorage) else id
 
-    Parameters
-    ----------
-    chains : sequence of ParametrizationList
-    """
 
-    def __init__(self, chains: Sequence[parametrize.ParametrizationList]) -> None:
-        self._chains = tuple(chains)
-        self._first = self._chains[0]
-        self._traversal = Traversal()
-        self._is_one = len({id(chain.original) for chain in chains}) == 1  # else several parameters over one memory
+def _read_version(tensor: Tensor) -> object:
+    return tensor._version
 
-    def meet(self, gating: nn.Module, function: Callable[[Tensor], Tensor]) -> None:
-        """Before ``function`` moves the weight beneath ``gating``: if it has moved that of another layer, take that."""
-        if self._traversal.again(function):
-            self.rejoin(self._first)
-        else:
-            self._first = next(chain for chain in self._chains if chain[0] is gating)
-            self._traversal.note(function)
 
-    def rejoin(self, chain: parametrize.ParametrizationList) -> None:
-        """Give all layers the parameter of ``chain``, or, if that has no data, of the first that has some."""
-        own = [one.original for one in self._chains if isinstance(one.original, nn.Parameter)]
-        found = next((p for p in (chain.original, *own) if isinstance(p, nn.Parameter) and not is_meta(p)), own[0])
-        for one in self._chains:
-            if one.original is not found and (self._is_one or same_tensor(one.original) != same_tensor(found)):
-                one._parameters["original"] = found
+def _never_the_same(tensor: Tensor) -> object:
+    return object()  # nothing is used twice then
+
+
+# equal as long as nothing has changed the tensor in place, but for fused optimisers and changes through .data
+version: Callable[[Tensor], object] = _read_version if "_version" in dir(Tensor) else _never_the_same
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether ``fully_shard`` has spread ``tensor`` over processes."""
+    return hasattr(tensor, "full_tensor")  # importing DTensor, to ask for its type, takes a second
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """``tensor``, or all of one that is sharded; a collective call then."""
+    gathered: Tensor = tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+    return gathered
+
+
+def is_placed(tensor: Tensor) -> bool:
+    """Whether a tensor has memory of its own to be known by: not if it is empty, or a meta tensor."""
+    return tensor.numel() > 0 and not tensor.is_meta
+
+
+def memory_of(tensor: Tensor) -> tuple[int, int]:
+    """The first address of a tensor, and the first one after it."""
+    return tensor.data_ptr(), tensor.data_ptr() + _bytes_spanned(tensor)
+
+
+def overlap(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors in one storage share an element: whether their ranges of bytes meet."""
+    a_start, b_start = (int(t.storage_offset()) * t.element_size() for t in (a, b))
+    return a_start < b_start + _bytes_spanned(b) and b_start < a_start + _bytes_spanned(a)
+
+
+def _bytes_spanned(tensor: Tensor) -> int:
+    last = sum((int(n) - 1) * int(step) for n, step in zip(tensor.shape, tensor.stride(), strict=True))
+    return (last + 1) * tensor.element_size()
 
 
 def start_values(like: Tensor, start: float, device: torch.device) -> nn.Parameter:

@@ -10,13 +10,13 @@ import torch
 from torch import nn
 from torch.nn.parameter import UninitializedParameter
 
+from l0hooks._torch.modules import tensors_of
 from l0hooks._torch.tensors import same_tensor
 from l0hooks.attach.spec import named_modules
 from l0hooks.attach.summary_table import CoupledTotals, Summary, SummaryRow
 from l0hooks.attach.walk import Coupled, Gated, iter_gated
 from l0hooks.gates.gate import Gate
 from l0hooks.structure import ChannelGroup
-from l0hooks.structure.layers import tensors_of
 from l0hooks.structure.macs import count_positions, total_macs
 
 

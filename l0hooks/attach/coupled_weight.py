@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from l0hooks._torch.tensors import Traversal, is_meta
+from l0hooks._torch.modules import Traversal
+from l0hooks._torch.tensors import is_meta
 from l0hooks.attach.gated_weight import Gating
 from l0hooks.gates.gate import Gate
 from l0hooks.gates.shared_sampling import Team

@@ -7,12 +7,10 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
-from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook
-from torch.nn.utils import parametrize
+from torch import Tensor
 
-from l0hooks._torch.autograd import is_recorded
 from l0hooks._torch.memory import fresh_like
+from l0hooks._torch.tensors import version
 from l0hooks.gates.optimizer_hooks import steps_taken
 
 if TYPE_CHECKING:
@@ -86,9 +84,9 @@ class Kept:
 def _key_of(owner: Foldable, of: tuple[Tensor, ...], product: Tensor) -> list[object]:
     """All that the product depends on, besides which tensors it is made of."""
     # the caller was handed this very product; fused optimisers change tensors without a new version
-    key: list[object] = [product._version, steps_taken()]
+    key: list[object] = [version(product), steps_taken()]
     for tensor in of:
-        key += (tensor._version, tensor.data_ptr(), tensor.dtype)
+        key += (version(tensor), tensor.data_ptr(), tensor.dtype)
     for gate in owner.gates:
         key += (gate.temperature, gate.estimator, None if gate.rule is None else gate.rule.refresh())
     return key
@@ -121,33 +119,3 @@ class Folded(torch.autograd.Function):
             summed = torch.autograd.grad(spread, leaves, reduced)
             grads = [g * slope if want else None for g, slope, want in zip(summed, slopes, wanted, strict=True)]
         return None, None, grad_weight, *grads, *([None] * (2 * ctx.count))
-
-
-def read_directly(module: nn.Module, tensor_name: str) -> None:
-    """Let the property that parametrizes a tensor of ``module`` ask its gates before anything else.
-
-    The way through torch's list of parametrizations takes 30 µs when it is warm, and 200 after a product of large
-    matrices has emptied the caches. It is left to what needs it: graphs that are recorded, torch's own cache, further
-    parametrizations, and hooks of any kind on them.
-    """
-    cls = type(module)
-    whole: property = vars(cls)[tensor_name]
-    compute: Callable[[nn.Module], Tensor] = whole.fget  # type: ignore[assignment]
-
-    def get(self: nn.Module) -> Tensor:
-        if not (is_recorded() or parametrize._cache_enabled or _has_any_global_hook()):  # type: ignore[no-untyped-call]
-            chain: Any = self._modules["parametrizations"]._modules[tensor_name]  # type: ignore[union-attr]
-            members, weight = chain._modules, chain._parameters.get("original")
-            gating = members["0"]
-            if len(members) == 1 and weight is not None and not (_is_hooked(gating) or _is_hooked(chain)):
-                read: Tensor | None = gating.read(weight)
-                if read is not None:
-                    return read
-        return compute(self)
-
-    setattr(cls, tensor_name, property(get, whole.fset))
-
-
-def _is_hooked(module: nn.Module) -> bool:
-    forward = module._forward_hooks or module._forward_pre_hooks
-    return bool(forward or module._backward_hooks or module._backward_pre_hooks)

@@ -10,7 +10,15 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from l0hooks._torch.autograd import is_traced
-from l0hooks._torch.tensors import Tie, is_meta
+from l0hooks._torch.modules import (
+    Tie,
+    drop_load_hooks,
+    drop_parametrization,
+    parameters_of,
+    parametrization_lists,
+    reorder_parameters,
+)
+from l0hooks._torch.tensors import is_meta
 from l0hooks.attach.folded_weight import Folded, Kept
 from l0hooks.gates.families import HardConcreteFamily
 from l0hooks.gates.gate import Gate
@@ -70,7 +78,7 @@ class Gating(nn.Module):
             return self.sampled(weight)
         if torch.is_grad_enabled():
             return None
-        locations: Any = [gate._parameters["log_alpha"] for gate in self.gates]  # attributes of modules take longer
+        locations: Any = [parameters_of(gate)["log_alpha"] for gate in self.gates]  # attributes of modules take longer
         return self.kept.known(self, (weight, *locations))
 
     def right_inverse(self, weight: Tensor) -> Tensor:
@@ -175,15 +183,6 @@ class Site(NamedTuple):
         return self.name.rpartition(".")[0]
 
 
-def parametrization_lists(module: nn.Module) -> dict[str, parametrize.ParametrizationList]:
-    """The parametrized tensors of ``module`` itself, by name."""
-    children = module._modules
-    lists = children["parametrizations"] if "parametrizations" in children else None  # noqa: SIM401  TorchScript's has no get
-    if not isinstance(lists, nn.ModuleDict):
-        return {}
-    return {name: plist for name, plist in lists.items() if isinstance(plist, parametrize.ParametrizationList)}
-
-
 def iter_sites(model: nn.Module) -> Iterator[Site]:
     """Every gated weight below ``model``; a weight shared by several modules comes once for each."""
     return sites_among(model.named_modules())
@@ -193,17 +192,10 @@ def sites_among(modules: Iterable[tuple[str, nn.Module]]) -> Iterator[Site]:
     """The gated weights that modules own themselves."""
     for name, module in modules:
         for tensor_name, chain in parametrization_lists(module).items():
-            gating, weight = chain._modules["0"], chain._parameters.get("original")
+            gating, weight = chain[0], parameters_of(chain).get("original")
             if isinstance(gating, Gating) and weight is not None:
                 full = f"{name}.{tensor_name}" if name else tensor_name
                 yield Site(full, module, tensor_name, weight, gating)
-
-
-def own_class(module: nn.Module, *, without: str = "") -> None:
-    """Give a parametrized module a class of its own: its deepcopies share the one that holds the properties."""
-    shared: type[nn.Module] = type(module)
-    namespace = {k: v for k, v in vars(shared).items() if k not in (without, "__dict__", "__weakref__")}
-    module.__class__ = type(shared.__name__, shared.__bases__, namespace)
 
 
 def accept_dense(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: object) -> None:
@@ -234,19 +226,7 @@ def remove_gates(site: Site, *, folded: bool) -> None:
     module, tensor_name, weight = site.module, site.tensor_name, site.weight
     if not folded:
         site.gating.fold_into(weight, out=weight)
-    plain: type[nn.Module] = type(module).__bases__[0]
-    del module.parametrizations[tensor_name]  # type: ignore[operator, union-attr]  # torch types it as Module
-    if parametrization_lists(module):
-        own_class(module, without=tensor_name)
-    else:
-        module.__class__ = plain
-        del module._modules["parametrizations"]
+    drop_parametrization(module, tensor_name)
     module.register_parameter(tensor_name, weight if isinstance(weight, nn.Parameter) else nn.Parameter(weight))
-    own = module._parameters
-    module._parameters = {k: own[k] for k in (*site.gating.order, *own) if k in own}
-    before: dict[int, Any] = module._load_state_dict_pre_hooks
-    for key in [k for k, hook in before.items() if hook.hook is accept_dense]:
-        del before[key]
-    after: dict[int, Any] = module._load_state_dict_post_hooks
-    for key in [k for k, hook in after.items() if hook is settle_gates]:
-        del after[key]
+    reorder_parameters(module, site.gating.order)
+    drop_load_hooks(module, accept_dense, settle_gates)

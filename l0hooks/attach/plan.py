@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from l0hooks._torch.memory import pieces
-from l0hooks._torch.tensors import is_meta, same_tensor, storage_of
+from l0hooks._torch.modules import tensors_of
+from l0hooks._torch.tensors import is_meta, overlap, same_tensor, storage_of
 from l0hooks.attach.gated_weight import Gating
 from l0hooks.attach.groups import choose_groups
 from l0hooks.attach.spec import (
@@ -34,7 +35,6 @@ from l0hooks.structure.layers import (
     gate_layout,
     gateable_weights,
     is_gateable,
-    tensors_of,
 )
 
 Spec = GateSpec | Shorthand | Mapping[Pattern, GateSpec | Shorthand]
@@ -204,7 +204,7 @@ def _check_tied(model: nn.Module, plans: list[WeightPlan]) -> None:
                 by_storage.setdefault(storage_of(tensor), []).append((full, module, tensor_name, tensor))
     for plan in plans:
         for full, module, tensor_name, tensor in by_storage[storage_of(plan.weight)]:
-            if (module is plan.module and tensor_name == plan.tensor_name) or not _overlap(plan.weight, tensor):
+            if (module is plan.module and tensor_name == plan.tensor_name) or not overlap(plan.weight, tensor):
                 continue
             other = planned.get((id(module), tensor_name))
             if (
@@ -222,18 +222,6 @@ def _check_tied(model: nn.Module, plans: list[WeightPlan]) -> None:
                         hint="name both in the specification, or exclude both",
                     )
                 )
-
-
-def _overlap(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors in one storage share an element (their address ranges meet)."""
-
-    def span(t: Tensor) -> tuple[int, int]:
-        last = sum((int(n) - 1) * int(step) for n, step in zip(t.shape, t.stride(), strict=True))
-        start = int(t.storage_offset()) * t.element_size()
-        return start, start + (last + 1) * t.element_size()
-
-    (a0, a1), (b0, b1) = span(a), span(b)
-    return a0 < b1 and b0 < a1
 
 
 def every_reader(group: ChannelGroup) -> Iterator[GroupSite]:

@@ -10,22 +10,23 @@ import torch
 from torch import nn
 
 from l0hooks._torch.memory import pieces
-from l0hooks._torch.tensors import is_meta
-from l0hooks.attach._summary import Summary, summary
+from l0hooks._torch.modules import parametrization_lists, unhook
+from l0hooks._torch.running import evaluating
+from l0hooks._torch.tensors import is_meta, is_sharded
+from l0hooks.attach._summary import summary
 from l0hooks.attach.copies import fold_copy
 from l0hooks.attach.coupled_weight import MaskInput
-from l0hooks.attach.gated_weight import Site, iter_sites, parametrization_lists, remove_gates
+from l0hooks.attach.gated_weight import Site, iter_sites, remove_gates
 from l0hooks.attach.measured_size import count_parameters
+from l0hooks.attach.summary_table import Summary
 from l0hooks.attach.walk import iter_gated
 from l0hooks.errors import SpecError, StateError, explain
 from l0hooks.export.comparison import Comparison
 from l0hooks.export.cut_groups import members_that_stay, rewritten_from, shrink
 from l0hooks.export.fold_channels import Closed, after_cuts, closed_channels, cut_closed
-from l0hooks.gates.gate import is_sharded
-from l0hooks.gates.noise import Door, unhook
+from l0hooks.gates.noise import Door
 from l0hooks.structure import ChannelGroup
 from l0hooks.structure.cut_modules import Bools
-from l0hooks.structure.macs import evaluating
 
 SparseFormat = Literal["csr", "bsr"]
 

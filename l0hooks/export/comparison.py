@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
+from l0hooks._torch.running import OUT_OF_MEMORY, evaluating
+from l0hooks._torch.trees import tree_leaves, tree_map
 from l0hooks.attach.copies import run_copy
-from l0hooks.structure.macs import OUT_OF_MEMORY, evaluating
 
 
 class Comparison:
@@ -67,7 +67,7 @@ def batches(example_inputs: Sequence[Any]) -> Iterator[tuple[Any, ...]]:
         def resized(value: Any) -> Any:
             return value[:1].repeat(count, *([1] * (value.dim() - 1))) if isinstance(value, Tensor) else value
 
-        yield pytree.tree_map(resized, tuple(example_inputs))
+        yield tree_map(resized, tuple(example_inputs))
 
 
 def lengths(model: nn.Module, example_inputs: Sequence[Any], whole: Any) -> Iterator[tuple[Any, ...]]:
@@ -83,7 +83,7 @@ def lengths(model: nn.Module, example_inputs: Sequence[Any], whole: Any) -> Iter
     for axes in [(1,), (2,)] if first.dim() < 4 else [tuple(range(2, first.dim()))]:
         if any(axis >= first.dim() or first.shape[axis] < 2 for axis in axes):
             continue
-        half = pytree.tree_map(functools.partial(_halved, like=first.shape, axes=axes), tuple(example_inputs))
+        half = tree_map(functools.partial(_halved, like=first.shape, axes=axes), tuple(example_inputs))
         try:
             (shorter,) = outputs(model, [half])
         except OUT_OF_MEMORY:
@@ -108,7 +108,7 @@ def _batch_of(output: Any) -> list[tuple[int, int]]:
 
 
 def _tensors_in(value: Any) -> list[Tensor]:
-    return [t for t in pytree.tree_leaves(value) if isinstance(t, Tensor)]
+    return [t for t in tree_leaves(value) if isinstance(t, Tensor)]
 
 
 def outputs(model: nn.Module, inputs: Iterable[tuple[Any, ...]]) -> list[Any]:
@@ -123,7 +123,7 @@ def difference(expected: Any, got: Any) -> float:
     Whole numbers count only where there are no others: rounding may move an index.
     """
     largest = 0.0
-    wanted, found = ([_as_tensor(v) for v in pytree.tree_leaves(output)] for output in (expected, got))
+    wanted, found = ([_as_tensor(v) for v in tree_leaves(output)] for output in (expected, got))
     if len(wanted) != len(found):
         return float("inf")
     real = any(isinstance(a, Tensor) and a.is_floating_point() for a in wanted)

@@ -15,11 +15,12 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
+from l0hooks._torch.modules import parameters_of
+from l0hooks._torch.running import evaluating, slow_attention
+from l0hooks._torch.trees import tree_map
 from l0hooks.attach.copies import run_copy
 from l0hooks.structure.layers import CONVOLUTIONS, EMBEDDINGS, TRANSPOSED, is_hugging_face_conv1d
-from l0hooks.structure.macs import evaluating, slow_attention
 
 Way = Literal["taint", "random", "plain"]
 _STANDARD = (nn.Linear, *CONVOLUTIONS, *TRANSPOSED, *EMBEDDINGS)
@@ -66,7 +67,7 @@ def constant_inputs(model: nn.Module, example_inputs: Sequence[Any]) -> dict[str
             for way, change in _RUNS:
                 for watch in watches.values():
                     watch.begin(way, change)
-                probe(*pytree.tree_map(change, tuple(example_inputs)))
+                probe(*tree_map(change, tuple(example_inputs)))
         except _FAILURES:
             return {}
     return {name: watch.constants() for name, watch in watches.items() if watch.low is not None}
@@ -74,7 +75,7 @@ def constant_inputs(model: nn.Module, example_inputs: Sequence[Any]) -> dict[str
 
 def is_standard(module: nn.Module) -> bool:
     """Whether a layer computes what its class in torch (in transformers) does, with a weight of its own."""
-    if module._parameters.get("weight") is None or "forward" in vars(module):
+    if parameters_of(module).get("weight") is None or "forward" in vars(module):
         return False
     if is_hugging_face_conv1d(module):
         return True
@@ -145,7 +146,7 @@ class _Watch:
         with torch.no_grad():
             weight = self._carrier.get_parameter("weight")
             weight.copy_(weight != 0)
-            bias = self._carrier._parameters.get("bias")
+            bias = parameters_of(self._carrier).get("bias")
             if bias is not None:
                 bias.zero_()
 

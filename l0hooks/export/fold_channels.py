@@ -14,6 +14,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from l0hooks._torch.modules import parameters_of
 from l0hooks.attach.gated_weight import GatedWeight, Site
 from l0hooks.errors import StateError, UnsupportedModuleError
 from l0hooks.export.comparison import Comparison
@@ -157,7 +158,7 @@ class Readers:
     def _unfoldable(self, name: str) -> str:
         """Why the layer's bias cannot take up a constant other than 0."""
         module = self._model.get_submodule(name)
-        bias = module._parameters.get("bias")
+        bias = parameters_of(module).get("bias")
         if isinstance(module, TRANSPOSED):
             return f"its reader {name} is a transposed convolution"
         if isinstance(module, CONVOLUTIONS) and module.padding_mode == "zeros" and _pads(module):
@@ -203,7 +204,7 @@ def _folded(
             weight.index_fill_(site.axis, columns, 0)
     for name, change in added.items():
         module = folded.get_submodule(name)
-        bias = module._parameters.get("bias")
+        bias = parameters_of(module).get("bias")
         if bias is None and bool(change.any()):
             weight = module.get_parameter("weight")
             bias = nn.Parameter(weight.new_zeros(len(change)), requires_grad=weight.requires_grad)

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from l0hooks._torch.modules import parameters_of
 from l0hooks._torch.tensors import has_meta
 from l0hooks.attach.walk import iter_gated
 from l0hooks.errors import InvalidValueError, StateError, explain
@@ -177,7 +178,7 @@ def _give_biases(model: nn.Module, biases: object, path: str | Path) -> None:
     modules = dict(model.named_modules())
     for name in biases:
         module = modules.get(name.rpartition(".")[0])
-        weight = None if module is None else module._parameters.get("weight")
+        weight = None if module is None else parameters_of(module).get("weight")
         if module is None or weight is None or not isinstance(module, (nn.Linear, *CONVOLUTIONS)):
             continue
         if module.bias is None:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from l0hooks._torch.modules import buffers_of
 from l0hooks._torch.tensors import is_meta, same_tensor
 from l0hooks.errors import InvalidValueError, explain
 
@@ -48,9 +49,9 @@ def load_hidden(model: nn.Module, hidden: dict[str, Tensor]) -> None:
         smaller = new.dim() == old.dim() and new.shape != old.shape and old.is_floating_point()
         path, _, attribute = name.rpartition(".")
         if is_meta(old):
-            model.get_submodule(path)._buffers[attribute] = new
+            buffers_of(model.get_submodule(path))[attribute] = new
         elif smaller and all(a <= b for a, b in zip(new.shape, old.shape, strict=True)):
-            model.get_submodule(path)._buffers[attribute] = new.to(old)
+            buffers_of(model.get_submodule(path))[attribute] = new.to(old)
 
 
 def load_tensors(model: nn.Module, tensors: dict[str, Tensor], names: dict[str, str], path: str | Path) -> None:

@@ -68,7 +68,7 @@ class HardConcrete(Distribution):
         super().__init__(self.log_alpha.shape, validate_args=validate_args)
 
     @property
-    def _parameters(self) -> tuple[Tensor, Tensor, float, float]:
+    def _settings(self) -> tuple[Tensor, Tensor, float, float]:
         return self.log_alpha, self.temperature, self.gamma, self.zeta
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> HardConcrete:
@@ -84,52 +84,52 @@ class HardConcrete(Distribution):
     @property
     def mean(self) -> Tensor:
         """E[z]."""
-        return hc.mean(*self._parameters)
+        return hc.mean(*self._settings)
 
     @property
     def variance(self) -> Tensor:
         """Var[z]."""
-        return hc.variance(*self._parameters)
+        return hc.variance(*self._settings)
 
     @property
     def median(self) -> Tensor:
         """The gate at u = ½."""
-        return hc.median(*self._parameters)
+        return hc.median(*self._settings)
 
     @property
     def keep_prob(self) -> Tensor:
         """P(z ≠ 0)."""
-        return hc.keep_prob(*self._parameters)
+        return hc.keep_prob(*self._settings)
 
     @property
     def prob_one(self) -> Tensor:
         """P(z = 1)."""
-        return hc.prob_one(*self._parameters)
+        return hc.prob_one(*self._settings)
 
     def rsample(self, sample_shape: Any = _SCALAR) -> Tensor:
         """Gates of shape ``sample_shape + batch_shape``, differentiable in the parameters."""
         shape = self._extended_shape(torch.Size(sample_shape))
         wide = torch.float32 if self.log_alpha.dtype in HALF_DTYPES else self.log_alpha.dtype
         noise = torch.rand(shape, dtype=wide, device=self.log_alpha.device)
-        return hc.sample(self.log_alpha.expand(shape), noise, *self._parameters[1:])
+        return hc.sample(self.log_alpha.expand(shape), noise, *self._settings[1:])
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Log-probability of an atom, log-density elsewhere."""
         if self._validate_args:
             self._validate_sample(value)
         value, log_alpha = torch.broadcast_tensors(value, self.log_alpha)  # type: ignore[no-untyped-call]
-        return hc.log_prob(value, log_alpha, *self._parameters[1:])
+        return hc.log_prob(value, log_alpha, *self._settings[1:])
 
     def cdf(self, value: Tensor) -> Tensor:
         """P(z ≤ value)."""
         if self._validate_args:
             self._validate_sample(value)
-        return hc.cdf(value, *self._parameters)
+        return hc.cdf(value, *self._settings)
 
     def icdf(self, value: Tensor) -> Tensor:
         """The quantile at probability ``value``."""
-        return hc.icdf(value, *self._parameters)
+        return hc.icdf(value, *self._settings)
 
     def entropy(self) -> Tensor:
         """Entropy in nats of the mixed distribution."""
-        return hc.entropy(*self._parameters)
+        return hc.entropy(*self._settings)

@@ -37,7 +37,7 @@ class _ExpectedCount(torch.autograd.Function):
             p = torch.sigmoid(log_alpha - ctx.shift)
             return grad * p * (1 - p), None, None
         node = None if ctx.sampler is None else ctx.sampler()
-        if node is not None and node.debt.add(node, grad, ctx.shift):
+        if node is not None and node.deferred.add(node, grad, ctx.shift):
             return None, None, None
         slope = fresh_like(log_alpha)
         for location, out in pieces(log_alpha, slope):

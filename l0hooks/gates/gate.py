@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from l0hooks._torch.autograd import LastSample, is_traced
 from l0hooks._torch.memory import pieces
-from l0hooks._torch.tensors import Traversal, is_meta, start_values
+from l0hooks._torch.modules import Traversal
+from l0hooks._torch.tensors import is_meta, is_sharded, start_values, whole
 from l0hooks.errors import InvalidValueError, explain, near_names
 from l0hooks.gates.expected_count import expected_count
 from l0hooks.gates.families import Family, FamilyName, HardConcreteFamily, initial_log_alpha, make_family
@@ -342,17 +343,6 @@ def _support_op(log_alpha: Tensor, key: int) -> Tensor:
 @_support_op.register_fake
 def _(log_alpha: Tensor, key: int) -> Tensor:
     return torch.empty_like(log_alpha, dtype=torch.bool)
-
-
-def is_sharded(tensor: Tensor) -> bool:
-    """Whether ``fully_shard`` has spread ``tensor`` over processes."""
-    return hasattr(tensor, "full_tensor")  # importing DTensor, to ask for its type, takes a second
-
-
-def whole(tensor: Tensor) -> Tensor:
-    """``tensor``, or all of one that is sharded; a collective call then."""
-    gathered: Tensor = tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
-    return gathered
 
 
 def check_estimator_name(name: Estimator) -> Estimator:

@@ -13,20 +13,26 @@ All of it also runs inside ``torch.compile(fullgraph=True)``, through two operat
 
 from __future__ import annotations
 
-import inspect
 import itertools
-import types
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.torch_version import TorchVersion
 from torch.utils.hooks import RemovableHandle
 
+from l0hooks._torch.autograd import (
+    current_node,
+    current_pass,
+    is_batched,
+    is_in_backward,
+    next_node_number,
+    node_number,
+)
+from l0hooks._torch.running import run_eagerly
 from l0hooks.errors import StateError, explain
 from l0hooks.gates.random import Stream, stream
 
@@ -88,24 +94,24 @@ class NoiseSource:
     def open(self, door: str, *, recorded: bool, compiled: bool = False) -> Tensor:
         """The ticket of a forward that begins at ``door``: a new one, or the old one if the forward is repeated."""
         self.shared.clear()
-        if torch._C._current_graph_task_id() != -1:
+        if is_in_backward():
             replayed = self._replay(door)
             if replayed is not None:
                 return replayed
         ticket = _draw_ticket()
-        if not _is_batched(ticket):  # vmap's noise for each example, which no gate can draw
-            self._log.append(_Draw(door, int(ticket), torch._C._autograd._get_sequence_nr(), recorded, compiled))
+        if not is_batched(ticket):  # vmap's noise for each example, which no gate can draw
+            self._log.append(_Draw(door, int(ticket), next_node_number(), recorded, compiled))
         return ticket
 
     def close(self) -> None:
         """The forward that drew last has ended."""
         self.shared.clear()
         if self._log and self._log[-1].end is None:
-            self._log[-1].end = torch._C._autograd._get_sequence_nr()
+            self._log[-1].end = next_node_number()
 
     def _replay(self, door: str) -> Tensor | None:
-        node = torch._C._current_autograd_node()
-        draw = self._find(node._sequence_nr(), node.name(), door)
+        node = current_node()
+        draw = self._find(node_number(node), node.name(), door)
         if draw is None:
             if len(self._log) < _MEMORY:
                 return None  # never drawn before: a first forward that happens to run in a backward hook
@@ -118,7 +124,7 @@ class NoiseSource:
                 )
             )
         if draw.door == door:
-            self._refuse_twice(node._sequence_nr(), door)
+            self._refuse_twice(node_number(node), door)
             _draw_ticket()  # the forward drew here: keep a preserved RNG state in step
         return torch.tensor(draw.ticket, dtype=torch.int64, device="cpu")
 
@@ -139,7 +145,7 @@ class NoiseSource:
 
     def _refuse_twice(self, node: int, door: str) -> None:
         """Two forwards of one door in one checkpointed region drew two tickets that cannot be told apart."""
-        replay = (torch._C._current_graph_task_id(), node, door)
+        replay = (current_pass(), node, door)
         if replay == self._last_replay:
             raise StateError(
                 explain(
@@ -154,13 +160,6 @@ class NoiseSource:
 
 def _draw_ticket() -> Tensor:
     return torch.randint(2**62, (), device="cpu")
-
-
-def _is_batched(tensor: Tensor) -> bool:
-    functorch = torch._C._functorch
-    while functorch.is_gradtrackingtensor(tensor):
-        tensor = functorch.get_unwrapped(tensor)
-    return functorch.is_batchedtensor(tensor)
 
 
 def _restore(covers: dict[str, frozenset[str]]) -> NoiseSource:
@@ -230,23 +229,6 @@ class Door:
         return self.source.open(self.name, recorded=torch.is_grad_enabled())
 
 
-def unhook(module: nn.Module, owner: type | tuple[type, ...]) -> None:
-    """Remove the forward hooks of ``module`` (not of its children) that are methods of an ``owner``."""
-    for table in (module._forward_pre_hooks, module._forward_hooks):
-        for key in [k for k, hook in table.items() if isinstance(_owner_of(hook), owner)]:
-            del table[key]
-    for flags, table in (
-        (module._forward_hooks_always_called, module._forward_hooks),
-        (module._forward_pre_hooks_with_kwargs, module._forward_pre_hooks),
-    ):
-        for key in flags.keys() - table.keys():
-            del flags[key]
-
-
-def _owner_of(hook: object) -> object:
-    return hook.__self__ if isinstance(hook, types.MethodType) else None
-
-
 def _uniform(noise: Stream, like: Tensor) -> Tensor:
     return noise.uniform_(torch.empty_like(like, requires_grad=False, memory_format=torch.contiguous_format))
 
@@ -276,21 +258,6 @@ def _(ticket: Tensor, index: int, like: Tensor) -> Tensor:
     return torch.empty_like(like, memory_format=torch.contiguous_format)
 
 
-def _run_eagerly(*functions: Callable[..., object]) -> None:
-    """Keep the compiler from turning a hook of the compiled model itself, which it calls eagerly, into a graph.
-
-    Hooks inside a graph are still traced. This is ``torch._dynamo.skip`` without the second that importing it takes.
-    """
-    frames = torch._C._dynamo.eval_frame
-    for function in functions:
-        code = inspect.unwrap(function).__code__
-        if TorchVersion(torch.__version__) < "2.7":
-            frames.skip_code(code)  # type: ignore[attr-defined]
-        else:
-            action = frames._FrameAction
-            frames.set_code_exec_strategy(code, frames._FrameExecStrategy(action.SKIP, action.DEFAULT))
-
-
-_run_eagerly(Door.enter, Door.leave, Door.uniform, Door.stream, Door._ticket, Door._read, Door._open)
-_run_eagerly(_uniform, _stream, _draw_ticket, _is_batched)
-_run_eagerly(NoiseSource.open, NoiseSource.close, NoiseSource._replay, NoiseSource._find, NoiseSource._refuse_twice)
+run_eagerly(Door.enter, Door.leave, Door.uniform, Door.stream, Door._ticket, Door._read, Door._open)
+run_eagerly(_uniform, _stream, _draw_ticket, is_batched, is_in_backward, node_number)
+run_eagerly(NoiseSource.open, NoiseSource.close, NoiseSource._replay, NoiseSource._find, NoiseSource._refuse_twice)

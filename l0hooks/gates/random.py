@@ -11,8 +11,8 @@ from typing import Protocol
 import numpy as np
 import torch
 from torch import Tensor
-from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
+from l0hooks._torch.autograd import outside_transforms, transform_level
 from l0hooks._torch.memory import has_address
 
 _SOME = 2**8  # from here on kernels, where Numba is installed: a toy is not worth the time that takes
@@ -171,10 +171,10 @@ class Philox:
 
     def _fill(self, out: Tensor, scale: float | None) -> Tensor:
         seed, start = self.take(out.numel())
-        if has_address(out, out.dtype) and torch._C._functorch.maybe_current_level() is None:
+        if has_address(out, out.dtype) and transform_level() is None:
             self._kernels.fill(out, seed, start, scale)
             return out
-        with temporarily_clear_interpreter_stack():  # a kernel writes to memory, not to what torch.func wraps around it
+        with outside_transforms():  # a kernel writes to memory, not to what torch.func wraps around it
             drawn = torch.empty(out.shape, dtype=out.dtype, device=out.device)
             self._kernels.fill(drawn, seed, start, scale)
         return out.copy_(drawn)

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from l0hooks._torch.autograd import Debt, wants_plain
+from l0hooks._torch.autograd import DeferredGradients, wants_plain
 from l0hooks._torch.memory import fresh, fresh_like, pieces
 from l0hooks.gates.derivatives import count_slope, number, reattach, slope_of, slope_times, steepness
 from l0hooks.gates.hard_concrete import GAMMA, TEMPERATURE, ZETA
@@ -78,7 +78,7 @@ class _GatedWeight(torch.autograd.Function):
             _draw(z, location, noise, constants)
             torch.mul(w, z.to(w.dtype), out=p)
         ctx.constants = constants
-        ctx.debt = Debt()
+        ctx.deferred = DeferredGradients()
         ctx.save_for_backward(weight, log_alpha, gates)
         return product
 
@@ -86,7 +86,7 @@ class _GatedWeight(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         weight, log_alpha, gates = ctx.saved_tensors
         by_weight, by_location = ctx.needs_input_grad[:2]
-        owed = ctx.debt.take()
+        owed = ctx.deferred.take()
         if wants_plain(grad):  # let z depend on log_alpha again
             gates = reattach(gates, log_alpha, ctx.constants)
             grad_location = (grad * weight).to(gates.dtype) * slope_of(gates, ctx.constants)

@@ -8,10 +8,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from l0hooks._torch.autograd import is_traced
+from l0hooks._torch.autograd import is_recorded_once, is_traced
 from l0hooks._torch.memory import fresh
+from l0hooks._torch.tensors import is_sharded, version
 from l0hooks.gates.families import HardConcreteFamily
-from l0hooks.gates.gate import Gate, is_sharded
+from l0hooks.gates.gate import Gate
 from l0hooks.gates.random import Stream
 from l0hooks.gates.sampling import Constants, sampled_together
 
@@ -43,7 +44,7 @@ class _Sample(NamedTuple):
     """A gate's share, and what it was drawn from."""
 
     log_alpha: Tensor
-    version: int
+    version: object
     temperature: float
     gates: Tensor
 
@@ -145,7 +146,7 @@ class Team:
     def sample(self, gate: Gate, examples: int | None = None) -> Tensor:
         """``gate.sample(examples)``, shared where it can be."""
         shared = gate.shared
-        if is_traced() or shared is None or not _is_recorded_once():
+        if is_traced() or shared is None or not is_recorded_once():
             return gate.sample(examples)
         key = (id(self), examples, torch.is_grad_enabled(), torch.is_inference_mode_enabled())
         if key not in shared:
@@ -153,7 +154,7 @@ class Team:
         share: _Sample | None = shared[key].get(id(gate))
         if share is None or not (
             share.log_alpha is gate.log_alpha
-            and share.version == gate.log_alpha._version
+            and share.version == version(gate.log_alpha)
             and share.temperature == gate.temperature
         ):
             return gate.sample(examples)
@@ -174,17 +175,11 @@ class Team:
         return shares
 
 
-def _is_recorded_once() -> bool:
-    """Whether what autograd records now is recorded once and saved as it is."""
-    hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
-    return hooks is None and torch._C._current_graph_task_id() == -1
-
-
 def _sample(gates: Sequence[Gate], constants: Constants, examples: int | None) -> dict[int, _Sample]:
     locations = [gate.log_alpha for gate in gates]
     noise = _Chain([gate.stream(examples) for gate in gates], [len(location) for location in locations])
     values = sampled_together(locations, noise, constants, examples)
     return {
-        id(gate): _Sample(location, location._version, gate.temperature, value)
+        id(gate): _Sample(location, version(location), gate.temperature, value)
         for gate, location, value in zip(gates, locations, values, strict=True)
     }

@@ -10,12 +10,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from l0hooks._torch.tensors import whole
 from l0hooks.attach._summary import summary
 from l0hooks.attach.spec import Pattern
 from l0hooks.errors import StateError, explain
 from l0hooks.export._prune import prune
 from l0hooks.export.save import save_pruned
-from l0hooks.gates.gate import iter_gates, whole
+from l0hooks.gates.gate import iter_gates
 from l0hooks.training.penalties import Strength, penalty
 
 Penalties = Mapping[str, Strength | Mapping[Pattern, Strength]]

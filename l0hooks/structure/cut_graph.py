@@ -12,11 +12,12 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
+from l0hooks._torch.graphs import as_module, plain_graph, schema_of
+from l0hooks._torch.running import evaluating
 from l0hooks.errors import StateError, explain
 from l0hooks.structure.cut_modules import Bools, Cut, apply_cuts
 from l0hooks.structure.export_trace import export_and_trace
 from l0hooks.structure.fx_nodes import name_of
-from l0hooks.structure.macs import evaluating
 from l0hooks.structure.rules_elementwise import POINTWISE
 from l0hooks.structure.tracer import Tracer
 from l0hooks.structure.union_find import squeeze_constant, varies
@@ -49,7 +50,7 @@ def rewrite(model: nn.Module, cuts: Sequence[Cut], example_inputs: Sequence[Any]
         _rewrite_node(node, value, sources, kept)
     apply_cuts(graph_module, cuts)
     graph_module.graph.lint()
-    plain = fx.GraphModule(graph_module, graph_module.graph)  # torch.export's own refuses train() and eval()
+    plain = plain_graph(graph_module)
     plain.train(model.training)
     return plain
 
@@ -89,10 +90,7 @@ def _flexible(model: nn.Module, example_inputs: Sequence[Any], program: torch.ex
     # a model for one batch size only keeps that; whether it should is for the caller's comparison to say
     with evaluating(model), contextlib.suppress(RuntimeError, ValueError, AssertionError):
         program = torch.export.export(model, tuple(example_inputs), dynamic_shapes=shapes, strict=False)
-    module = program.module(check_guards=False)
-    if not isinstance(module, fx.GraphModule):
-        raise TypeError("torch.export gave no graph")
-    return module
+    return as_module(program)
 
 
 def _matched(
@@ -209,7 +207,7 @@ def _clamped(index: int, length: int) -> int:
 
 
 def _convolution(node: fx.Node, value: Any, sources: list[Any], kept: _Kept) -> None:
-    position = [a.name for a in node.target._schema.arguments].index("groups")  # type: ignore[union-attr]
+    position = [a.name for a in schema_of(node).arguments].index("groups")
     if len(node.args) > position:
         node.args = (*node.args[:position], _scaled(node.args[position], sources[0], kept), *node.args[position + 1 :])
 

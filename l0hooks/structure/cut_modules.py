@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from l0hooks._torch.modules import NORMS, buffers_of, parameters_of
 from l0hooks.structure.groups import ChannelGroup
 from l0hooks.structure.layers import CONVOLUTIONS, TRANSPOSED, is_hugging_face_conv1d
 
@@ -59,13 +61,14 @@ def apply_cuts(model: nn.Module, cuts: Sequence[Cut]) -> None:
         for name in cut.names:
             path, _, attribute = name.rpartition(".")
             module = model.get_submodule(path)
-            table = module._parameters if attribute in module._parameters else module._buffers
+            own = parameters_of(module)
+            table: Any = own if attribute in own else buffers_of(module)
             old = table[attribute]
             if old is None:
                 continue
             if sliced is None:
                 sliced = _sliced(old, cut)
-            table[attribute] = sliced  # type: ignore[assignment]  # a Parameter where the old one was
+            table[attribute] = sliced  # a Parameter where the old one was
             touched[path] = module
     for module in touched.values():
         correct_sizes(module)
@@ -86,7 +89,7 @@ def correct_sizes(module: nn.Module) -> None:
         if isinstance(module, kinds):
             correct(module)
     if is_hugging_face_conv1d(module):
-        weight = module._parameters["weight"]
+        weight = parameters_of(module)["weight"]
         if weight is not None:
             module.nx, module.nf = weight.shape  # type: ignore[assignment]  # transformers' names for in and out
 
@@ -134,7 +137,7 @@ _CORRECTIONS: tuple[tuple[tuple[type[nn.Module], ...], Callable[..., None]], ...
     ((nn.Linear,), _linear),
     (CONVOLUTIONS, _convolution),
     (TRANSPOSED, _transposed),
-    ((nn.modules.batchnorm._NormBase,), _batch_norm),
+    (NORMS, _batch_norm),
     ((nn.GroupNorm,), _group_norm),
     ((nn.Embedding, nn.EmbeddingBag), _embedding),
     ((nn.LayerNorm,), _layer_norm),

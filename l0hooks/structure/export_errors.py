@@ -12,9 +12,9 @@ from typing import Any
 
 from torch import nn
 
+from l0hooks._torch.running import OUT_OF_MEMORY, evaluating
 from l0hooks._torch.tensors import beside
 from l0hooks.errors import UnsupportedModuleError, explain
-from l0hooks.structure.macs import OUT_OF_MEMORY, evaluating
 
 _LIBRARIES = frozenset({"torch", "l0hooks", "numpy", "einops", *sys.stdlib_module_names}) - {"__main__"}
 _DATA = ("GuardOnDataDependent", "DataDependentOutput", "DynamicOutputShape")

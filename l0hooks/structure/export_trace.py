@@ -8,11 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from l0hooks._torch.tensors import beside, same_tensor
+from l0hooks._torch.running import OUT_OF_MEMORY, evaluating
+from l0hooks._torch.tensors import beside, is_placed, memory_of, same_tensor
 from l0hooks.structure.export_errors import export_failure
 from l0hooks.structure.fx_nodes import first_of, has_shape, is_mutable, name_of, shape_of
-from l0hooks.structure.macs import OUT_OF_MEMORY, evaluating
-from l0hooks.structure.named_tensors import is_placed, memory_of
 from l0hooks.structure.rules_channels import RULES
 from l0hooks.structure.rules_elementwise import FILLED, POINTWISE
 from l0hooks.structure.tracer import Parameter, Reference, Tracer, constants

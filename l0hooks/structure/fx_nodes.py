@@ -7,21 +7,23 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from l0hooks._torch.graphs import schema_of
+
 
 def name_of(node: fx.Node) -> str:
     """The operator's name without its namespace and overload."""
-    target = node.target
-    if isinstance(target, torch._ops.OpOverload):
-        return target._schema.name.partition("::")[2]
+    target, schema = node.target, schema_of(node)
+    if schema is not None:
+        return str(schema.name.partition("::")[2])
     return target.__name__ if callable(target) else str(target)
 
 
 def argument(node: fx.Node, name: str) -> Any:
     """An argument of an ATen operator by its name in the schema, its default if it was not given."""
-    target = node.target
-    if not isinstance(target, torch._ops.OpOverload):
+    schema = schema_of(node)
+    if schema is None:
         raise TypeError(f"{node.target} has no schema")
-    for position, arg in enumerate(target._schema.arguments):
+    for position, arg in enumerate(schema.arguments):
         if arg.name == name:
             if position < len(node.args) and not arg.kwarg_only:
                 return node.args[position]
@@ -54,7 +56,8 @@ def has_shape(node: fx.Node) -> bool:
 
 def is_mutable(node: fx.Node) -> bool:
     """Whether the operator writes into one of its arguments."""
-    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+    schema = schema_of(node)
+    return schema is not None and bool(schema.is_mutable)
 
 
 def place_of(node: fx.Node) -> str:

@@ -14,6 +14,7 @@ import einops
 import torch
 from torch import Tensor, nn
 
+from l0hooks._torch.modules import tensors_of
 from l0hooks.errors import SpecError, UnsupportedModuleError, explain
 
 Granularity = Literal["weight", "input", "output", "kernel", "coupled"] | tuple[int, int]
@@ -103,16 +104,6 @@ def gateable_weights(name: str, module: nn.Module) -> list[tuple[nn.Module, str,
             hint="a pattern that matches layers inside it" if list(module.children()) else "exclude it",
         )
     )
-
-
-def tensors_of(module: nn.Module) -> list[tuple[str, Tensor]]:
-    """The parameters that ``module`` itself owns, parametrized ones under their plain name."""
-    own: list[tuple[str, Tensor]] = [(k, p) for k, p in module._parameters.items() if p is not None]
-    lists = None if isinstance(module, torch.jit.ScriptModule) else module._modules.get("parametrizations")
-    if isinstance(lists, nn.ModuleDict):
-        single = [(k, plist) for k, plist in lists.items() if plist.is_tensor]  # weight_norm has two originals
-        own += [(k, plist.original) for k, plist in single if isinstance(plist.original, Tensor)]
-    return own
 
 
 def gate_layout(

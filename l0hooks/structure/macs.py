@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
+from l0hooks._torch.modules import tensors_of
+from l0hooks._torch.running import evaluating, shapes_alone, slow_attention
 from l0hooks._torch.tensors import beside, has_meta
 from l0hooks.errors import SpecError, explain
-from l0hooks.structure.layers import EMBEDDINGS, TRANSPOSED, is_gateable, tensors_of
-
-OUT_OF_MEMORY = (MemoryError, torch.OutOfMemoryError)  # no reason to believe that a model is wrong
+from l0hooks.structure.layers import CONVOLUTIONS, EMBEDDINGS, TRANSPOSED, is_gateable
 
 
 def count_positions(model: nn.Module, example_inputs: Sequence[Any]) -> dict[tuple[int, str], float]:
@@ -57,21 +56,13 @@ def count_positions(model: nn.Module, example_inputs: Sequence[Any]) -> dict[tup
         stack.enter_context(slow_attention())
         try:
             if has_meta(model):
-                stack.enter_context(_shapes_alone())
+                stack.enter_context(shapes_alone())
             model(*beside(model, example_inputs))
         except RuntimeError as error:
             if not has_meta(model):
                 raise
             raise _needs_data(error) from error
     return counts
-
-
-def _shapes_alone() -> AbstractContextManager[object]:
-    """Code that asks whether it is traced, before it looks at data, is told that it is."""
-    from torch._subclasses.fake_tensor import FakeTensorMode  # not for those who have data: it takes a while
-
-    mode: AbstractContextManager[object] = FakeTensorMode(allow_non_fake_inputs=True)
-    return mode
 
 
 def _needs_data(error: RuntimeError) -> SpecError:
@@ -93,32 +84,6 @@ def total_macs(model: nn.Module, positions: Mapping[tuple[int, str], float]) -> 
     return sum(positions.get((key, name), 0.0) * tensor.numel() for key, name, tensor in tensors)
 
 
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; every module's own mode and the random state come back afterwards."""
-    modes = [(module, module.training) for module in model.modules()]
-    gpus = {p.device.index for p in model.parameters() if p.device.type == "cuda"}
-    if any(training for _, training in modes):  # else what evaluation has kept stays kept
-        model.eval()
-    try:
-        with torch.random.fork_rng(gpus), torch.no_grad():
-            yield
-    finally:
-        for module, training in modes:
-            module.training = training
-
-
-@contextmanager
-def slow_attention() -> Iterator[None]:
-    """torch's fused encoder path calls no submodule, so no hook would see it."""
-    enabled = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(enabled)
-
-
 def _counter(add: Callable[[nn.Module, str, float], None]) -> Callable[..., None]:
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         if isinstance(module, nn.MultiheadAttention):
@@ -129,7 +94,7 @@ def _counter(add: Callable[[nn.Module, str, float], None]) -> Callable[..., None
             seen = args[0] if args else kwargs["input"]
             add(module, "weight", seen.numel() // module.in_channels)
         else:
-            channels = module.out_channels if isinstance(module, nn.modules.conv._ConvNd) else output.shape[-1]
+            channels = module.out_channels if isinstance(module, CONVOLUTIONS) else output.shape[-1]
             add(module, "weight", output.numel() // channels)
 
     return hook

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from l0hooks._torch.tensors import same_tensor
+from l0hooks._torch.tensors import is_placed, memory_of, same_tensor
 
 
 class Tensors:
@@ -51,14 +51,3 @@ class Tensors:
                 if start < after and first < end:
                     return example
         return None
-
-
-def memory_of(tensor: Tensor) -> tuple[int, int]:
-    """The first address of a tensor, and the first one after it."""
-    span = sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True)) + 1
-    return tensor.data_ptr(), tensor.data_ptr() + span * tensor.element_size()
-
-
-def is_placed(tensor: Tensor) -> bool:
-    """Whether a tensor has memory of its own to be known by: not if it is empty, or a meta tensor."""
-    return tensor.numel() > 0 and not tensor.is_meta

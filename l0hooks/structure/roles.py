@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
+from l0hooks._torch.modules import NORMS
 from l0hooks.errors import UnsupportedModuleError, explain
 from l0hooks.structure.layers import CONVOLUTIONS, EMBEDDINGS, TRANSPOSED, is_hugging_face_conv1d
 
@@ -64,7 +65,7 @@ def carried(where: str, module: nn.Module) -> dict[str, int]:
 
 
 def _is_carrier(module: nn.Module) -> bool:
-    kinds = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.PReLU)
+    kinds = (*NORMS, nn.GroupNorm, nn.PReLU)
     return isinstance(module, kinds) or _is_depthwise(module)
 
 

@@ -8,7 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from l0hooks.gates.gate import Gate, is_sharded, whole
+from l0hooks._torch.tensors import is_sharded, version, whole
+from l0hooks.gates.gate import Gate
 from l0hooks.gates.optimizer_hooks import steps_taken
 from l0hooks.training.cost import Size, fitting
 
@@ -81,5 +82,5 @@ class FittingSupport:
 def _state_of(gate: Gate) -> tuple[object, ...]:
     """What the support and the final values depend on."""
     found = gate.log_alpha
-    version = None if found.is_inference() else found._version
-    return version, found.data_ptr(), found.device, gate.temperature, gate.estimator
+    changes = None if found.is_inference() else version(found)
+    return changes, found.data_ptr(), found.device, gate.temperature, gate.estimator

@@ -8,10 +8,11 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
+from l0hooks._torch.tensors import whole
 from l0hooks.attach.spec import Pattern, matches, no_match
 from l0hooks.attach.walk import Gated, iter_gated
 from l0hooks.errors import SpecError, StateError, explain, near_names
-from l0hooks.gates.gate import Gate, whole
+from l0hooks.gates.gate import Gate
 from l0hooks.gates.shared_sampling import expected_l0
 
 Strength = float | Tensor | tuple[float, float]

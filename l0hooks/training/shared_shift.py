@@ -10,8 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from l0hooks._torch.tensors import is_sharded, version, whole
 from l0hooks.gates.families import HardConcreteFamily
-from l0hooks.gates.gate import Gate, is_sharded, whole
+from l0hooks.gates.gate import Gate
 from l0hooks.training.cost import Floats, Size
 
 _ACCURACY, _EXACT = 1e-6, 1e-9  # of the size that is wanted
@@ -117,7 +118,7 @@ class SharedShift:
         tensors = [gate.log_alpha for gate in self._gates]
         if any(is_sharded(t) or t.is_inference() for t in tensors):
             return None
-        return [(t._version, t.data_ptr(), gate.temperature) for t, gate in zip(tensors, self._gates, strict=True)]
+        return [(version(t), t.data_ptr(), gate.temperature) for t, gate in zip(tensors, self._gates, strict=True)]
 
     def _pass(self, shift: float) -> None:
         """Measure the gates at a shift, and keep their p′."""

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from l0hooks._torch.autograd import Debt, wants_plain
+from l0hooks._torch.autograd import DeferredGradients, wants_plain
 from l0hooks._torch.memory import has_address, lie_alike
 from l0hooks.gates.derivatives import count_slope, inverted, reattach, slope_of
 from l0hooks.gates.kernels import cpu as cpu_kernels
@@ -28,7 +28,7 @@ class _Levelled(torch.autograd.Function):
         constants: tuple[float, float, float],
     ) -> Tensor:
         ctx.constants = constants
-        ctx.debt = Debt()
+        ctx.deferred = DeferredGradients()
         product, levels = cpu_kernels.gated(weight, log_alpha, *numbers, inverted(constants))
         ctx.save_for_backward(weight, log_alpha, levels)
         return product
@@ -36,7 +36,7 @@ class _Levelled(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         weight, log_alpha, levels = ctx.saved_tensors
-        owed = ctx.debt.take()
+        owed = ctx.deferred.take()
         grad = grad.contiguous() if grad.layout == torch.strided else grad
         if wants_plain(grad) or not _can_go_back(grad, weight, log_alpha, levels):
             gates = reattach(cpu_kernels.gates_of(levels), log_alpha, ctx.constants)

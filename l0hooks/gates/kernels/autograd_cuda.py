@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from l0hooks._torch.autograd import Debt, wants_plain
+from l0hooks._torch.autograd import DeferredGradients, wants_plain
 from l0hooks._torch.memory import lie_alike
 from l0hooks.gates.derivatives import count_slope, inverted, reattach, slope_of
 from l0hooks.gates.kernels import cuda as kernels
@@ -31,7 +31,7 @@ class _Recomputed(torch.autograd.Function):
         constants: tuple[float, float, float],
     ) -> Tensor:
         ctx.numbers, ctx.constants = numbers, constants
-        ctx.debt = Debt()
+        ctx.deferred = DeferredGradients()
         ctx.save_for_backward(weight, log_alpha)
         return kernels.gated(weight, log_alpha, *numbers, inverted(constants))
 
@@ -39,7 +39,7 @@ class _Recomputed(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         weight, log_alpha = ctx.saved_tensors
         seed, start = ctx.numbers
-        owed = ctx.debt.take()
+        owed = ctx.deferred.take()
         if wants_plain(grad):
             gates = torch.ops.l0hooks.philox_gates(log_alpha.detach(), seed, start, ctx.constants)
             gates = reattach(gates, log_alpha, ctx.constants)

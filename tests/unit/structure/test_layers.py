@@ -7,8 +7,9 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from l0hooks._torch.modules import tensors_of
 from l0hooks.errors import SpecError, UnsupportedModuleError
-from l0hooks.structure.layers import WeightLayout, gate_layout, gateable_weights, is_gateable, tensors_of
+from l0hooks.structure.layers import WeightLayout, gate_layout, gateable_weights, is_gateable
 
 CONVOLUTIONS = {
     "conv1d": (lambda: nn.Conv1d(4, 6, 3, padding=1), 1),

@@ -10,9 +10,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers.pytorch_utils import Conv1D
 
 from l0hooks import iter_gates, sparsify
+from l0hooks._torch.running import evaluating
 from l0hooks.attach.gated_weight import iter_sites
 from l0hooks.errors import SpecError
-from l0hooks.structure.macs import count_positions, evaluating
+from l0hooks.structure.macs import count_positions
 
 
 class Twice(nn.Module):
