@@ -115,7 +115,7 @@ def prune(
     _drop_kept(model)  # a change through .data leaves no trace, and folding would see it
     with evaluating(model):  # once for all, so that every weight is folded once
         report = summary(model, example_inputs=example_inputs)
-        comparison = None if example_inputs is None else Comparison(model, example_inputs)
+        comparison = None if example_inputs is None else Comparison(model, example_inputs, stays=not inplace)
     groups = members_that_stay(iter_gated(model))
     declared = any(one.coupled.plan.declared for one in iter_gated(model) if one.coupled)
     sites = list(iter_sites(model))

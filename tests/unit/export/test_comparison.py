@@ -146,3 +146,23 @@ def test_models_that_remember_the_size_they_saw_are_left_as_they_were():
     assert shapes(comparison.shorter) == [((2, 4),)]
     assert comparison.wrong(small) == ""
     assert model.window == small.window == 8
+
+
+class Detour(nn.Module):
+    """The identity up to rounding: 6e-5 in float32."""
+
+    def __init__(self, offset=0.0):
+        super().__init__()
+        self.offset = offset
+
+    def forward(self, x):
+        return (x + 1e3) - 1e3 + self.offset
+
+
+def test_a_difference_that_is_rounding_in_float32_is_decided_in_float64():
+    x = torch.rand(4, 8)
+    comparison = Comparison(nn.Identity(), (x,))
+    assert difference(x, Detour()(x)) > comparison.allowed
+    assert comparison.wrong(Detour()) == ""
+    assert comparison.wrong(Detour(1e-4)).startswith("a difference of 1.")
+    assert Comparison(nn.Identity(), (x,), stays=False).wrong(Detour()) != ""  # the model may have changed since
