@@ -7,7 +7,10 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).parents[1]
 HOUSE = ROOT / "l0hooks"
@@ -77,6 +80,15 @@ def test_packages_import_only_what_the_table_allows() -> None:
             continue
         above = {package(target) for target in imported(path, set(known))} - IMPORTS[package(name)] - {package(name)}
         assert not above, f"{name} imports {sorted(above)}"
+
+
+def test_no_imports_run_in_a_circle() -> None:
+    known = modules()
+    graph = {name: imported(path, set(known)) - {name} for name, path in known.items()}
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        pytest.fail(" -> ".join(error.args[1]))
 
 
 def test_no_function_hides_a_module() -> None:

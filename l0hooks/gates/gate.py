@@ -3,28 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from l0hooks._torch.autograd import LastSample, is_traced
 from l0hooks._torch.memory import pieces
-from l0hooks._torch.modules import Traversal
-from l0hooks._torch.tensors import is_meta, is_sharded, start_values, whole
-from l0hooks.errors import InvalidValueError, explain, near_names
+from l0hooks._torch.tensors import is_meta, is_sharded, whole
+from l0hooks.gates import optimizer_hooks  # noqa: F401  around every step from now on
 from l0hooks.gates.expected_count import expected_count
-from l0hooks.gates.families import Family, FamilyName, HardConcreteFamily, initial_log_alpha, make_family
+from l0hooks.gates.families import FamilyName, HardConcreteFamily
 from l0hooks.gates.hard_concrete import GAMMA, ZETA, check_constants
+from l0hooks.gates.log_odds import Estimator, LogOdds
 from l0hooks.gates.noise import Door, NoiseSource
-from l0hooks.gates.optimizer_hooks import Rule, gate_of, register
+from l0hooks.gates.protocols import Rule
 from l0hooks.gates.random import Stream
+from l0hooks.gates.registry import register
 from l0hooks.gates.sampling import Constants, sampled
 
-Estimator = Literal["median", "paper", "mean"]
 
-
-class Gate(nn.Module):
+class Gate(LogOdds):
     r"""Learnable gates z in [0, 1] over an array of any shape.
 
     In training ``gate()`` samples, in evaluation it returns the test-time gates, exactly zero outside
@@ -83,9 +82,6 @@ class Gate(nn.Module):
     Louizos, Welling & Kingma (2018), section 2.2.
     """
 
-    log_alpha: nn.Parameter
-    multipliers: nn.Parameter | None
-
     def __init__(
         self,
         shape: int | Sequence[int],
@@ -101,18 +97,8 @@ class Gate(nn.Module):
         door: Door | None = None,
         index: int = 0,
     ) -> None:
-        super().__init__()
-        size = (shape,) if isinstance(shape, int) else tuple(shape)
-        if any(n < 1 for n in size):
-            raise InvalidValueError(explain("Gate", "every axis must be positive.", expected=">= 1", got=size))
-        self.family: Family = make_family(family, gamma, zeta)
-        self.temperature = self.family.default_temperature if temperature is None else temperature
-        self.start = start = initial_log_alpha(self.family, init_mean, init_keep_prob, self.temperature)
-        low, high = self.family.limits
-        self.limits = (min(low, start), max(high, start))
-        self.estimator = check_estimator_name(estimator)
-        self.log_alpha = nn.Parameter(torch.full(size, start, dtype=torch.float32, device=device))
-        self.register_parameter("multipliers", None)
+        start, constants = (init_mean, init_keep_prob), (temperature, gamma, zeta)
+        super().__init__(shape, family, start, constants, estimator, device)
         self.schedule: Callable[[int], float] | None = None
         self.scheduled_steps = 0
         self._door = NoiseSource().add_door("", ()) if door is None else door
@@ -121,18 +107,7 @@ class Gate(nn.Module):
         self.mask: Tensor | None = None  # the rule's: which gates stay, and, once they are fixed, their values
         self.held: Tensor | None = None
         self.last_sample = LastSample()
-        self._traversal = Traversal()
         self._key = register(self)
-
-    @property
-    def temperature(self) -> float:
-        """β, the scale of the noise."""
-        return self._temperature
-
-    @temperature.setter
-    def temperature(self, value: float) -> None:
-        check_constants("temperature", value, GAMMA, ZETA)
-        self._temperature = float(value)
 
     def forward(self) -> Tensor:
         """The gates: a sample in training, the test-time gates in evaluation; float32, shape of ``log_alpha``."""
@@ -178,17 +153,12 @@ class Gate(nn.Module):
         ``log_alpha`` may be given to stand for the gate's own, with equal values; ``support`` for one that the rule
         will have later.
         """
-        estimate: Callable[[Tensor, float], Tensor] = {
-            "median": self.family.median,
-            "paper": self.family.paper,
-            "mean": self.family.mean,
-        }[self.estimator]
         location = whole(self.log_alpha) if log_alpha is None else log_alpha
-        z = estimate(location, self.temperature)
+        z = self.estimate(location)
         if support is not None:
             stays = support
         elif self.rule is None:
-            stays = self._alone(location.detach(), z.detach() if self.estimator == "median" else None)
+            stays = self.stays_alone(location.detach(), z.detach() if self.estimator == "median" else None)
         else:
             stays = self.support()
         return torch.where(stays, z if self.rule is None else z.clamp(min=self.family.least_open), 0.0)
@@ -210,14 +180,7 @@ class Gate(nn.Module):
         self._refresh()
         if self.rule is not None and self.mask is not None:
             return self.mask
-        return self._alone(whole(self.log_alpha.detach()))
-
-    def _alone(self, log_alpha: Tensor, median: Tensor | None = None) -> Tensor:
-        """Which gates stay where no rule decides."""
-        stays = (self.family.median(log_alpha, self.temperature) if median is None else median) > 0
-        if self.estimator == "paper":
-            stays &= self.family.paper(log_alpha, self.temperature) > 0
-        return stays
+        return self.stays_alone(whole(self.log_alpha.detach()))
 
     def train(self, mode: bool = True) -> Gate:
         """Switch modes; the rule catches up, for a compiled forward cannot ask it to."""
@@ -230,17 +193,13 @@ class Gate(nn.Module):
         if self.rule is not None and not is_traced():
             self.rule.refresh()
 
-    def keep_prob(self) -> Tensor:
-        """P(z ≠ 0) of every gate, differentiable."""
-        return self.family.keep_prob(whole(self.log_alpha), self.temperature)
-
     def kept(self) -> int:
         """How many gates stay; on the meta device, at the start."""
         if is_meta(self.log_alpha):
-            return self.log_alpha.numel() * int(self._alone(torch.tensor(self.start, device="cpu")))
+            return self.log_alpha.numel() * int(self.stays_alone(torch.tensor(self.start, device="cpu")))
         if self.rule is not None:
             return int(self.support().sum())
-        return sum(int(self._alone(location).sum()) for (location,) in pieces(whole(self.log_alpha.detach())))
+        return sum(int(self.stays_alone(location).sum()) for (location,) in pieces(whole(self.log_alpha.detach())))
 
     @torch.no_grad()
     def multiply(self, weight: Tensor, out: Tensor) -> Tensor:
@@ -250,15 +209,6 @@ class Gate(nn.Module):
             z = self.value(location, support=stays).to(w.dtype)
             torch.mul(w, z, out=product).masked_fill_(z == 0, 0.0)
         return out
-
-    @torch.no_grad()
-    def mean_keep_prob(self) -> float:
-        """The mean of :meth:`keep_prob`, as a number; on the meta device, at the start."""
-        if is_meta(self.log_alpha):
-            return float(self.family.keep_prob(torch.tensor(self.start, device="cpu"), self.temperature).double())
-        location = whole(self.log_alpha)
-        sums = [self.family.keep_prob(part, self.temperature).sum(dtype=torch.float64) for (part,) in pieces(location)]
-        return float(torch.stack(sums).sum()) / location.numel()
 
     def expected_l0(self) -> Tensor:
         """The expected number of gates that are not zero, differentiable, shape ()."""
@@ -309,60 +259,9 @@ class Gate(nn.Module):
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._key = register(self)  # a deepcopy is never constructed
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Gate:
-        def keep_dtype(tensor: Tensor) -> Tensor:
-            moved = fn(tensor)
-            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
-
-        without_data = self._traversal.fills(fn, self.log_alpha, self.start)
-        super()._apply(keep_dtype, recurse)  # type: ignore[no-untyped-call]
-        if without_data and not is_meta(self.log_alpha):
-            with torch.no_grad():
-                self.log_alpha.fill_(self.start)
-        return self
-
-    def materialise(self, device: torch.device) -> None:
-        """Give log-odds on the meta device memory on ``device``, and their start; others stay as they are."""
-        if is_meta(self.log_alpha):
-            self.log_alpha = start_values(self.log_alpha, self.start, device)
-
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
         self.mask = self.held = None
-        if self.log_alpha.dtype != torch.float32:  # load_state_dict(assign=True) takes the checkpoint's dtype
-            self.log_alpha = nn.Parameter(self.log_alpha.float(), requires_grad=self.log_alpha.requires_grad)
-        if self.multipliers is not None and self.multipliers.dtype != torch.float32:
-            self.multipliers = nn.Parameter(self.multipliers.float(), requires_grad=self.multipliers.requires_grad)
-
-
-@torch.library.custom_op("l0hooks::support", mutates_args=())
-def _support_op(log_alpha: Tensor, key: int) -> Tensor:
-    return gate_of(key).support().clone()
-
-
-@_support_op.register_fake
-def _(log_alpha: Tensor, key: int) -> Tensor:
-    return torch.empty_like(log_alpha, dtype=torch.bool)
-
-
-def check_estimator_name(name: Estimator) -> Estimator:
-    """``name``, if it is one of the test-time gates.
-
-    Raises
-    ------
-    InvalidValueError
-        If it is not.
-    """
-    if name not in get_args(Estimator):
-        raise InvalidValueError(
-            explain(
-                "estimator",
-                "the test-time gate must be known.",
-                got=repr(name),
-                hint=near_names(str(name), get_args(Estimator)),
-            )
-        )
-    return name
+        super()._load_from_state_dict(*args, **kwargs)
 
 
 def iter_gates(model: nn.Module) -> Iterator[tuple[str, Gate]]:

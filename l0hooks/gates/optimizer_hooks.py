@@ -1,83 +1,27 @@
-"""What happens around every step of every optimiser: gates are projected, schedules go on, rules hold."""
+"""What happens around a step of an optimiser to the gates that it moves: projection, schedules, rules.
+
+Other gates are left alone. Which gates an optimiser moves is looked up once, and again when its parameters, or the
+gates, are no longer the same objects.
+"""
 
 from __future__ import annotations
 
-import itertools
+import operator
 import weakref
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from l0hooks.errors import StateError, explain
-
-if TYPE_CHECKING:
-    from l0hooks.gates.gate import Gate
+from l0hooks.gates.protocols import OptimizedGate, Rule
+from l0hooks.gates.registry import all_gates, last_change
 
 Step = tuple[tuple[Any, ...], dict[str, Any]]
-_live: weakref.WeakValueDictionary[int, Gate] = weakref.WeakValueDictionary()
-_keys = itertools.count()
-_held: weakref.WeakKeyDictionary[torch.optim.Optimizer, list[tuple[Gate, Tensor]]] = weakref.WeakKeyDictionary()
 _steps = 0
-
-
-class Rule(Protocol):
-    """What decides for several gates together which of them stay; a budget.
-
-    Attributes
-    ----------
-    finished : bool
-        Whether the support is fixed: gates no longer move, and training uses their final values.
-    """
-
-    finished: bool
-
-    @property
-    def step(self) -> int:
-        """How many steps it has taken."""
-        ...
-
-    def state(self) -> tuple[float, ...]:
-        """What a checkpoint needs to resume."""
-        ...
-
-    def resume(self, *state: float) -> None:
-        """Go on from there."""
-        ...
-
-    def refresh(self) -> tuple[object, ...]:
-        """Bring ``mask`` and ``held`` of every gate up to date; a key that tells one state from another."""
-        ...
-
-    def before_step(self) -> None:
-        """An optimiser is about to use the gradients; possibly once more."""
-        ...
-
-    def after_step(self, moved: Sequence[Gate]) -> None:
-        """An optimiser has moved these gates."""
-        ...
-
-    def after_ascent(self) -> None:
-        """An optimiser has moved the multipliers, if there are any."""
-        ...
-
-    def penalty(self) -> Tensor:
-        """What it adds to the loss, shape ()."""
-        ...
-
-
-def register(gate: Gate) -> int:
-    """Look after ``gate`` for as long as it lives; the number it can be found by."""
-    key = next(_keys)
-    _live[key] = gate
-    return key
-
-
-def gate_of(key: int) -> Gate:
-    """The gate that got this number."""
-    return _live[key]
 
 
 def steps_taken() -> int:
@@ -85,31 +29,90 @@ def steps_taken() -> int:
     return _steps
 
 
-def gate_ids() -> set[int]:
-    """The ids of the log-odds of every gate there is."""
-    return {id(gate.log_alpha) for gate in _live.values()}
+@dataclass(frozen=True)
+class _Held:
+    """A gate of which an optimiser holds the log-odds, or the multipliers of its rule."""
+
+    reference: weakref.ref[OptimizedGate]
+    parameter: nn.Parameter
+    group: int
+    multipliers: bool
+
+    @property
+    def gate(self) -> OptimizedGate | None:
+        """The gate, if it lives and still has this parameter."""
+        gate = self.reference()
+        if gate is None:
+            return None
+        return gate if (gate.multipliers if self.multipliers else gate.log_alpha) is self.parameter else None
 
 
-def _moved(optimizer: torch.optim.Optimizer) -> list[Gate]:
-    """The gates that ``optimizer`` moves."""
-    own = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    return [gate for gate in _live.values() if id(gate.log_alpha) in own]
+class _Holding:
+    """The gates that one optimiser moves, for as long as parameters and gates are the same objects."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self._change = last_change()
+        self._groups = [list(group["params"]) for group in optimizer.param_groups]
+        group_of = {id(p): number for number, group in enumerate(self._groups) for p in group}
+        self.held: list[_Held] = []
+        for gate in all_gates():
+            for parameter in (gate.log_alpha, gate.multipliers):
+                if parameter is not None and id(parameter) in group_of:
+                    multipliers = parameter is gate.multipliers
+                    self.held.append(_Held(weakref.ref(gate), parameter, group_of[id(parameter)], multipliers))
+        self.before: list[tuple[OptimizedGate, Tensor]] = []  # log-odds that a step must not move
+
+    def is_current(self, optimizer: torch.optim.Optimizer) -> bool:
+        """Whether nothing has changed."""
+        groups = optimizer.param_groups
+        return (
+            self._change == last_change()
+            and len(groups) == len(self._groups)
+            and all(map(_same_objects, self._groups, (group["params"] for group in groups)))
+            and all(one.gate is not None for one in self.held)
+        )
+
+    def moved(self) -> list[OptimizedGate]:
+        """The gates whose log-odds the optimiser moves."""
+        return [gate for one in self.held if not one.multipliers and (gate := one.gate) is not None]
+
+    def priced(self, optimizer: torch.optim.Optimizer, *, upwards: bool) -> list[Rule]:
+        """The rules whose multipliers the optimiser raises, or lowers."""
+        found = []
+        for one in self.held:
+            gate = one.gate if one.multipliers else None
+            raised = bool(optimizer.param_groups[one.group].get("maximize"))
+            if gate is not None and gate.rule is not None and raised is upwards:
+                found.append(gate.rule)
+        return found
 
 
-def _rules(gates: Sequence[Gate]) -> list[Rule]:
+def _same_objects(a: list[Tensor], b: list[Tensor]) -> bool:
+    return len(a) == len(b) and all(map(operator.is_, a, b))
+
+
+_holdings: weakref.WeakKeyDictionary[torch.optim.Optimizer, _Holding] = weakref.WeakKeyDictionary()
+
+
+def _holding(optimizer: torch.optim.Optimizer) -> _Holding:
+    found = _holdings.get(optimizer)
+    if found is None or not found.is_current(optimizer):
+        before = [] if found is None else found.before
+        found = _holdings[optimizer] = _Holding(optimizer)
+        found.before = before
+    return found
+
+
+def _rules(gates: Sequence[OptimizedGate]) -> list[Rule]:
     """The rules over ``gates``, each once."""
     return list({id(gate.rule): gate.rule for gate in gates if gate.rule is not None}.values())
 
 
-def _priced(optimizer: torch.optim.Optimizer, upwards: bool) -> list[Rule]:
-    """The rules whose multipliers ``optimizer`` raises, or lowers."""
-    groups = [group for group in optimizer.param_groups if bool(group.get("maximize")) is upwards]
-    own = {id(p) for group in groups for p in group["params"]}
-    return [gate.rule for gate in _live.values() if gate.rule is not None and id(gate.multipliers) in own]
-
-
 def _before_step(optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Step | None:
-    if _priced(optimizer, upwards=False):
+    holding = _holding(optimizer)
+    if not holding.held:
+        return None
+    if holding.priced(optimizer, upwards=False):
         raise StateError(
             explain(
                 "optimizer.step",
@@ -119,7 +122,7 @@ def _before_step(optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs
                 hint="optimizer(param_groups(model, lr=..., gate_lr=...))",
             )
         )
-    moved = _moved(optimizer)
+    moved = holding.moved()
     rules = _rules(moved)
     closure: Callable[[], object] | None = kwargs.get("closure", args[1] if len(args) > 1 else None)
     if not rules or closure is None:
@@ -127,7 +130,7 @@ def _before_step(optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs
             rule.before_step()
         return None
     fixed = [gate for gate in moved if gate.rule is not None and gate.rule.finished]
-    _held[optimizer] = [(gate, gate.log_alpha.detach().clone()) for gate in fixed]
+    holding.before = [(gate, gate.log_alpha.detach().clone()) for gate in fixed]
 
     def then_rules() -> object:  # the gradients come only now; Lightning passes every step as a closure
         loss = closure()
@@ -141,17 +144,21 @@ def _before_step(optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs
 def _after_step(optimizer: torch.optim.Optimizer, *_: object) -> None:
     global _steps
     _steps += 1
-    moved = _moved(optimizer)
-    for gate, log_alpha in _held.pop(optimizer, ()):
+    holding = _holding(optimizer)
+    if not holding.held:
+        return
+    moved = holding.moved()
+    before, holding.before = holding.before, []
+    for gate, log_alpha in before:
         gate.log_alpha.detach().copy_(log_alpha)  # LBFGS moves parameters that have no gradient
     for gate in moved:
         gate.project()
         gate.follow_schedule()
     for rule in _rules(moved):
         rule.after_step(moved)
-    for rule in _priced(optimizer, upwards=True):
+    for rule in holding.priced(optimizer, upwards=True):
         rule.after_ascent()
-    for gate in _live.values():
+    for gate in moved:
         gate.end_forward()
 
 

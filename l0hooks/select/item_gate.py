@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from l0hooks.errors import InvalidValueError, StateError, explain, near_names
 from l0hooks.gates.families import FamilyName
-from l0hooks.gates.gate import Estimator, Gate
+from l0hooks.gates.gate import Gate
+from l0hooks.gates.log_odds import Estimator
 from l0hooks.schedules import MakeSchedule, ScheduleName
 from l0hooks.select.containers import check_counts, indices_like, indices_of, length, take
 from l0hooks.training._set_budget import set_budget

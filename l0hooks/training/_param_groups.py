@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from l0hooks.errors import InvalidValueError, explain
 from l0hooks.gates.gate import iter_gates
-from l0hooks.gates.optimizer_hooks import gate_ids
+from l0hooks.gates.registry import gate_ids
 
 
 def param_groups(

@@ -14,6 +14,7 @@ from l0hooks._torch.tensors import is_meta
 from l0hooks.attach.measured_size import Unit
 from l0hooks.errors import InvalidValueError, StateError, explain, near_names
 from l0hooks.gates.gate import Gate
+from l0hooks.gates.protocols import OptimizedGate
 from l0hooks.schedules import NAMED, MakeSchedule, Schedule, ScheduleName
 from l0hooks.training.cost import Size
 from l0hooks.training.fitting_support import FittingSupport
@@ -227,7 +228,7 @@ class BudgetRule:
         for gate in self.gates:
             gate.log_alpha.grad = None  # the optimiser's momentum must not move them either
 
-    def after_step(self, moved: Sequence[Gate]) -> None:
+    def after_step(self, moved: Sequence[OptimizedGate]) -> None:
         """Count an optimiser's step, if the budget is to count them itself; that of several over its gates, once."""
         if self.finished or not self.budget.automatic:
             return

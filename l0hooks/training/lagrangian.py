@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from l0hooks.errors import StateError, explain
 from l0hooks.gates.gate import Gate
+from l0hooks.gates.protocols import OptimizedGate
 from l0hooks.training.budget import Budget, BudgetRule
 from l0hooks.training.cost import Size
 
@@ -97,7 +98,7 @@ class LagrangianRule(BudgetRule):
             super().before_step()
             self.multipliers.grad = None
 
-    def after_step(self, moved: Sequence[Gate]) -> None:
+    def after_step(self, moved: Sequence[OptimizedGate]) -> None:
         """Count an optimiser's step, if the budget is to count them itself."""
         priced = self.multipliers.grad is not None or not self.multipliers.requires_grad
         if not priced and not self.finished:
