@@ -66,7 +66,7 @@ def train(model: nn.Module, run: Callable[[Tensor], Tensor]) -> list[float]:
     for _ in range(2):
         optimizer.zero_grad()
         loss = run(x).square().sum()
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         found += numbers(model, loss)
         optimizer.step()
     return found
@@ -91,12 +91,12 @@ def penalised() -> list[float]:
 
 def checkpointed() -> list[float]:
     model = gated()
-    return train(model, lambda x: checkpoint(model, x, use_reentrant=False))  # type: ignore[no-any-return]
+    return train(model, lambda x: checkpoint(model, x, use_reentrant=False))
 
 
 def checkpointed_reentrant() -> list[float]:
     model = gated()
-    return train(model, lambda x: checkpoint(model, x, use_reentrant=True))  # type: ignore[no-any-return]
+    return train(model, lambda x: checkpoint(model, x, use_reentrant=True))
 
 
 def evaluation() -> list[float]:
@@ -127,8 +127,8 @@ def functional() -> list[float]:
 def forward_mode() -> list[float]:
     model = gated()
     with torch.autograd.forward_ad.dual_level():
-        x = torch.autograd.forward_ad.make_dual(torch.ones(2, 24), torch.ones(2, 24))
-        primal, tangent = torch.autograd.forward_ad.unpack_dual(model(x))
+        x = torch.autograd.forward_ad.make_dual(torch.ones(2, 24), torch.ones(2, 24))  # type: ignore[no-untyped-call]
+        primal, tangent = torch.autograd.forward_ad.unpack_dual(model(x))  # type: ignore[no-untyped-call]
         return [float(part.detach().double().sum()) for part in (primal, tangent)]
 
 
