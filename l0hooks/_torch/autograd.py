@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx import _symbolic_trace
 
 from l0hooks._torch.names import lookup, refuse
 
@@ -21,7 +20,7 @@ _NO_PASS = -1
 
 
 def _read_flag() -> bool:
-    return bool(vars(_symbolic_trace).get("_is_fx_tracing_flag", True))  # without it, as if always: slower
+    return bool(lookup("fx._symbolic_trace._is_fx_tracing_flag", True))  # without it, as if always: slower
 
 
 def _no_state() -> object:
@@ -59,7 +58,7 @@ def _unknown_node() -> Any:
 def _count_nodes() -> int:
     with torch.inference_mode(False), torch.enable_grad():
         node: Any = torch.zeros((), device="cpu", requires_grad=True).clone().grad_fn
-    return int(node._sequence_nr()) + 1
+    return node_number(node) + 1
 
 
 def _always(_: object) -> bool:
@@ -72,11 +71,11 @@ def _never(_: object) -> bool:
 
 _tracing_state: Callable[[], object] = lookup("_C._get_tracing_state", _no_state)
 # thread-local since torch 2.14, where the old flag is gone
-is_fx_traced: Callable[[], bool] = vars(_symbolic_trace).get("is_fx_symbolic_tracing", _read_flag)
+is_fx_traced: Callable[[], bool] = lookup("fx._symbolic_trace.is_fx_symbolic_tracing", _read_flag)
 transform_level: Callable[[], int | None] = lookup("_C._functorch.maybe_current_level", _no_level)
 _is_legacy_batched: Callable[[Tensor], bool] = lookup("_C._functorch.is_legacy_batchedtensor", _always)
+_unwrapped: Callable[[Tensor], Tensor] | None = lookup("_C._functorch.get_unwrapped", None)
 _is_tracked: Callable[[Tensor], bool] = lookup("_C._functorch.is_gradtrackingtensor", _never)
-_unwrapped: Callable[[Tensor], Tensor] = lookup("_C._functorch.get_unwrapped", lambda tensor: tensor)
 _is_batched: Callable[[Tensor], bool] = lookup("_C._functorch.is_batchedtensor", _never)
 current_node: Callable[[], Any] = lookup("_C._current_autograd_node", _unknown_node)
 next_node_number: Callable[[], int] = lookup("_C._autograd._get_sequence_nr", _count_nodes)
@@ -88,7 +87,10 @@ _saved_tensor_hooks: Callable[[bool], object] = lookup("_C._autograd._top_saved_
 
 def node_number(node: Any) -> int:
     """The number of an autograd node: it grows from node to node in the order of the forward."""
-    return int(node._sequence_nr())
+    try:
+        return int(node._sequence_nr())
+    except AttributeError:
+        refuse("autograd.graph.Node._sequence_nr", "activation checkpointing of gated layers")
 
 
 def _forward_level() -> int:
@@ -119,7 +121,8 @@ def wants_plain(grad: Tensor) -> bool:
 
 def is_batched(tensor: Tensor) -> bool:
     """Whether ``torch.vmap`` has given ``tensor`` another value for each example."""
-    while _is_tracked(tensor):
+    # where the inside of a tensor cannot be seen, torch refuses to read one number of a batched one
+    while _unwrapped is not None and _is_tracked(tensor):
         tensor = _unwrapped(tensor)
     return _is_batched(tensor)
 

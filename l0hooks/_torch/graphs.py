@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import fx
 
-from l0hooks._torch.names import lookup, refuse
+from l0hooks._torch.names import refuse
 
-_OpOverload: Any = lookup("_ops.OpOverload", type(torch.ops.aten.add.Tensor))
+_OpOverload = type(torch.ops.aten.add.Tensor)
 
 
 def schema_of(node: fx.Node) -> Any:

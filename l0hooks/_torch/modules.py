@@ -42,8 +42,10 @@ def _table(module: nn.Module, name: str) -> Any:
 
 def parameters_of(module: nn.Module) -> dict[str, nn.Parameter | None]:
     """The table of the parameters that ``module`` itself owns."""
-    table: dict[str, nn.Parameter | None] = _table(module, "_parameters")
-    return table
+    try:
+        return module._parameters
+    except AttributeError:
+        refuse("nn.Module._parameters", "gates on the weights of a model")
 
 
 def buffers_of(module: nn.Module) -> dict[str, Tensor | None]:
@@ -121,9 +123,12 @@ def drop_load_hooks(module: nn.Module, *hooks: Callable[..., object]) -> None:
 
 
 def is_hooked(module: nn.Module) -> bool:
-    """Whether a call of ``module`` runs hooks of its own."""
-    forward = module._forward_hooks or module._forward_pre_hooks
-    return bool(forward or module._backward_hooks or module._backward_pre_hooks)
+    """Whether a call of ``module`` runs hooks of its own; yes where torch's tables of hooks are not known."""
+    try:
+        forward = module._forward_hooks or module._forward_pre_hooks
+        return bool(forward or module._backward_hooks or module._backward_pre_hooks)
+    except AttributeError:
+        return True
 
 
 def read_directly(module: nn.Module, tensor_name: str) -> None:

@@ -56,8 +56,8 @@ def shapes_alone() -> AbstractContextManager[object]:
 def run_eagerly(*functions: Callable[..., object]) -> None:
     """Keep the compiler from turning a hook of the compiled model itself, which it calls eagerly, into a graph.
 
-    Hooks inside a graph are still traced. This is ``torch._dynamo.skip`` without the second that importing it takes;
-    where its parts are missing, it is called after all.
+    Hooks inside a graph are still traced. This is ``skip_code`` of ``torch._dynamo`` without the second that importing
+    it takes; where its parts are missing, it is called after all. Without that, the compiler traces the hooks: slower.
     """
     frames: Any = lookup("_C._dynamo.eval_frame", None)
     names: set[str] = set() if frames is None else set(vars(frames))
@@ -69,5 +69,12 @@ def run_eagerly(*functions: Callable[..., object]) -> None:
         elif "skip_code" in names and TorchVersion(torch.__version__) < "2.7":
             frames.skip_code(inner.__code__)
         else:
-            skip: Any = importlib.import_module("torch._dynamo").skip
-            skip(inner)
+            _skip_by_dynamo(inner)
+
+
+def _skip_by_dynamo(function: Callable[..., object]) -> None:
+    try:
+        skip_code: Any = importlib.import_module("torch._dynamo.eval_frame").skip_code
+    except (ImportError, AttributeError):
+        return
+    skip_code(function.__code__)
