@@ -9,21 +9,18 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.utils import parametrize
 from torch.utils.hooks import RemovableHandle
 
-from l0hooks._torch.modules import Tie, own_class, parameters_of, parametrization_lists, read_directly, tensors_of
+from l0hooks._torch.modules import tensors_of
 from l0hooks._torch.tensors import same_tensor
 from l0hooks.attach._summary import summary
 from l0hooks.attach.gated_weight import (
     GatedWeight,
     Gating,
-    accept_dense,
     iter_sites,
-    remove_gates,
-    settle_gates,
 )
 from l0hooks.attach.groups import build_readers, hook_inputs
+from l0hooks.attach.install import install_gates, remove_gates
 from l0hooks.attach.plan import Spec, WeightPlan, every_reader, plan_gates
 from l0hooks.attach.spec import GateSpec, Pattern, named_modules
 from l0hooks.attach.summary_table import Summary
@@ -124,7 +121,7 @@ def _attach(
     *,
     declared: bool,
 ) -> list[RemovableHandle]:
-    """Build every gate, then hang them in; nothing here can fail for the user's input. The hooks' handles."""
+    """Build every gate, then install them; nothing here can fail for the user's input. The hooks' handles."""
     readers_of = {model.get_submodule(s.module) for group, _ in groups for s in every_reader(group)}
     doors = _doors(model, NoiseSource(), {id(p.module) for p in plans} | {id(m) for m in readers_of})
     numbers = itertools.count()
@@ -145,14 +142,14 @@ def _attach(
         )
 
     gates: dict[tuple[Any, ...], Gate] = {}
-    hangings: list[tuple[nn.Module, str, Gating]] = []
+    gatings: list[tuple[nn.Module, str, Gating]] = []
     for plan in plans:
         key = same_tensor(plan.weight)
         if key not in gates:
             gates[key] = make(plan.layout.shape, plan.spec, plan.module, plan.weight.device)
         count = None if positions is None else positions.get((id(plan.module), plan.tensor_name), 0)
         gating = GatedWeight(gates[key], plan.layout, plan.spec.granularity, count)
-        hangings.append((plan.module, plan.tensor_name, gating))
+        gatings.append((plan.module, plan.tensor_name, gating))
     named = _named_positions(model, positions or {})
     readers = build_readers(
         model,
@@ -161,8 +158,8 @@ def _attach(
         lambda group, spec, module: make((group.size,), spec, module, _device(module)),
         declared=declared,
     )
-    hangings += [(reader.module, reader.tensor_name, reader.gating) for reader in readers]
-    _hang(hangings)
+    gatings += [(reader.module, reader.tensor_name, reader.gating) for reader in readers]
+    install_gates(gatings)
     handles = [handle for module, door in doors.values() for handle in door.attach(module)]
     return handles + hook_inputs(readers)
 
@@ -174,38 +171,6 @@ def _detach(model: nn.Module, before: AbstractSet[int], handles: Sequence[Remova
     for site in list(iter_sites(model)):
         if id(site.gating) not in before:
             remove_gates(site, folded=True)
-
-
-def _hang(hangings: Sequence[tuple[nn.Module, str, Gating]]) -> None:
-    """Register parametrizations that are built already."""
-    owners = {id(module): module for module, _, _ in hangings}.values()
-    for module in owners:
-        if parametrize.is_parametrized(module):
-            own_class(module)
-    for module, _, gating in hangings:
-        gating.order = tuple(parameters_of(module))
-    for module, tensor_name, gating in hangings:
-        gating.train(module.training)
-        parametrize.register_parametrization(module, tensor_name, gating, unsafe=True)
-        read_directly(module, tensor_name)
-    for module in owners:
-        module.register_load_state_dict_pre_hook(accept_dense)  # type: ignore[no-untyped-call]
-        module.register_load_state_dict_post_hook(settle_gates)  # type: ignore[no-untyped-call]
-    _tie(hangings)
-
-
-def _tie(hangings: Sequence[tuple[nn.Module, str, Gating]]) -> None:
-    """Let the parametrizations of one weight know of each other."""
-    shared: dict[tuple[Any, ...], list[tuple[parametrize.ParametrizationList, Gating]]] = {}
-    for module, tensor_name, gating in hangings:
-        chain = parametrization_lists(module)[tensor_name]
-        if isinstance(chain.original, torch.Tensor):
-            shared.setdefault(same_tensor(chain.original), []).append((chain, gating))
-    for places in shared.values():
-        if len(places) > 1:
-            tie = Tie([chain for chain, _ in places])
-            for _, gating in places:
-                gating.tie = tie
 
 
 def _named_positions(model: nn.Module, positions: Mapping[tuple[int, str], float]) -> dict[str, float]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import importlib
 from collections.abc import Iterable
+from types import ModuleType
 
 
 class L0HooksError(Exception):
@@ -148,3 +150,41 @@ def near_names(name: str, known: Iterable[str], *, limit: int = 4) -> str:
         return "did you mean " + ", ".join(repr(c) for c in close) + "?"
     shown = ", ".join(repr(n) for n in names[:8])
     return f"one of {shown}" + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+
+
+def import_extra(package: str, *, extra: str, where: str) -> ModuleType:
+    """An optional package, or a module of one, imported when it is needed.
+
+    Parameters
+    ----------
+    package : str
+        Dotted name.
+    extra : str
+        The extra of l0hooks that installs it.
+    where : str
+        The call that needs it, for the message.
+
+    Returns
+    -------
+    module
+
+    Raises
+    ------
+    MissingExtraError
+        If it is not installed.
+
+    Examples
+    --------
+    >>> import_extra("json.decoder", extra="examples", where="a call").__name__
+    'json.decoder'
+    """
+    name = package.partition(".")[0]
+    try:
+        importlib.import_module(name)
+        return importlib.import_module(package)
+    except ModuleNotFoundError as error:
+        if error.name != name:  # installed, but something it needs is not
+            raise
+        raise MissingExtraError(
+            explain(where, f"the package {name!r} must be installed.", hint=f'pip install "l0hooks[{extra}]"')
+        ) from error

@@ -13,8 +13,7 @@ from torch import Tensor, nn
 from l0hooks.attach._summary import summary
 from l0hooks.attach.summary_table import Summary, SummaryRow
 from l0hooks.attach.walk import iter_gated
-from l0hooks.errors import StateError, explain
-from l0hooks.extras import import_extra
+from l0hooks.errors import StateError, explain, import_extra
 from l0hooks.gates.gate import Gate, iter_gates
 
 if TYPE_CHECKING:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Literal
 
 from l0hooks.errors import InvalidValueError, explain
@@ -38,7 +39,7 @@ def linear(start: float, stop: float, steps: int) -> Schedule:
     (1.0, 0.5, 0.0)
     """
     _check_steps("linear", steps)
-    return lambda step: _between(start, stop, _progress(step, steps))
+    return partial(_linear, start, stop, steps)
 
 
 def exponential(start: float, stop: float, steps: int) -> Schedule:
@@ -69,7 +70,7 @@ def exponential(start: float, stop: float, steps: int) -> Schedule:
         raise InvalidValueError(
             explain("exponential", "both ends must be positive.", expected="> 0", got=f"start={start}, stop={stop}")
         )
-    return lambda step: start ** (1 - (t := _progress(step, steps))) * stop**t
+    return partial(_exponential, start, stop, steps)
 
 
 def cosine(start: float, stop: float, steps: int) -> Schedule:
@@ -96,7 +97,7 @@ def cosine(start: float, stop: float, steps: int) -> Schedule:
     (1.0, 0.5, 0.0)
     """
     _check_steps("cosine", steps)
-    return lambda step: _between(stop, start, (1 + math.cos(math.pi * _progress(step, steps))) / 2)
+    return partial(_cosine, start, stop, steps)
 
 
 def cubic(start: float, stop: float, steps: int) -> Schedule:
@@ -123,10 +124,31 @@ def cubic(start: float, stop: float, steps: int) -> Schedule:
     (1.0, 0.125, 0.0)
     """
     _check_steps("cubic", steps)
-    return lambda step: _between(stop, start, (1 - _progress(step, steps)) ** 3)
+    return partial(_cubic, start, stop, steps)
 
 
 NAMED: dict[str, MakeSchedule] = {"cubic": cubic, "linear": linear, "cosine": cosine, "exponential": exponential}
+
+
+# Named functions, not lambdas: a schedule is stored in the pickle of a model whose gates follow it.
+
+
+def _linear(start: float, stop: float, steps: int, step: int) -> float:
+    return _between(start, stop, _progress(step, steps))
+
+
+def _exponential(start: float, stop: float, steps: int, step: int) -> float:
+    t = _progress(step, steps)
+    value: float = start ** (1 - t) * stop**t
+    return value
+
+
+def _cosine(start: float, stop: float, steps: int, step: int) -> float:
+    return _between(stop, start, (1 + math.cos(math.pi * _progress(step, steps))) / 2)
+
+
+def _cubic(start: float, stop: float, steps: int, step: int) -> float:
+    return _between(stop, start, (1 - _progress(step, steps)) ** 3)
 
 
 def _between(start: float, stop: float, t: float) -> float:

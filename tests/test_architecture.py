@@ -36,7 +36,7 @@ IMPORTS: dict[str, set[str]] = {
     "_sparsify": TRAINED,
 }
 # what has not moved yet: the package that it goes to
-FLAT = {"extras": "errors", "subset": "sklearn"}
+FLAT = {"subset": "sklearn"}
 ENTRANCES = {"__init__", "__main__"}  # these may import everything
 
 

@@ -47,14 +47,15 @@ def summary(model: nn.Module, *, example_inputs: Sequence[Any] | None = None) ->
     (212, 192)
     """
     positions = None if example_inputs is None else count_positions(model, example_inputs)
-    rows = tuple(_row(gated, positions) for gated in iter_gated(model))
-    own = {id(p) for gated in iter_gated(model) for p in gated.gate.parameters()}
+    every = list(iter_gated(model))
+    rows = tuple(_row(gated, positions) for gated in every)
+    own = {id(p) for gated in every for p in gated.gate.parameters()}
     plain = {same_tensor(p): p for p in _initialised(model.parameters()) if id(p) not in own}
     total = sum(p.numel() for p in plain.values())
-    firsts = (one.coupled for one in iter_gated(model) if one.coupled and one.coupled.number == 0)
+    firsts = (one.coupled for one in every if one.coupled and one.coupled.number == 0)
     coupled = tuple(_totals(one, model, positions) for one in firsts)
     macs = None if positions is None else round(total_macs(model, positions))
-    return Summary(rows, total, tuple(_ungated(model)), coupled, model_macs=macs)
+    return Summary(rows, total, tuple(_ungated(model, every)), coupled, model_macs=macs)
 
 
 def _totals(coupled: Coupled, model: nn.Module, positions: dict[tuple[int, str], float] | None) -> CoupledTotals:
@@ -137,8 +138,8 @@ def _macs(gated: Gated, positions: dict[tuple[int, str], float] | None) -> int |
     return total
 
 
-def _ungated(model: nn.Module) -> Iterator[str]:
-    plans = {id(one.coupled.plan): one.coupled.plan for one in iter_gated(model) if one.coupled}.values()
+def _ungated(model: nn.Module, every: Iterable[Gated]) -> Iterator[str]:
+    plans = {id(one.coupled.plan): one.coupled.plan for one in every if one.coupled}.values()
     coupled = {site.module for plan in plans for group in plan.groups for site in group.sites}
     for name, module in named_modules(model):
         if name not in coupled and any(p.ndim > 1 for p in _initialised(module.parameters(recurse=False))):

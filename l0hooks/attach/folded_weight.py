@@ -41,6 +41,9 @@ class Kept:
     def __deepcopy__(self, memo: dict[int, object]) -> Kept:
         return Kept()
 
+    def __reduce__(self) -> tuple[object, ...]:
+        return Kept, ()  # a pickle computes the product anew
+
     def product(self, owner: Foldable, of: tuple[Tensor, ...]) -> Tensor:
         """The product of a weight and its gates' values; ``of`` is the weight and the gates' log-odds."""
         known = self.known(owner, of)

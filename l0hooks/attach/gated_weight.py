@@ -12,11 +12,8 @@ from torch.nn.utils import parametrize
 from l0hooks._torch.autograd import is_traced
 from l0hooks._torch.modules import (
     Tie,
-    drop_load_hooks,
-    drop_parametrization,
     parameters_of,
     parametrization_lists,
-    reorder_parameters,
 )
 from l0hooks._torch.tensors import is_meta
 from l0hooks.attach.folded_weight import Folded, Kept
@@ -196,37 +193,3 @@ def sites_among(modules: Iterable[tuple[str, nn.Module]]) -> Iterator[Site]:
             if isinstance(gating, Gating) and weight is not None:
                 full = f"{name}.{tensor_name}" if name else tensor_name
                 yield Site(full, module, tensor_name, weight, gating)
-
-
-def accept_dense(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: object) -> None:
-    """Let a dense checkpoint load into a gated layer: the weight goes beneath the gates, which stay as they are."""
-    for tensor_name, chain in parametrization_lists(module).items():
-        inner = f"{prefix}parametrizations.{tensor_name}."
-        gating = chain[0]
-        if prefix + tensor_name in state_dict and isinstance(gating, Gating):
-            state_dict[inner + "original"] = state_dict.pop(prefix + tensor_name)
-            for key, value in gating.state_dict(prefix=inner + "0.").items():
-                state_dict.setdefault(key, value)
-
-
-def settle_gates(module: nn.Module, _: object) -> None:
-    """After a checkpoint was loaded with ``assign=True``: gates without data start where the weights now are."""
-    for chain in parametrization_lists(module).values():
-        gating = chain[0]
-        if isinstance(gating, Gating):
-            gating.settle(chain)
-
-
-@torch.no_grad()
-def remove_gates(site: Site, *, folded: bool) -> None:
-    """Make a gated layer plain again, its weight multiplied with the test-time gates unless it is ``folded`` already.
-
-    The parameter stays the same object at its old place, so that ties, flags and optimisers survive.
-    """
-    module, tensor_name, weight = site.module, site.tensor_name, site.weight
-    if not folded:
-        site.gating.fold_into(weight, out=weight)
-    drop_parametrization(module, tensor_name)
-    module.register_parameter(tensor_name, weight if isinstance(weight, nn.Parameter) else nn.Parameter(weight))
-    reorder_parameters(module, site.gating.order)
-    drop_load_hooks(module, accept_dense, settle_gates)

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any
 
-from l0hooks.extras import import_extra
+from l0hooks.errors import import_extra
 from l0hooks.structure.layers import Granularity
 
 if TYPE_CHECKING:

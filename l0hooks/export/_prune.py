@@ -16,7 +16,8 @@ from l0hooks._torch.tensors import is_meta, is_sharded
 from l0hooks.attach._summary import summary
 from l0hooks.attach.copies import fold_copy
 from l0hooks.attach.coupled_weight import MaskInput
-from l0hooks.attach.gated_weight import Site, iter_sites, remove_gates
+from l0hooks.attach.gated_weight import Site, iter_sites
+from l0hooks.attach.install import remove_gates
 from l0hooks.attach.measured_size import count_parameters
 from l0hooks.attach.summary_table import Summary
 from l0hooks.attach.walk import iter_gated

@@ -10,8 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from l0hooks.errors import InvalidValueError, explain
-from l0hooks.extras import import_extra
+from l0hooks.errors import InvalidValueError, explain, import_extra
 
 _FORMAT = "l0hooks 1"
 

@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 from torch.optim import Optimizer
 
-from l0hooks.errors import InvalidValueError, explain
-from l0hooks.extras import import_extra
+from l0hooks.errors import InvalidValueError, explain, import_extra
 from l0hooks.integrations.common import Penalties, add_penalties, check_optimizers, pruned_and_saved, sizes
 from l0hooks.training._param_groups import gates_apart
 

@@ -1,6 +1,6 @@
 """Estimators with exactly k features, for scikit-learn's pipelines (extra ``sklearn``)."""
 
-from l0hooks.extras import import_extra
+from l0hooks.errors import import_extra
 
 import_extra("sklearn", extra="sklearn", where="l0hooks.sklearn")
 

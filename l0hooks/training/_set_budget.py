@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from l0hooks.attach.spec import Pattern, matches, named_modules, no_match
+from l0hooks.attach.by_pattern import by_pattern
+from l0hooks.attach.spec import Pattern
 from l0hooks.attach.walk import Gated, iter_gated
 from l0hooks.errors import SpecError, StateError, explain
 from l0hooks.training.budget import Budget, BudgetRule, invalid_budget
@@ -91,16 +92,13 @@ def _parts(
     """The gates of each budget."""
     if isinstance(budget, Budget):
         return [(list(free), budget)]
-    modules = dict(named_modules(model))
-    parts: dict[Pattern, list[Gated]] = {pattern: [] for pattern in budget}
-    for one in free:
-        first = next((p for p in budget if any(matches(p, n, modules[n]) for n in _names(one, modules))), None)
-        if first is not None:
-            parts[first].append(one)
-    for pattern, part in parts.items():
+    parts = by_pattern(model, free, budget, where="set_budget")
+    for pattern, (_, part) in zip(budget, parts, strict=True):
         if not part:
-            raise SpecError(no_match("set_budget", pattern, modules))
-    return [(part, budget[pattern]) for pattern, part in parts.items()]
+            raise SpecError(
+                explain("set_budget", "each budget must have gates.", got=f"{pattern!r}, whose gates have others")
+            )
+    return [(part, one_budget) for one_budget, part in parts]
 
 
 @torch.no_grad()
@@ -142,14 +140,6 @@ def _log_size(one: Gated) -> Tensor | None:
             squares += torch.autograd.grad((factor * weight.square()).sum(), mine, retain_graph=True)[0]
             counts += torch.autograd.grad((factor * torch.ones_like(weight)).sum(), mine)[0]
     return (squares / counts.clamp(min=1)).log() / 2 if one.sites else None
-
-
-def _names(one: Gated, modules: Mapping[str, nn.Module]) -> list[str]:
-    """The modules that a gate belongs to: those it multiplies, and of a coupled group those that write it."""
-    names = [site.module_name for site in one.sites] or [one.name]
-    if one.coupled is not None:
-        names = [one.coupled.prefix + site.module for site in one.coupled.group.writers] + names
-    return [name for name in names if name in modules]
 
 
 def _refuse_unreachable(budget: Budget, size: Size) -> None:

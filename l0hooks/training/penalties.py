@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import FunctionType
 from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from l0hooks._torch.tensors import whole
-from l0hooks.attach.spec import Pattern, matches, no_match
+from l0hooks.attach.by_pattern import by_pattern
+from l0hooks.attach.spec import Pattern
 from l0hooks.attach.walk import Gated, iter_gated
 from l0hooks.errors import SpecError, StateError, explain, near_names
 from l0hooks.gates.gate import Gate
@@ -38,7 +40,8 @@ def register_penalty(
     Parameters
     ----------
     name : str
-        A new name.
+        A new name. A function that was defined again under its own name in its own module, as when a notebook cell
+        runs twice, replaces the one before it.
     strengths : int
         1: the function takes the ``Gated`` and its value is multiplied by the strength. More: the strengths are
         given as a tuple and handed to the function, which uses them itself.
@@ -53,7 +56,7 @@ def register_penalty(
     Raises
     ------
     SpecError
-        If the name is taken, or ``together`` is given for a penalty of several strengths.
+        If another function has the name, or ``together`` is given for a penalty of several strengths.
 
     Examples
     --------
@@ -63,10 +66,6 @@ def register_penalty(
     >>> penalty(Gate(4), variance_of_keep_prob=1.0).item()
     0.0
     """
-    if name in _registry:
-        raise SpecError(
-            explain("register_penalty", "a penalty's name must be new.", got=repr(name), hint="another name")
-        )
     if together is not None and strengths != 1:
         raise SpecError(
             explain(
@@ -78,10 +77,21 @@ def register_penalty(
         )
 
     def add(function: F) -> F:
+        if name in _registry and not _is_same_place(_registry[name].function, function):
+            raise SpecError(
+                explain("register_penalty", "a penalty's name must be new.", got=repr(name), hint="another name")
+            )
         _registry[name] = _Penalty(function, strengths, together)
         return function
 
     return add
+
+
+def _is_same_place(first: Callable[..., Tensor], second: Callable[..., Tensor]) -> bool:
+    """Whether two functions were defined under one name in one module: the second is the first, run again."""
+    if not (isinstance(first, FunctionType) and isinstance(second, FunctionType)):
+        return False
+    return (first.__module__, first.__qualname__) == (second.__module__, second.__qualname__)
 
 
 def penalty(model: nn.Module, **strengths: Strength | Mapping[Pattern, Strength]) -> Tensor:
@@ -141,26 +151,19 @@ def penalty(model: nn.Module, **strengths: Strength | Mapping[Pattern, Strength]
         )
     total = torch.zeros((), device=gated[0].gate.log_alpha.device)
     for name, strength in strengths.items():
-        for value, those in _strengths(name, strength, gated):
+        for value, those in _strengths(model, name, strength, gated):
             for term in _terms(name, value, those):
                 total = total + term.to(total.device)
     return total
 
 
 def _strengths(
-    name: str, strength: Strength | Mapping[Pattern, Strength], gated: list[Gated]
-) -> Iterator[tuple[Strength, list[Gated]]]:
+    model: nn.Module, name: str, strength: Strength | Mapping[Pattern, Strength], gated: list[Gated]
+) -> list[tuple[Strength, list[Gated]]]:
     """Each strength with the gates it applies to."""
     if not isinstance(strength, Mapping):
-        yield strength, gated
-        return
-    for pattern in strength:
-        if not any(matches(pattern, one.name, one.module) for one in gated):
-            raise SpecError(no_match(f"penalty {name}", pattern, [one.name for one in gated]))
-    left = gated
-    for pattern, value in strength.items():
-        yield value, [one for one in left if matches(pattern, one.name, one.module)]
-        left = [one for one in left if not matches(pattern, one.name, one.module)]
+        return [(strength, gated)]
+    return by_pattern(model, gated, strength, where=f"penalty {name}")
 
 
 def _terms(name: str, strength: Strength, gated: list[Gated]) -> Iterator[Tensor]:

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from l0hooks.attach.spec import Pattern, matches, no_match
+from l0hooks.attach.by_pattern import by_pattern
+from l0hooks.attach.spec import Pattern
 from l0hooks.attach.walk import iter_gated
-from l0hooks.errors import InvalidValueError, SpecError, StateError, explain
-from l0hooks.gates.gate import Gate
+from l0hooks.errors import InvalidValueError, StateError, explain
 from l0hooks.gates.hard_concrete import GAMMA, ZETA, check_constants
 from l0hooks.schedules import Schedule
 
@@ -59,16 +59,12 @@ def temperature_schedule(model: nn.Module, schedule: Schedule | Mapping[Pattern,
     gated = list(iter_gated(model))
     if not gated:
         raise StateError(explain("temperature_schedule", "the model must hold gates.", got="none"))
-    chosen: list[tuple[Gate, Schedule]] = []
-    if isinstance(schedule, Mapping):
-        for pattern in schedule:
-            if not any(matches(pattern, one.name, one.module) for one in gated):
-                raise SpecError(no_match("temperature_schedule", pattern, [one.name for one in gated]))
-        for one in gated:
-            first = next((s for p, s in schedule.items() if matches(p, one.name, one.module)), None)
-            chosen += [] if first is None else [(one.gate, first)]
-    else:
-        chosen = [(one.gate, schedule) for one in gated]
+    parts = (
+        by_pattern(model, gated, schedule, where="temperature_schedule")
+        if isinstance(schedule, Mapping)
+        else [(schedule, gated)]
+    )
+    chosen = [(one.gate, one_schedule) for one_schedule, part in parts for one in part]
     for _, one_schedule in chosen:
         check_constants("temperature_schedule", one_schedule(0), GAMMA, ZETA)
     for gate, one_schedule in chosen:

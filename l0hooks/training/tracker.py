@@ -16,8 +16,7 @@ from l0hooks import plots
 from l0hooks.attach._summary import summary
 from l0hooks.attach.measured_size import Unit, evaluated_size, expected_size, exported_size
 from l0hooks.attach.spec import check_one_of
-from l0hooks.errors import InvalidValueError, SpecError, StateError, explain
-from l0hooks.extras import import_extra
+from l0hooks.errors import InvalidValueError, SpecError, StateError, explain, import_extra
 from l0hooks.gates.gate import iter_gates
 from l0hooks.training.penalties import Strength, penalty
 

@@ -14,8 +14,7 @@ from scipy import sparse
 
 from l0hooks.calibration.data.matrix import NamedMatrix
 from l0hooks.calibration.data.names import few
-from l0hooks.errors import InvalidValueError, explain, near_names
-from l0hooks.extras import import_extra
+from l0hooks.errors import InvalidValueError, explain, import_extra, near_names
 
 _MATRICES = (".npz", ".mtx", ".mtx.gz", ".parquet", ".csv")
 _VALUES = ("value", "lower", "upper", "group", "importance", "weight", "cluster")  # columns that name nothing

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from l0hooks.calibration.numerics.columns import Floats
-from l0hooks.extras import import_extra
+from l0hooks.errors import import_extra
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from l0hooks.calibration.data.names import Axis
-from l0hooks.extras import import_extra
+from l0hooks.errors import import_extra
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -10,8 +10,7 @@ from torch import nn
 
 from l0hooks import Budget, Gate, GateSpec, iter_gates, param_groups, prune, sparsify, summary
 from l0hooks import summary as summarise
-from l0hooks.errors import MissingExtraError
-from l0hooks.extras import import_extra
+from l0hooks.errors import MissingExtraError, import_extra
 
 
 class Net(nn.Module):

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -350,8 +351,35 @@ def test_a_name_that_is_taken_is_refused_and_keeps_its_meaning(registry, name):
         register_penalty("mine")(lambda gated: gated.gate.expected_l0())
     before = registry[name]
     with pytest.raises(SpecError, match=f"a penalty's name must be new(.|\n)*got: '{name}'"):
-        register_penalty(name)
+        register_penalty(name)(_other)
     assert registry[name] is before
+
+
+def _other(gated):
+    return gated.gate.expected_l0()
+
+
+def test_a_notebook_cell_may_run_twice(registry):
+    cell = """
+from l0hooks import register_penalty
+@register_penalty("celled")
+def celled(gated):
+    return {} * gated.gate.expected_l0()
+"""
+    notebook, elsewhere = {"__name__": "__main__"}, {"__name__": "another_module"}
+    for factor in (1, 3):
+        exec(cell.format(factor), notebook)
+    assert penalty(three_layers(), celled=1.0).item() == pytest.approx(3 * 7.5, rel=1e-5)
+    before = registry["celled"]
+    with pytest.raises(SpecError, match="a penalty's name must be new"):
+        exec(cell.format(5), elsewhere)
+    assert registry["celled"] is before
+
+
+def test_objects_that_are_called_have_no_place_and_replace_nothing(registry):
+    register_penalty("called")(partial(_other))
+    with pytest.raises(SpecError, match="a penalty's name must be new"):
+        register_penalty("called")(partial(_other))
 
 
 def test_the_penalty_lies_on_the_gates_device():
