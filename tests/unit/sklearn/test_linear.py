@@ -186,13 +186,13 @@ def test_separated_classes_are_told() -> None:
         ({"k": True}, "k must be a size or a rule"),
         ({"k": 2.5}, "k must be a size or a rule"),
         ({"k": "bic"}, "k must be a size or a rule"),
-        ({"k": 3, "l0": 0.1}, "the price l0 replaces k"),
+        ({"k": 3, "l0": 0.1}, "the price l0 takes the place of k"),
         ({"l0": -0.1}, "l0 must be finite"),
         ({"alpha": -1}, "alpha must be finite"),
         ({"alpha": np.inf}, "alpha must be finite"),
         ({"groups": [1, 2]}, "a group for each column"),
         ({"max_k": -3}, "max_k must be a size"),
-        ({"loss": "absolute"}, "loss must be one of the two"),
+        ({"loss": "absolute"}, "the loss must be known"),
     ],
 )
 def test_parameters_outside_their_range(options: dict[str, Any], message: str) -> None:
@@ -206,7 +206,7 @@ def test_data_outside_their_range() -> None:
         L0Regressor(loss="poisson").fit(x, -np.ones(150))
     with pytest.raises(InvalidValueError, match="more than one class"):
         L0Classifier().fit(x, np.ones(150))
-    with pytest.raises(InvalidValueError, match="none negative"):
+    with pytest.raises(InvalidValueError, match="not negative and not all zero"):
         L0Regressor().fit(x, y, sample_weight=-np.ones(150))
 
 

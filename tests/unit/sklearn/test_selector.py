@@ -261,7 +261,7 @@ def test_half_of_the_features_by_default():
         ({"k": -3}, "k must be a positive number"),
         ({"k": 2.0}, r"an integer >= 1\n  got: 2\.0"),
         ({"k": True}, "an integer >= 1"),
-        ({"k": 10}, r"k must not be larger than the number of features\.\n  expected: at most 9\n  got: 10"),
+        ({"k": 10}, r"k must not exceed the number of features\.\n  expected: at most 9\n  got: 10"),
         ({"steps": 0}, "steps must be a positive number"),
         ({"batch_size": 0.5}, "batch_size must be a positive number"),
         ({"lr": 0}, "lr must be positive"),
@@ -269,7 +269,7 @@ def test_half_of_the_features_by_default():
         ({"estimator": "tree"}, r"the estimator must be known.*\n  expected: .*\n  got: 'tree'"),
         ({"estimator": RandomForestClassifier()}, "the estimator must be known"),
         ({"task": "ranking"}, "the task must be known"),
-        ({"loss": nn.MSELoss()}, "loss= goes with a torch module"),
+        ({"loss": nn.MSELoss()}, "loss= needs a torch module"),
     ],
 )
 def test_options_out_of_range_are_refused(options, message):
@@ -281,7 +281,7 @@ def test_targets_that_do_not_fit_the_task_are_refused():
     x, y = table()
     with pytest.raises(InvalidValueError, match=r"at least two classes.*\n.*\n  got: 1 class"):
         make("mlp", 2).fit(x, np.zeros(len(x)))
-    with pytest.raises(InvalidValueError, match="a regression needs numbers"):
+    with pytest.raises(InvalidValueError, match="a regression needs a numeric target"):
         make("mlp", 2, task="regression").fit(x, np.array(["a", "b"])[y])
     with pytest.raises(ValueError, match="Unknown label type"):
         make("mlp", 2, task="classification").fit(x, x[:, 0])
@@ -301,5 +301,7 @@ def test_a_module_with_another_output_is_refused(outputs, task, wanted):
 def test_gates_that_are_no_numbers_are_not_ranked():
     x, y = table()
     selector = L0FeatureSelector(2, nn.Linear(9, 2), loss=lambda output, _: output.sum() * math.nan, steps=3)
-    with pytest.raises(StateError, match=r"gates must be numbers to be ranked\.\n  got: NaN\n  try: a smaller gate_lr"):
+    with pytest.raises(
+        StateError, match=r"gates that are NaN cannot be ranked\.\n  got: NaN\n  try: a smaller gate_lr"
+    ):
         selector.fit(x, y)
