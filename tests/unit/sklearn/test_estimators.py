@@ -74,7 +74,7 @@ class TestByCrossValidation(RuleLaws):
 
 class TestClassesByCrossValidation(RuleLaws):
     def make(self, k: int, seed: int = 0) -> Any:
-        return L0Classifier("cv", max_k=4, cv=3, alpha=1e-2, random_state=seed)
+        return L0Classifier("cv", max_k=3, cv=2, alpha=1e-2, random_state=seed)
 
     def target(self, y: Any) -> Any:
         return np.where(y > 4, "high", "low")
