@@ -152,9 +152,13 @@ class HybridGate(ItemGate):
     def _draw(self, generator: torch.Generator | None) -> tuple[npt.NDArray[np.int64], Origins]:
         gated = self.chosen().cpu().numpy()
         rest = np.flatnonzero(~gated)
-        device = "cpu" if generator is None else generator.device
-        drawn = torch.randperm(len(rest), generator=generator, device=device)[: self.n_random].cpu().numpy()
-        indices = np.sort(np.concatenate([np.flatnonzero(gated), rest[drawn]]))
+        if self.n_random:
+            device = "cpu" if generator is None else generator.device
+            order = torch.randperm(len(rest), generator=generator, device=device)
+            rest = rest[order[: self.n_random].cpu().numpy()]
+        else:  # nothing is drawn
+            rest = rest[:0]
+        indices = np.sort(np.concatenate([np.flatnonzero(gated), rest]))
         return indices, np.where(gated[indices], "gated", "random")
 
     def _counts(self) -> dict[str, int]:
