@@ -1,4 +1,4 @@
-"""L0Regressor and L0Classifier: scikit-learn's own checks, pipelines, and what they promise."""
+"""L0Regressor and L0Classifier beyond the laws of estimators: choice of a size, pipelines, and refusals."""
 
 from __future__ import annotations
 
@@ -135,7 +135,7 @@ def test_a_pipeline_of_a_frame_with_a_factor() -> None:
     ]
 
 
-def test_separated_classes_are_told() -> None:
+def test_separated_classes_give_a_warning() -> None:
     x, y = data()
     with pytest.warns(ConvergenceWarning, match=r"separate the classes(.|\n)*got: alpha=0"):
         model = L0Classifier(k=1, alpha=0).fit(x, x[:, 5] > 0)

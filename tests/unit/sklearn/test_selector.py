@@ -1,4 +1,4 @@
-"""L0FeatureSelector: exactly k features, the right ones, for every kind of table, target and module."""
+"""L0FeatureSelector beyond the laws of estimators: what it finds, its options, and every kind of module."""
 
 import copy
 import math
@@ -36,9 +36,6 @@ def make(estimator, k, d=9, outputs=2, **options):
         torch.manual_seed(0)
         estimator = nn.Sequential(nn.Linear(d, 16), nn.ReLU(), nn.Linear(16, outputs))
     return L0FeatureSelector(k, estimator, **options)
-
-
-# --- laws ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["noise", "constant", "copies", "one"])
@@ -79,9 +76,6 @@ def test_the_module_is_copied_and_never_changed():
     for name, tensor in selector.estimator.state_dict().items():
         assert torch.equal(tensor, before[name])
     assert selector.estimator_ is not selector.estimator
-
-
-# --- what it finds ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -141,9 +135,6 @@ def test_auto_tells_classes_from_numbers():
     assert task_of(np.linspace(0, 1, 5)) == "regression"
 
 
-# --- scikit-learn ----------------------------------------------------------------------------------------------------
-
-
 def test_pipeline_grid_search_and_pandas_output():
     frame, y = load_breast_cancer(return_X_y=True, as_frame=True)
     frame, y = frame.iloc[:200, :8], y[:200]
@@ -175,9 +166,6 @@ def test_a_module_gets_its_inputs_in_its_own_dtype():
 def test_half_of_the_features_by_default():
     x, y = table()
     assert L0FeatureSelector(steps=5).fit(x, y).get_support().sum() == 4
-
-
-# --- errors ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
