@@ -1,5 +1,0 @@
-"""Failed assertions of the laws are explained like those of tests."""
-
-import pytest
-
-pytest.register_assert_rewrite("estimator_laws")
