@@ -76,8 +76,7 @@ class Networks(nn.Module):
         hidden = F.relu(self.first(x))
         hidden = rearrange(hidden, "batch (network unit) -> network batch unit", network=self.n_networks)
         hidden = F.relu(torch.baddbmm(self.biases[0], hidden, self.weights[0]))
-        output = torch.baddbmm(self.biases[1], hidden, self.weights[1])
-        return rearrange(output, "network batch output -> batch network output")
+        return torch.baddbmm(self.biases[1], hidden, self.weights[1]).transpose(0, 1)
 
 
 def classification_loss(output: Tensor, target: Tensor) -> Tensor:

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
-from einops import rearrange
 from scipy.linalg import cho_factor, cho_solve
 from scipy.special import expit, logsumexp, softmax, xlogy
 
@@ -234,9 +233,8 @@ class NewtonFit:
             for j in range(i + 1):
                 hessian[i, :, j] = full.T @ (blocks[:, i, j, None] * full)
                 hessian[j, :, i] = hessian[i, :, j].T
-        flat = rearrange(hessian, "output row output2 row2 -> (output row) (output2 row2)")
+        flat = hessian.reshape(self.c * size, -1)  # rows by output, then by column; einops costs 2 % of a fit here
         # intercepts and a shift of all outputs may have no curvature of their own
         flat[np.diag_indices_from(flat)] += np.tile(penalty, self.c) + MIN_CURVATURE * self.unit
-        step = cho_solve(cho_factor(flat), rearrange(gradient, "row output -> (output row)"))
-        step = rearrange(step, "(output row) -> row output", output=self.c)
+        step = cho_solve(cho_factor(flat), gradient.T.ravel()).reshape(self.c, size).T
         return step, float((gradient * step).sum())
