@@ -102,14 +102,9 @@ class ItemGate(nn.Module):
         super().__init__()
         self.n, self.k = check_counts(type(self).__name__, n, k)
         if noise not in get_args(Noise):
+            near = near_names(str(noise), get_args(Noise))
             raise InvalidValueError(
-                explain(
-                    type(self).__name__,
-                    "the noise must be known.",
-                    expected='"step" or "example"',
-                    got=repr(noise),
-                    hint=near_names(str(noise), get_args(Noise)),
-                )
+                explain(type(self).__name__, "the noise must be known.", got=repr(noise), hint=near)
             )
         self.axis = axis
         self.noise = noise
@@ -262,15 +257,9 @@ class ItemGate(nn.Module):
                 explain(where, "each item must have one weight.", expected=f"shape ({self.n},)", got=tuple(x.shape))
             )
         if found != self.n:
-            what = "weight" if weights else "item"
-            raise InvalidValueError(
-                explain(
-                    where,
-                    f"there must be one {what} for each gate.",
-                    expected=f"{self.n} along axis {axis}",
-                    got=f"{found}, shape {tuple(x.shape)}",
-                )
-            )
+            must = f"there must be one {'weight' if weights else 'item'} for each gate."
+            got = f"{found}, shape {tuple(x.shape)}"
+            raise InvalidValueError(explain(where, must, expected=f"{self.n} along axis {axis}", got=got))
 
     def get_extra_state(self) -> Tensor:
         """The counts n and k, which a state must share with the gate that loads it."""
