@@ -1,14 +1,14 @@
-"""Which k features? Nonlinear problems, and what a classifier makes of the features chosen.
+"""Selecting k features: nonlinear problems, and the accuracy of classifiers on the selected features.
 
 pip install "l0hooks[sklearn]" lassonet==0.0.21 stg==0.1.2 six h5py
 python -m benchmarks.features --json features.json                                     # one thread, most of an hour
-python -m benchmarks.features --problems xor20 cancer --methods l0hooks forest --seeds 2   # a look
+python -m benchmarks.features --problems xor20 cancer --methods l0hooks forest --seeds 2   # a quick run
 
-Every method sees the same standardised training half and says k features. The score is the accuracy on the other half
-of an RBF support vector machine and of a random forest, both with default settings, trained on those k features; their
-mean ranks the methods. F1 is that of the support, where it is known. Every method has one setting for all problems;
-STG has two strengths, and the better one counts, problem by problem. LassoNet is slow: it gets fewer seeds.
-Results that ``--json`` already holds are not measured again.
+Every method receives the same standardised training half and selects k features. An RBF support vector machine and a
+random forest, both with default settings, are trained on these features; the score is the mean of their accuracies on
+the other half, and it ranks the methods. F1 is that of the support, where the relevant features are known. Every
+method has one setting for all problems; STG has two strengths, of which the better one counts for each problem.
+LassoNet is slow and gets fewer seeds. Results that the ``--json`` file already holds are not measured again.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def xor(nuisance: int) -> Callable[[int], tuple]:
 def madelon(k: int) -> Callable[[int], tuple]:
     """Clusters on 30 corners of a cube in five dimensions, fifteen mixtures of these, 480 features of noise.
 
-    Asked for all 32 corners, scikit-learn labels them in order, and one feature alone tells the classes apart.
+    With all 32 corners scikit-learn would label them in order, and one feature alone would separate the classes.
     """
 
     def make(seed):

@@ -1,12 +1,13 @@
-"""Subsets that stand for all: how close, how fast, and what a classifier learns from them.
+"""Subsets that represent all samples: how close they are, how fast, and what a classifier learns from them.
 
 pip install "l0hooks[examples]"
 python -m benchmarks.samples --seeds 5 --json samples.json      # one thread, some minutes
-python -m benchmarks.samples --sizes 50 --seeds 1               # a look
+python -m benchmarks.samples --sizes 50 --seeds 1               # a quick run
 
-Digits, standardised; two thirds to choose from, one third to test. The distance is that of the *full* Gaussian kernel's
-mean (median bandwidth), also where random features or another objective were optimised, over the mean of random
-subsets. Facility location is greedy (the plain algorithm, all marginal gains each time) on squared distances.
+Standardised digits: two thirds to choose from, one third to test on. The distance is always that of the mean of the
+*full* Gaussian kernel (median bandwidth), also where random features or another objective were optimised; it is
+divided by the mean distance of random subsets. Facility location is the plain greedy algorithm on squared distances,
+with all marginal gains computed in every step.
 """
 
 from __future__ import annotations
@@ -63,7 +64,7 @@ def matched(**options):
 
 
 def with_gates(task, k):
-    """The same kernel mean (1024 random features) as a loss of one's own: gates alone, no exchanges."""
+    """The same kernel mean (1024 random features) as a user's loss: gates only, no exchanges."""
     z = torch.from_numpy(task.x)
     turn = torch.randn(z.shape[1], 512, generator=task.generator(), dtype=z.dtype) / pdist(z).median()
     phi = torch.cat([(z @ turn).cos(), (z @ turn).sin()], 1).float() / 512**0.5

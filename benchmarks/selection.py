@@ -4,9 +4,9 @@ pip install "l0hooks[dev]" "abess==0.4.11" "skglm==0.5" "l0-python==0.6.2"
 python -m benchmarks.selection --seeds 20 --json selection.json                     # the whole grid: many hours
 python -m benchmarks.selection --seeds 5 --settings 500,1000,25,0.9,5 --methods l0hooks abess  # one setting
 
-A setting is n,p,k,ρ,SNR. "at k" methods are told the true k, the others choose it from the training data. The same
-data go to all methods of a seed; seconds are CPU time of one thread around ``fit``. ``--sparse`` draws a sparse X
-(density .01, n 5,000) instead, for l0hooks and abess alone.
+A setting is n,p,k,ρ,SNR. Methods "at k" know the true k; the others choose it from the training data. For each seed
+all methods receive the same data. Seconds are CPU time of one thread for ``fit``. ``--sparse`` draws a sparse X
+(density .01, n 5,000) instead, for l0hooks and abess only.
 """
 
 from __future__ import annotations

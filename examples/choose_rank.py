@@ -1,10 +1,11 @@
 """Matrix factorisation that chooses its own factors: gates over latent factors, and exactly k of them stay.
 
-scikit-learn's digits as a matrix of 1,797 images by 64 pixels, X ≈ U diag(z) V. Each of ``--factors`` latent factors
-has a gate; after 60 % of the steps exactly ``--keep`` are open, then the rest trains on. The error is compared with
-that of the truncated singular value decomposition of the same rank, the best that any factorisation can do. Without
-``--keep`` the rank is chosen, too: the smallest whose error on held-out pixels is within one per cent of the best's.
-Written to ``--output``: ``report.json``. Less than a minute on a quiet machine, a few seconds with ``--keep``:
+scikit-learn's digits are a matrix of 1,797 images by 64 pixels, X ≈ U diag(z) V. Each of ``--factors`` latent factors
+has a gate. After 60 % of the steps exactly ``--keep`` gates are open, and the remaining steps train these factors. The
+error is compared with that of the truncated singular value decomposition of the same rank, the least that any
+factorisation can have. Without ``--keep`` the rank is chosen as well: the smallest one whose error on held-out pixels
+is within one per cent of the least. The results are written to ``report.json`` in ``--output``. This takes less than a
+minute on a quiet machine, and a few seconds with ``--keep``:
 
     pip install "l0hooks[examples]"
     python examples/choose_rank.py
@@ -25,7 +26,7 @@ RANKS = (2, 4, 6, 8, 10, 12, 16, 20, 24)
 
 
 class Factors(nn.Module):
-    """X ≈ U diag(z) V with gates z; both factors have columns of like size, so that none is favoured."""
+    """X ≈ U diag(z) V with gates z; the columns of both factors start with similar norms, so that none is favoured."""
 
     def __init__(self, rows, columns, factors, keep, steps):
         super().__init__()
@@ -62,7 +63,7 @@ def fit(x, seen, keep, options, progress):
 
 @torch.no_grad()
 def error(model, x, where):
-    """Relative error: 0 is perfect, 1 that of the mean image."""
+    """The relative error: 0 is perfect, and 1 is the error of the mean image."""
     return ((model() - x)[where].norm() / x[where].norm()).item()
 
 

@@ -1,8 +1,9 @@
 """Choose exactly k features while an ordinary torch module learns to use them.
 
-A small network on scikit-learn's breast cancer data (569 tumours, 30 measurements) gets a ``FeatureGate`` in front. One
-loop trains both; after 60 % of its steps exactly ``--keep`` measurements are left, the rest trains on those. Compared
-with: the same network on all measurements, and on as many drawn at random. Written to ``--output``: ``report.json``.
+A small network on scikit-learn's breast cancer data (569 tumours, 30 measurements) has a ``FeatureGate`` in front. One
+loop trains both. After 60 % of its steps exactly ``--keep`` measurements are left, and the remaining steps train on
+these. The result is compared with the same network on all measurements, and on as many random ones, and written to
+``report.json`` in ``--output``.
 
     pip install "l0hooks[examples]"
     python examples/select_features.py --keep 5

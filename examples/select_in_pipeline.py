@@ -1,4 +1,4 @@
-"""Which measurements of a tumour are enough? Exactly k features in a pipeline, k by cross-validation.
+"""Which measurements of a tumour are enough? Exactly k features in a pipeline, with k chosen by cross-validation.
 
 python examples/select_in_pipeline.py                  # half a minute
 python examples/select_in_pipeline.py --k 2 4 --estimator linear

@@ -1,4 +1,4 @@
-"""Gates that select samples and features, and samples that match a whole."""
+"""Gates that select samples or features, and subsets of samples that match all of them."""
 
 from l0hooks.select.gates import FeatureGate, SampleGate
 from l0hooks.select.hybrid import HybridGate

@@ -1,9 +1,9 @@
-"""Taking some rows or columns out of tensors, NumPy arrays, pandas objects and scipy.sparse arrays and matrices."""
+"""Select rows or columns of tensors, NumPy arrays, pandas objects and scipy.sparse arrays and matrices."""
 
 from __future__ import annotations
 
 import sys
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -13,19 +13,18 @@ from torch import Tensor
 from l0hooks.errors import InvalidValueError, UnsupportedModuleError, explain
 
 Ints = npt.NDArray[np.int64]
-T = TypeVar("T")
-_KNOWN = "a dense Tensor, a NumPy array, a pandas DataFrame or Series, or a scipy.sparse array or matrix"
-_KEPT = ("csr", "csc", "coo", "lil")  # of the sparse formats; the others have no cheap form for arbitrary rows
+_KNOWN_KINDS = "a dense Tensor, a NumPy array, a pandas DataFrame or Series, or a scipy.sparse array or matrix"
+_KEPT_FORMATS = ("csr", "csc", "coo", "lil")  # sparse formats in which arbitrary rows are cheap to store
 
 
 def is_pandas(x: object) -> bool:
-    """Whether ``x`` is a pandas DataFrame or Series. Imports nothing: who has one has imported pandas."""
+    """Whether ``x`` is a pandas DataFrame or Series; pandas is not imported for that."""
     pandas = sys.modules.get("pandas")
     return pandas is not None and isinstance(x, (pandas.DataFrame, pandas.Series))
 
 
 def values_of(frame: Any) -> npt.NDArray[Any]:
-    """A frame's values; columns of nullable numbers as float64, with NaN for what is missing."""
+    """The values of a frame or series; numbers, also nullable ones, become float64 with NaN for missing values."""
     dtypes = [frame.dtype] if frame.ndim == 1 else list(frame.dtypes)
     if all(dtype.kind in "biuf" for dtype in dtypes):
         return np.asarray(frame.to_numpy(dtype=np.float64, na_value=np.nan))
@@ -39,7 +38,7 @@ def is_sparse(x: object) -> bool:
 
 
 def check_counts(where: str, n: int, k: int) -> tuple[int, int]:
-    """``n`` and ``k`` as Python integers, if k of n items can be chosen.
+    """``n`` and ``k`` as Python integers, after checking that k of n items can be chosen.
 
     Raises
     ------
@@ -51,7 +50,7 @@ def check_counts(where: str, n: int, k: int) -> tuple[int, int]:
             raise InvalidValueError(explain(where, f"{name} must be an integer.", got=repr(value)))
     if not 1 <= k <= n:
         raise InvalidValueError(
-            explain(where, "k must be a number of items that there are.", expected=f"1 <= k <= {n}", got=k)
+            explain(where, "k must be at least 1 and at most the number of items.", expected=f"1 <= k <= {n}", got=k)
         )
     return int(n), int(k)
 
@@ -62,7 +61,7 @@ def length(where: str, x: Any, axis: int) -> int:
     Parameters
     ----------
     where : str
-        Who asks, for the message.
+        The name of the caller, for the error message.
     x : Tensor, NumPy array, pandas DataFrame or Series, scipy.sparse array or matrix
     axis : int
         Negative ones count from the end.
@@ -88,19 +87,19 @@ def length(where: str, x: Any, axis: int) -> int:
             )
     elif not (isinstance(x, np.ndarray) or is_pandas(x) or is_sparse(x)):
         raise UnsupportedModuleError(
-            explain(where, "the data must be of a known kind.", expected=_KNOWN, got=type(x).__name__)
+            explain(where, "the data must be of a known kind.", expected=_KNOWN_KINDS, got=type(x).__name__)
         )
     elif is_sparse(x) and x.ndim != 2:
         raise InvalidValueError(explain(where, "a sparse array must have two axes.", expected=2, got=x.ndim))
     if not -x.ndim <= axis < x.ndim:
         raise InvalidValueError(
-            explain(where, "the data must have the axis that the gates lie along.", expected=axis, got=tuple(x.shape))
+            explain(where, "the data must have the axis that is gated.", expected=axis, got=tuple(x.shape))
         )
     return int(x.shape[axis])
 
 
 def take(x: Any, indices: Ints, axis: int) -> Any:
-    """The items of ``x`` at ``indices`` along ``axis``, as the same kind; sparse ones are never made dense.
+    """The items of ``x`` at ``indices`` along ``axis``, as the kind of ``x``; sparse data are never made dense.
 
     CSR, CSC, COO and LIL keep their format; other sparse formats come back as CSR.
 
@@ -124,28 +123,28 @@ def take(x: Any, indices: Ints, axis: int) -> Any:
         return x.iloc[where]
     if is_sparse(x):
         rows = x.tocsr() if axis == 0 else x.tocsc()
-        return rows[where].asformat(x.format if x.format in _KEPT else "csr")
+        return rows[where].asformat(x.format if x.format in _KEPT_FORMATS else "csr")
     return x[where]
 
 
 def indices_of(mask: Tensor) -> Ints:
-    """Where ``mask`` is true, ascending."""
+    """The indices at which ``mask`` is true, ascending."""
     return np.flatnonzero(mask.cpu().numpy())
 
 
 def indices_like(x: object, indices: Ints, device: torch.device) -> Tensor | Ints:
-    """``indices`` as the kind that goes with ``x``: a tensor on ``device`` for a tensor, else a NumPy array."""
+    """``indices`` as a tensor on ``device`` if ``x`` is a tensor, else as the NumPy array that they are."""
     return torch.from_numpy(indices).to(device) if isinstance(x, Tensor) else indices
 
 
 def scaled(x: Any, factors: Tensor) -> Any:
-    """The numbers ``x`` (one axis) times ``factors``, as the same kind; integers become floating point."""
+    """The one-dimensional ``x`` times ``factors``, as the kind of ``x``; integers become floating point."""
     if isinstance(x, Tensor):
         return x * factors.to(x.device, x.dtype if x.is_floating_point() else None)
-    known = x.dtype if isinstance(x.dtype, np.dtype) else np.dtype(np.float64)  # pandas has dtypes of its own
+    known = x.dtype if isinstance(x.dtype, np.dtype) else np.dtype(np.float64)  # nullable dtypes of pandas
     return x * factors.cpu().numpy().astype(np.result_type(known, np.float32))
 
 
 def total(x: Any) -> float:
-    """The sum of the numbers ``x``."""
+    """The sum of ``x``, computed in float64."""
     return float(x.detach().double().sum() if isinstance(x, Tensor) else np.asarray(x, np.float64).sum())

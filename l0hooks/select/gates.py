@@ -1,26 +1,21 @@
-"""``SampleGate`` and ``FeatureGate``: gates that choose exactly k of n, in a model or by themselves."""
+"""``SampleGate`` and ``FeatureGate``: gates that choose exactly k of n samples or features."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any, Unpack
 
-import numpy as np
-import numpy.typing as npt
-import torch
-from torch import Tensor
-
 from l0hooks.errors import InvalidValueError, explain
-from l0hooks.select.containers import indices_like, indices_of, is_pandas, is_sparse, scaled, take, total
+from l0hooks.select.containers import indices_like, indices_of, is_pandas, take, total
 from l0hooks.select.item_gate import ItemGate, Options
+from l0hooks.select.weighted import check_weighted, gated_weights, preserving
 
 
 class SampleGate(ItemGate):
     r"""Learn which k of n samples stay: minimise E L(z ⊙ x) with Σ P(zᵢ ≠ 0) = k at the end, and exactly k chosen.
 
-    The gates multiply the first axis of the data, or their weights; what they learn is decided by the loss. See
-    :class:`~l0hooks.select.item_gate.ItemGate` for what is common to all gates over items.
+    The gates multiply the samples along the first axis of the data, or the weights of the samples. The loss decides
+    what they learn. :class:`~l0hooks.select.ItemGate` describes what all gates over items have in common.
 
     Parameters
     ----------
@@ -39,6 +34,7 @@ class SampleGate(ItemGate):
 
     Examples
     --------
+    >>> import torch
     >>> age = torch.arange(8.0)
     >>> gate = SampleGate(8, k=3, steps=100)
     >>> optimizer = torch.optim.SGD(gate.parameters(), lr=0.5)
@@ -84,6 +80,7 @@ class SampleGate(ItemGate):
 
         Examples
         --------
+        >>> import torch
         >>> SampleGate(3, k=3).select_weighted(torch.eye(3), torch.ones(3))[1]
         tensor([1., 1., 1.])
         """
@@ -97,9 +94,9 @@ class SampleGate(ItemGate):
 
 
 class FeatureGate(ItemGate):
-    """Learn which k of n features stay: the gates multiply the last axis of the data, or the one that is named.
+    """Learn which k of n features stay: the gates multiply the last axis of the data, or the axis given by ``dim``.
 
-    See :class:`~l0hooks.select.item_gate.ItemGate` for what is common to all gates over items.
+    :class:`~l0hooks.select.ItemGate` describes what all gates over items have in common.
 
     Parameters
     ----------
@@ -107,10 +104,10 @@ class FeatureGate(ItemGate):
     k : int, 1 <= k <= n_features
         How many stay.
     feature_names : sequence of str, optional
-        One for each; data frames that are selected from must then have these columns in this order.
+        One for each feature. Data frames given to ``select`` must then have these columns in this order.
     **options
-        As in :class:`~l0hooks.select.ItemGate`; with ``noise="example"`` every example (the first axis) has a mask of
-        its own.
+        As in :class:`~l0hooks.select.ItemGate`; with ``noise="example"`` every example (the first axis) has its own
+        mask.
 
     Raises
     ------
@@ -119,6 +116,7 @@ class FeatureGate(ItemGate):
 
     Examples
     --------
+    >>> import torch
     >>> _ = torch.manual_seed(0)
     >>> x = torch.randn(200, 4)
     >>> y = x[:, 1] - 2 * x[:, 3]
@@ -144,7 +142,7 @@ class FeatureGate(ItemGate):
         self.feature_names = None if feature_names is None else self._names(feature_names)
 
     def select(self, x: Any) -> Any:
-        """The k chosen features of ``x`` and their indices; see :meth:`l0hooks.select.item_gate.ItemGate.select`.
+        """The k chosen features of ``x`` and their indices; see :meth:`l0hooks.select.ItemGate.select`.
 
         Raises
         ------
@@ -161,13 +159,13 @@ class FeatureGate(ItemGate):
         Parameters
         ----------
         feature_names : sequence of str, optional
-            One for each of the n features, such as ``frame.columns``; the gate's own if not given, else ``x0``,
-            ``x1``, …
+            One for each of the n features, such as ``frame.columns``. By default the names of the gate, or ``x0``,
+            ``x1``, … if it has none.
 
         Raises
         ------
         InvalidValueError
-            If there are not n names, or they are not those that the gate has.
+            If there are not n names, or they differ from those of the gate.
         """
         names = self.feature_names
         if feature_names is not None:
@@ -188,44 +186,3 @@ class FeatureGate(ItemGate):
             raise InvalidValueError(
                 explain(where, "the columns must be those of the gate.", expected=self.feature_names, got=list(names))
             )
-
-
-def check_weighted(gate: ItemGate, x: Any, w: Any, where: str) -> None:
-    """Refuse data and weights that do not fit the gate.
-
-    Raises
-    ------
-    InvalidValueError
-        If either does not have n entries, or the weights are not one-dimensional and dense.
-    """
-    gate.check(x, 0, where)
-    if is_sparse(w):
-        raise InvalidValueError(explain(where, "weights must be dense.", got=type(w).__name__))
-    gate.check(w, 0, where, weights=True)
-
-
-def gated_weights(gate: ItemGate, w: Any, indices: npt.NDArray[np.int64], plain: Tensor | None = None) -> Any:
-    """The weights at ``indices`` times the final gates, or times 1 where ``plain``."""
-    z = gate.final()[torch.from_numpy(indices).to(gate.gate.log_alpha.device)]
-    return scaled(take(w, indices, 0), z if plain is None else z.masked_fill(plain.to(z.device), 1.0))
-
-
-def preserving(where: str, wanted: float, found: float) -> float:
-    """The factor that makes weights that sum to ``found`` sum to ``wanted``.
-
-    Raises
-    ------
-    InvalidValueError
-        If it is not a positive number.
-    """
-    factor = wanted / found if found else math.inf
-    if not 0 < factor < math.inf:
-        raise InvalidValueError(
-            explain(
-                where,
-                "a total can be preserved only by a positive factor.",
-                expected="chosen weights whose sum has the sign of the total",
-                got=f"{wanted:g} to be shared by weights that sum to {found:g}",
-            )
-        )
-    return factor

@@ -1,4 +1,4 @@
-"""``HybridGate``: a part of k items by learned gates, the rest at random."""
+"""``HybridGate``: k items of which learned gates choose a part, and chance the rest."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ import torch
 
 from l0hooks.errors import InvalidValueError, explain
 from l0hooks.select.containers import check_counts, indices_like, scaled, take, total
-from l0hooks.select.gates import check_weighted, gated_weights, preserving
 from l0hooks.select.item_gate import ItemGate, Options
+from l0hooks.select.weighted import check_weighted, gated_weights, preserving
 
 Origins = npt.NDArray[np.str_]
 
 
 class HybridGate(ItemGate):
-    """Choose k of n items: a part by learned gates, the others at random among those that the gates leave out.
+    """Choose k of n items: a part by learned gates, and the rest at random among all other items.
 
-    ``round(k · gated_fraction)`` items (halves upwards) are gated, the rest of the k is random. Training sees the
-    gates alone: ``module(x)``, ``module.weights(w)``, with the expected number of gated items on schedule.
+    The gates choose ``round(k · gated_fraction)`` items (halves are rounded up). Training concerns the gates only:
+    ``module(x)`` and ``module.weights(w)`` multiply by them, and their expected number is on schedule.
 
     Parameters
     ----------
@@ -31,12 +31,12 @@ class HybridGate(ItemGate):
     gated_fraction, random_fraction : float in [0, 1]
         Shares of k; they sum to 1. At least one item must be gated.
     **options
-        As in :class:`~l0hooks.select.item_gate.ItemGate`.
+        As in :class:`~l0hooks.select.ItemGate`.
 
     Attributes
     ----------
     n_gated, n_random : int
-        How many of the k are chosen either way.
+        How many of the k items are chosen by the gates, and how many at random.
 
     Raises
     ------
@@ -64,27 +64,35 @@ class HybridGate(ItemGate):
         fractions = gated_fraction, random_fraction
         if not (min(fractions) >= 0 and math.isclose(sum(fractions), 1.0, abs_tol=1e-9)):
             raise InvalidValueError(
-                explain(where, "the fractions must share k.", expected="two of [0, 1] that sum to 1", got=fractions)
+                explain(
+                    where,
+                    "the fractions must be shares of k.",
+                    expected="two numbers in [0, 1] that sum to 1",
+                    got=fractions,
+                )
             )
         gated = math.floor(k * gated_fraction + 0.5)
         if gated < 1:
             raise InvalidValueError(
                 explain(
-                    where, "at least one item must be gated.", got=f"{gated_fraction} of {k}", hint="a larger share"
+                    where,
+                    "at least one item must be gated.",
+                    got=f"{gated_fraction} of {k}",
+                    hint="a larger gated_fraction",
                 )
             )
         super().__init__(n_items, gated, axis=0, **options)
         self.k, self.n_gated, self.n_random = k, gated, k - gated
 
     def select(self, x: Any, *, generator: torch.Generator | None = None) -> Any:
-        """Exactly k items of ``x``: the gated ones, and random ones among the others, all equally likely.
+        """Exactly k items of ``x``: the gated ones, and others drawn at random with equal probabilities.
 
         Parameters
         ----------
         x : Tensor, NumPy array, pandas DataFrame or Series, scipy.sparse array or matrix
             n items along the first axis.
         generator : torch.Generator, optional
-            For the random ones; torch's own if not given.
+            For the random items; by default torch's global generator.
 
         Returns
         -------
@@ -92,7 +100,7 @@ class HybridGate(ItemGate):
         indices : int64, shape (k,)
             Ascending; a tensor for a tensor, else a NumPy array.
         origin : str, NumPy array, shape (k,)
-            "gated" or "random".
+            How each item was chosen: "gated" or "random".
 
         Raises
         ------
@@ -115,8 +123,8 @@ class HybridGate(ItemGate):
         x : Tensor, NumPy array, pandas DataFrame or Series, scipy.sparse array or matrix
         w : Tensor, NumPy array or pandas Series, shape (n,)
         preserve_total : bool
-            Scale the weights of the random items so that they stand for all that is not gated; without random ones,
-            all weights. Their sum is then that of ``w``.
+            Scale the weights of the random items such that all weights sum to the sum of ``w``. Without random items
+            the weights of the gated ones are scaled.
         generator : torch.Generator, optional
 
         Returns
@@ -127,7 +135,7 @@ class HybridGate(ItemGate):
         Raises
         ------
         InvalidValueError
-            If ``x`` or ``w`` does not have n entries, or the total is to be preserved and cannot be.
+            If ``x`` or ``w`` does not have n entries, or if no positive factor preserves the total.
         """
         where = "HybridGate.select_weighted"
         check_weighted(self, x, w, where)
@@ -144,14 +152,18 @@ class HybridGate(ItemGate):
     def _draw(self, generator: torch.Generator | None) -> tuple[npt.NDArray[np.int64], Origins]:
         gated = self.chosen().cpu().numpy()
         rest = np.flatnonzero(~gated)
-        device = "cpu" if generator is None else generator.device
-        drawn = torch.randperm(len(rest), generator=generator, device=device)[: self.n_random].cpu().numpy()
-        indices = np.sort(np.concatenate([np.flatnonzero(gated), rest[drawn]]))
+        if self.n_random:
+            device = "cpu" if generator is None else generator.device
+            order = torch.randperm(len(rest), generator=generator, device=device)
+            rest = rest[order[: self.n_random].cpu().numpy()]
+        else:  # nothing is drawn
+            rest = rest[:0]
+        indices = np.sort(np.concatenate([np.flatnonzero(gated), rest]))
         return indices, np.where(gated[indices], "gated", "random")
 
     def _counts(self) -> dict[str, int]:
         return {**super()._counts(), "gated": self.n_gated}
 
     def extra_repr(self) -> str:
-        """n, k and its two parts."""
+        """n, k, and the numbers of gated and random items."""
         return f"{self.n}, k={self.k}, gated={self.n_gated}, random={self.n_random}"

@@ -1,4 +1,4 @@
-"""``ItemGate``: gates over n items under a budget of k, and which k of them are chosen."""
+"""``ItemGate``: gates over n items under a budget of k, and the choice of k of them."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from l0hooks.training.budget import Budget, BudgetRule
 from l0hooks.training.cost import Size
 
 Noise = Literal["step", "example"]
-_OPEN = 40.0  # a location where every family's gate is exactly 1
+_ALWAYS_OPEN = 40.0  # with this log_alpha the gate of every family is exactly 1
 
 
 class Options(TypedDict, total=False):
-    """What every gate over items takes besides its counts; see :class:`ItemGate`."""
+    """The options of every gate over items; see :class:`ItemGate`."""
 
     steps: int
     schedule: ScheduleName | MakeSchedule
@@ -38,27 +38,27 @@ class Options(TypedDict, total=False):
 
 
 class ItemGate(nn.Module):
-    """What the gates over items share: one :class:`Gate` under a budget of ``k``.
+    """The base class of gates over items: one :class:`Gate` under a budget of ``k``.
 
-    All log-odds share one shift, so that their expected number Σ P(z ≠ 0) is what the schedule says after every step
-    of the optimiser; after ``steps`` of them the k largest ``log_alpha`` are fixed. With k = n everything stays: the
-    gates are 1 from the start and do not move.
+    One shift common to all log-odds keeps the expected number of open gates, Σ P(z ≠ 0), exactly on schedule at every
+    step of the optimiser. After ``steps`` steps the items with the k largest ``log_alpha`` are fixed. With k = n all
+    items stay: the gates are 1 from the start and do not change.
 
-    Which items are chosen is asked of the budget at its final size, also before the schedule has ended: always
-    exactly k, those with the largest ``log_alpha``, of equal ones the first. Nothing is sampled.
+    The chosen items are always exactly k, also before the schedule has ended: those with the largest ``log_alpha``,
+    and among equal ones the first. Nothing is sampled.
 
     Parameters
     ----------
     n : int, >= 1
     k : int, 1 <= k <= n
     axis : int
-        Where the items lie in the data, unless a call says otherwise.
+        The axis of the data that holds the items; a call may name another.
     steps : int, >= 1
         Optimiser steps until k is reached.
     schedule : "cubic", "linear", "cosine", "exponential" or callable
-        The way there, as in :class:`Budget`.
+        How the expected number falls from n to k, as in :class:`Budget`.
     automatic : bool
-        Count steps of the optimiser; else those of ``rule.advance()``.
+        Count the steps of the optimiser; else the schedule moves only by ``rule.advance()``.
     noise : "step" or "example"
         One draw for a whole call, or one for each index along the first axis of the data.
     family, init_mean, init_keep_prob, temperature, estimator, device
@@ -103,8 +103,9 @@ class ItemGate(nn.Module):
         super().__init__()
         self.n, self.k = check_counts(type(self).__name__, n, k)
         if noise not in get_args(Noise):
+            near = near_names(str(noise), get_args(Noise))
             raise InvalidValueError(
-                explain("noise", "it must be known.", got=repr(noise), hint=near_names(str(noise), get_args(Noise)))
+                explain(type(self).__name__, "the noise must be known.", got=repr(noise), hint=near)
             )
         self.axis = axis
         self.noise = noise
@@ -117,7 +118,7 @@ class ItemGate(nn.Module):
             estimator=estimator,
             device=device,
         )
-        # min_keep would mark an item of its own choice among equal ones
+        # with min_keep > 0 the budget would fix an item by its own rule among equal ones
         budget = Budget(keep=self.k, steps=steps, schedule=schedule, automatic=automatic, min_keep=0)
         if self.k < self.n:
             set_budget(self.gate, budget)
@@ -127,16 +128,16 @@ class ItemGate(nn.Module):
     # --- training --------------------------------------------------------------------------------------------------
 
     def forward(self, x: Tensor, dim: int | None = None) -> Tensor:
-        """``x`` times the gates along one dimension: sampled in training, the test-time gates in evaluation.
+        """``x`` times the gates along one axis: sampled gates in training, test-time gates in evaluation.
 
-        Every call draws anew; to use one draw in several places call ``z = module.gate()`` once.
+        Every call draws new gates. To use one draw in several places, call ``z = module.gate()`` once.
 
         Parameters
         ----------
         x : Tensor
             n items along ``dim``; dense. Floating point keeps its dtype, integers become float32.
         dim : int, optional
-            Where the items lie, if not where this class expects them.
+            The axis that holds the items; by default the axis of this class.
 
         Returns
         -------
@@ -145,7 +146,7 @@ class ItemGate(nn.Module):
         Raises
         ------
         InvalidValueError
-            If ``x`` does not have n items there, or there is no axis of examples beside it.
+            If ``x`` does not have n items along that axis, or if ``noise="example"`` and the items lie along axis 0.
         UnsupportedModuleError
             If ``x`` is not a dense tensor.
         """
@@ -158,7 +159,7 @@ class ItemGate(nn.Module):
         return _times(x, z)
 
     def weights(self, w: Tensor) -> Tensor:
-        """The weights ``w`` of the items, shape (n,), times the gates of one draw, differentiable in both."""
+        """The weights ``w`` of the items times one draw of the gates, shape (n,); differentiable in both."""
         where = f"{type(self).__name__}.weights"
         self.check(w, 0, where, tensor=True, weights=True)
         return _times(w, self.gate())
@@ -171,8 +172,8 @@ class ItemGate(nn.Module):
             raise InvalidValueError(
                 explain(
                     where,
-                    "masks for each example need an axis of examples first.",
-                    expected="the items along another axis than 0",
+                    "noise for each example needs the examples along the first axis.",
+                    expected="items along another axis than 0",
                     got=f"shape {tuple(x.shape)}, dim=0",
                     hint='dim=1, or noise="step"',
                 )
@@ -183,30 +184,32 @@ class ItemGate(nn.Module):
 
     @property
     def rule(self) -> BudgetRule:
-        """The budget's rule: ``expected()``, ``scheduled``, ``target``, ``step``, ``finished``, ``advance()``."""
+        """The rule of the budget: ``expected()``, ``scheduled``, ``target``, ``step``, ``finished``, ``advance()``."""
         rule = self.gate.rule
         if not isinstance(rule, BudgetRule):
             raise StateError(explain(type(self).__name__, "the gates must have their budget.", got=rule))
         return rule
 
     def chosen(self) -> Tensor:
-        """Which items are chosen: boolean, shape (n,), exactly k; once the schedule has ended ``gate.support()``.
+        """Which items are chosen: boolean, shape (n,), exactly k true; after the schedule it is ``gate.support()``.
 
         Raises
         ------
         StateError
-            If a gate is not a number, after training that diverged.
+            If a gate is NaN because training diverged.
         """
         if bool(self.gate.log_alpha.detach().isnan().any()):
             raise StateError(
-                explain(type(self).__name__, "gates must be numbers to be ranked.", got="NaN", hint="a smaller gate_lr")
+                explain(
+                    type(self).__name__, "gates that are NaN cannot be ranked.", got="NaN", hint="a smaller gate_lr"
+                )
             )
         (mask,) = self.rule.support_at(self.rule.target)
         return mask
 
     @torch.no_grad()
     def final(self) -> Tensor:
-        """The test-time gates of the chosen items, zero for all others: float32, shape (n,), constant."""
+        """The test-time gates of the chosen items, and zero for all others: float32, shape (n,), without gradient."""
         chosen = self.chosen()
         return self.gate.final() if self.rule.finished else self.gate.value(support=chosen)
 
@@ -220,13 +223,13 @@ class ItemGate(nn.Module):
         Parameters
         ----------
         x : Tensor, NumPy array, pandas DataFrame or Series, scipy.sparse array or matrix
-            Any dtype. n items along the axis of this class.
+            n items along the axis of this class, of any dtype.
 
         Returns
         -------
         selected : the kind of ``x``
-            The items in the order of ``x``, not multiplied by their gates. A tensor keeps its graph; sparse data stay
-            sparse (BSR, DIA and DOK come back as CSR).
+            The items in the order of ``x``, not multiplied by their gates. A tensor keeps its gradient; sparse data
+            stay sparse (BSR, DIA and DOK become CSR).
         indices : int64, shape (k,)
             Ascending; a tensor for a tensor, else a NumPy array.
 
@@ -237,14 +240,14 @@ class ItemGate(nn.Module):
         UnsupportedModuleError
             If ``x`` is of another kind.
         StateError
-            If a gate is not a number.
+            If a gate is NaN.
         """
         self.check(x, self.axis, f"{type(self).__name__}.select")
         indices = indices_of(self.chosen())
         return take(x, indices, self.axis), indices_like(x, indices, self.gate.log_alpha.device)
 
     def check(self, x: Any, axis: int, where: str, *, tensor: bool = False, weights: bool = False) -> None:
-        """Refuse data that are not of a known kind, or that do not hold n items."""
+        """Raise an error if data are not of a known kind or do not hold n items along ``axis``."""
         if tensor and not isinstance(x, Tensor):
             raise InvalidValueError(
                 explain(where, "gates multiply tensors.", expected="a Tensor", got=type(x).__name__, hint="select(x)")
@@ -255,22 +258,16 @@ class ItemGate(nn.Module):
                 explain(where, "each item must have one weight.", expected=f"shape ({self.n},)", got=tuple(x.shape))
             )
         if found != self.n:
-            what = "weight" if weights else "item"
-            raise InvalidValueError(
-                explain(
-                    where,
-                    f"there must be one {what} for each gate.",
-                    expected=f"{self.n} along axis {axis}",
-                    got=f"{found}, shape {tuple(x.shape)}",
-                )
-            )
+            must = f"there must be one {'weight' if weights else 'item'} for each gate."
+            got = f"{found}, shape {tuple(x.shape)}"
+            raise InvalidValueError(explain(where, must, expected=f"{self.n} along axis {axis}", got=got))
 
     def get_extra_state(self) -> Tensor:
-        """The counts: the state of a gate for another k must not be loaded."""
+        """The counts n and k, which a state must share with the gate that loads it."""
         return torch.tensor(list(self._counts().values()))
 
     def set_extra_state(self, state: Tensor) -> None:
-        """Refuse the state of a gate with other counts, before anything of it is loaded."""
+        """Raise an error if the state is of a gate with other counts; nothing is loaded then."""
         own = self._counts()
         if state.tolist() != list(own.values()):
             expected = ", ".join(f"{name}={value}" for name, value in own.items())
@@ -292,9 +289,9 @@ def _times(x: Tensor, z: Tensor) -> Tensor:
 
 
 def _keep_all(gate: Gate, budget: Budget) -> None:
-    """Put the gates under a budget of all of them, which has ended: a shift could not reach it."""
+    """Give all gates a budget that has ended: no finite shift makes the expected number equal to n."""
     with torch.no_grad():
-        gate.log_alpha.fill_(_OPEN)
+        gate.log_alpha.fill_(_ALWAYS_OPEN)
     count = gate.log_alpha.numel()
     gate.rule = BudgetRule(budget, [gate], Size(np.array([count]), 0.0, np.ones(1), np.zeros((1, 1))))
     gate.rule.step = budget.steps

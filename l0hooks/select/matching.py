@@ -1,4 +1,4 @@
-"""``match_samples``: k samples that stand for all of them."""
+"""``match_samples``: k samples that represent all of them."""
 
 from __future__ import annotations
 
@@ -30,34 +30,36 @@ from l0hooks.select.mean_distance import (
 
 Objective = Literal["kernel_mean", "moments"]
 Loss = Callable[[Tensor], Tensor]
-_WHOLE = 5000  # samples up to which the kernel itself is held: 200 MB
-_FEATURES = 1024
+_MAX_KERNEL_SAMPLES = 5000  # with more samples random features replace the kernel matrix, which takes 200 MB
+_DEFAULT_FEATURES = 1024
+_GATED_SHARE = 0.8  # of the steps with a user's loss, after which exactly k gates are open
+_CONSTANT_COLUMN = 1e-12  # a column is constant if its deviation is at most this share of its largest entry
 
 
 @dataclass(frozen=True, kw_only=True)
 class Match:
-    """A subset and how close it is; printed, one line.
+    """A subset and how close it is to all samples; prints as one line.
 
     Attributes
     ----------
     indices : int64, shape (k,)
         Ascending.
     k, n : int
-        How many of how many.
+        The size of the subset, and the number of samples.
     objective : str
         What was matched: "kernel_mean", "moments", or the name of the user's loss.
     distance : float
-        Of the subset; with a user's loss, its value.
+        The distance of the subset; with a user's loss, its value.
     random : float
-        Mean distance of random subsets of the same size.
+        The mean distance of random subsets of the same size.
     draws : int
-        How many random subsets.
+        The number of these random subsets.
     features : int or None
-        Random Fourier features that stood for the kernel; None if nothing did.
+        The number of random Fourier features in place of the kernel; None if there were none.
     bandwidth : float or None
         Of the kernel, in standard deviations of the features.
     swaps : int
-        Exchanges that led from the start to the subset.
+        The number of exchanges from the start to the subset.
 
     Examples
     --------
@@ -79,7 +81,7 @@ class Match:
 
     @property
     def ratio(self) -> float:
-        """``distance / random``: 0 is perfect, 1 no better than chance. NaN if random subsets are perfect."""
+        """``distance / random``: 0 is perfect, 1 is no better than chance. NaN if random subsets are perfect."""
         return self.distance / self.random if self.random else math.nan
 
     def __str__(self) -> str:
@@ -101,42 +103,42 @@ def match_samples(
     draws: int = 20,
     generator: torch.Generator | None = None,
 ) -> Match:
-    r"""Choose k samples that stand for all: min over \|S\| = k of ‖(1/k) Σ_{i∈S} φ(xᵢ) − Σᵢ pᵢφ(xᵢ)‖.
+    r"""Choose k samples that represent all: min over \|S\| = k of ‖(1/k) Σ_{i∈S} φ(xᵢ) − Σᵢ pᵢφ(xᵢ)‖.
 
-    For the two objectives that come with the library: from the greedy choice and some random ones, exact exchanges
-    until none helps; the best counts. They have a closed form, and gates were measured to add nothing there. For a
-    loss of your own: a :class:`SampleGate` is trained on it.
+    For the two built-in objectives every exchange of one sample for another has a closed form. The greedy choice and
+    some random ones are improved by exchanges until none helps, and the best of them is returned; gates were measured
+    to add nothing. For your own loss a :class:`SampleGate` is trained.
 
     Parameters
     ----------
     x : Tensor, NumPy array or pandas DataFrame, shape (n, d)
-        Finite numbers; every column is standardised (by ``sample_weight``, if given) for the built-in objectives.
+        Finite numbers. For the built-in objectives every column is standardised, with ``sample_weight`` if given.
     k : int, 1 <= k <= n
-        No more than there are samples of weight above zero.
+        At most the number of samples with a weight above zero.
     objective : "kernel_mean", "moments" or callable
-        "kernel_mean": φ of the Gaussian kernel exp(−‖x − y‖²/2σ²), σ the median distance between samples.
-        "moments": φ(x) = the columns and all products of two, so that means and covariances agree.
+        "kernel_mean": φ of the Gaussian kernel exp(−‖x − y‖²/2σ²), where σ is the median distance between samples.
+        "moments": φ(x) holds the columns and all products of two, so that means and covariances agree.
         A callable takes the gates of all samples (float32, shape (n,), in [0, 1]) and returns a loss, shape ().
-        Their sum varies: divide by ``z.sum()`` where that matters.
-    sample_weight : Tensor, NumPy array or Series, shape (n,), optional
-        Non-negative; p is proportional to it. Chosen samples count alike; one of weight zero is as if it were not there
-        and never chosen. Not with a callable.
+        The sum of the gates varies: divide by ``z.sum()`` where that matters.
+    sample_weight : Tensor, NumPy array or Series, shape (n,), >= 0, optional
+        p is proportional to it. The chosen samples themselves count equally. Samples of weight zero are ignored and
+        never chosen. Not allowed with a callable.
     features : int, >= 2, optional
-        Random Fourier features in place of the kernel. If not given, the kernel itself for up to 5000 samples,
-        and 1024 features for more, 8 kB for each sample; the result says which.
+        The number of random Fourier features in place of the kernel. By default the kernel itself is used for up to
+        5000 samples, and 1024 features (8 kB for each sample) for more; the result says which.
     starts : int, >= 1
-        The greedy choice, and ``starts − 1`` random ones.
+        The number of starts: the greedy choice and ``starts − 1`` random ones.
     sweeps : int, >= 0
-        How often exchanges go through the chosen samples at the most; each costs k passes over the data.
+        The largest number of passes through the chosen samples; each pass goes through the data k times.
     steps : int, >= 2
         Optimiser steps for a callable; k is reached after 80 % of them.
     gate_lr : float, > 0
-        Adam's rate for a callable.
+        Adam's learning rate for a callable.
     draws : int, >= 1
-        Random subsets to compare with, drawn with probabilities p without replacement.
+        The number of random subsets to compare with, drawn with probabilities p without replacement.
     generator : torch.Generator, optional
-        For random features, the bandwidth's sample and random subsets; torch's own if not given. Gates draw from
-        torch's own.
+        For random features, the samples that decide the bandwidth, and random subsets; by default torch's global
+        generator, which gates always use.
 
     Returns
     -------
@@ -147,7 +149,7 @@ def match_samples(
     InvalidValueError
         If a value is out of range, data are not finite, or lengths do not fit.
     UnsupportedModuleError
-        If ``x`` is of another kind; sparse data would have to be made dense.
+        If ``x`` is of another kind. Sparse data are refused because they would have to be made dense.
 
     Examples
     --------
@@ -167,13 +169,13 @@ def match_samples(
     if len(counted) < total:
         data, p = data[counted], p[counted]
     n, k = check_counts("match_samples", len(data), k)
-    count = _FEATURES if features is None else features
+    count = _DEFAULT_FEATURES if features is None else features
     _check_least(starts=(starts, 1), sweeps=(sweeps, 0), steps=(steps, 2), draws=(draws, 1), features=(count, 2))
     found: dict[str, Any]
     value_of: Callable[[Tensor], float]
     if callable(objective):
         if sample_weight is not None or features is not None:
-            raise _invalid("a loss of your own has its own weights and features.", "sample_weight or features", "none")
+            raise _invalid("your own loss takes neither sample_weight nor features.", "one of them", "None for both")
         rows = _by_gates(objective, n, k, steps, gate_lr)
         value_of = functools.partial(_value, objective, n=n)
         found = {"objective": objective.__name__ if inspect.isroutine(objective) else type(objective).__name__}
@@ -197,7 +199,7 @@ def match_samples(
 
 
 def _check_least(**counts: tuple[int, int]) -> None:
-    """Refuse what is no integer, or less than the least that goes with it."""
+    """Raise an error unless each value is an integer and at least the minimum that comes with it."""
     for name, (value, least) in counts.items():
         if type(value) is not int or value < least:
             raise _invalid(f"{name} must be large enough.", value, f"an integer >= {least}")
@@ -206,27 +208,27 @@ def _check_least(**counts: tuple[int, int]) -> None:
 def _form(
     objective: str, data: Tensor, p: Tensor, features: int | None, generator: torch.Generator | None
 ) -> tuple[Quadratic, dict[str, Any]]:
-    """What is to be matched, and how it was made."""
+    """The quadratic form of the objective, and how it was made."""
     if objective not in get_args(Objective):
         raise _invalid("the objective must be known.", repr(objective), near_names(str(objective), get_args(Objective)))
     mean = p @ data
     spread = (p @ (data - mean).square()).sqrt()
-    z = (data - mean) / torch.where(spread > 1e-12 * data.abs().amax(0), spread, 1.0)
+    z = (data - mean) / torch.where(spread > _CONSTANT_COLUMN * data.abs().amax(0), spread, 1.0)
     if objective == "moments":
         if features is not None:
-            raise _invalid("moments take no random features.", features)
+            raise _invalid('objective="moments" takes no random features.', features)
         return Moments(z, p), {}
     bandwidth = median_distance(z, generator)
-    if features is None and len(z) <= _WHOLE:
+    if features is None and len(z) <= _MAX_KERNEL_SAMPLES:
         return Kernel((torch.cdist(z, z).square() / (-2 * bandwidth**2)).exp(), p), {"bandwidth": bandwidth}
-    count = _FEATURES if features is None else features
+    count = _DEFAULT_FEATURES if features is None else features
     phi = fourier_features(z, count, bandwidth, generator)
     return Features(phi, p), {"bandwidth": bandwidth, "features": phi.shape[1]}
 
 
 def _by_gates(loss: Loss, n: int, k: int, steps: int, gate_lr: float) -> Tensor:
-    """The samples that a gate chooses which was trained on ``loss``."""
-    gate = SampleGate(n, k, steps=max(1, int(0.8 * steps)), init_keep_prob=0.5 if k < n else None)
+    """The samples that a gate chooses after training on ``loss``."""
+    gate = SampleGate(n, k, steps=max(1, int(_GATED_SHARE * steps)), init_keep_prob=0.5 if k < n else None)
     optimizer = torch.optim.Adam(gate.parameters(), lr=gate_lr)
     for _ in range(steps):
         if gate.rule.finished:
@@ -243,7 +245,7 @@ def _value(loss: Loss, rows: Tensor, n: int) -> float:
 
 
 def _random(p: Tensor, k: int, generator: torch.Generator | None) -> Tensor:
-    """k rows with probabilities p, without replacement."""
+    """k rows drawn with probabilities p, without replacement."""
     waiting = torch.empty_like(p).exponential_(generator=generator) / p
     return waiting.argsort()[:k]
 
@@ -262,10 +264,10 @@ def _numbers(x: Any) -> Tensor:
             raise _invalid("the data must be real numbers.", f"dtype {x.dtype}")
         x = torch.from_numpy(np.array(x, np.float64))
     if x.is_complex() or x.layout != torch.strided:
-        raise _invalid("the data must be real and dense.", f"{x.dtype}, {x.layout}")
+        raise _invalid("the data must be real and dense.", f"{x.dtype}, {x.layout}", "a dense tensor of real numbers")
     data: Tensor = x.detach().to("cpu", torch.float64).contiguous()
     if data.ndim != 2 or 0 in data.shape:
-        raise _invalid("there must be rows and columns.", tuple(data.shape), "shape (n, d)")
+        raise _invalid("the data must have rows and columns.", tuple(data.shape), "shape (n, d), n and d >= 1")
     if not bool(data.isfinite().all()):
         raise _invalid("the data must be finite.", "NaN or infinity")
     return data
@@ -280,7 +282,7 @@ def _weights(given: Any, n: int) -> Tensor:
     if w.shape != (n,):
         raise _invalid("each sample must have one weight.", tuple(w.shape), f"shape ({n},)")
     if not (bool(w.isfinite().all()) and bool((w >= 0).all()) and float(w.sum()) > 0):
-        raise _invalid("weights must be finite, not negative and not all zero.", "other ones")
+        raise _invalid("weights must be finite, not negative and not all zero.", f"from {w.min():g} to {w.max():g}")
     return w / w.sum()
 
 

@@ -1,10 +1,10 @@
-"""How far the mean of k samples is from that of all, as a quadratic form, and its exact descent by swaps.
+"""The distance of the mean of k samples to the mean of all as a quadratic form, and its exact descent by exchanges.
 
 With a kernel K, or features Φ and K = ΦΦᵀ, the squared distance of a subset S is
 
     ‖(1/k) Σ_{i∈S} φᵢ − Σᵢ pᵢφᵢ‖² = (1/k²) Σ_{i,j∈S} Kᵢⱼ − (2/k) Σ_{i∈S} hᵢ + c,   h = Kp,   c = pᵀKp.
 
-All an algorithm needs is h, c, the diagonal, and one column of K at a time; K itself is never asked for.
+The algorithms need h, c, the diagonal of K and one column of K at a time, but never K as a whole.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-_PART = 10_000  # samples whose random features are computed at once
-_PAIRED = 1000  # samples whose distances give the bandwidth
-_GAIN = 1e-9  # of the form's value: a swap that gains less is rounding
-_ROUNDING = 1e-14  # of c: what the three terms leave when they cancel
+_ROWS_AT_ONCE = 10_000  # samples whose random features are computed together
+_MAX_BANDWIDTH_SAMPLES = 1000  # samples whose distances decide the bandwidth
+_MIN_GAIN = 1e-9  # share of the form's value; a smaller gain of an exchange is rounding
+_ROUNDING_SHARE = 1e-14  # share of c; a smaller squared distance is the rounding of terms that cancel
 
 
 class Quadratic(Protocol):
-    """A kernel K over n samples and a mean of it; float64.
+    """A kernel K over n samples and its mean with weights p; float64.
 
     Attributes
     ----------
@@ -44,7 +44,7 @@ class Quadratic(Protocol):
 
 
 class Kernel:
-    """A kernel held as an (n, n) matrix."""
+    """A kernel stored as an (n, n) matrix."""
 
     def __init__(self, matrix: Tensor, p: Tensor) -> None:
         self._matrix = matrix
@@ -52,7 +52,7 @@ class Kernel:
         self.c = float(p @ self.h)
 
     def column(self, i: int) -> Tensor:
-        """K[:, i]; the matrix is symmetric, and its rows lie together."""
+        """K[:, i]: a row, because the matrix is symmetric and its rows are contiguous."""
         return self._matrix[i]
 
     def block(self, rows: Tensor) -> Tensor:
@@ -66,7 +66,7 @@ class Features:
     def __init__(self, features: Tensor, p: Tensor) -> None:
         self._features = features
         mean = p @ features
-        self.diagonal = torch.linalg.vector_norm(features, dim=1).square()  # forms no second matrix of that size
+        self.diagonal = torch.linalg.vector_norm(features, dim=1).square()  # needs no second matrix of that size
         self.h, self.c = features @ mean, float(mean @ mean)
 
     def column(self, i: int) -> Tensor:
@@ -79,9 +79,10 @@ class Features:
 
 
 class Moments:
-    """K = t + t² with t = ZZᵀ: features are the columns of Z, shape (n, d), and all their products.
+    """K = t + t² with t = ZZᵀ: the features are the columns of Z, shape (n, d), and all their products of two.
 
-    The distance is then ‖mean of Z‖ and ‖mean of zzᵀ‖ (Frobenius), without ever forming d² features a sample.
+    The squared distance is that of the means of z plus that of the means of zzᵀ (Frobenius). The d² features of a
+    sample are never formed.
     """
 
     def __init__(self, z: Tensor, p: Tensor) -> None:
@@ -104,13 +105,13 @@ class Moments:
 
 
 def distance(form: Quadratic, rows: Tensor) -> float:
-    """The distance between the mean of ``rows`` and that of all."""
+    """The distance between the mean of the samples ``rows`` and that of all."""
     squared = float(form.block(rows).mean() - 2 * form.h[rows].mean() + form.c)
-    return math.sqrt(squared) if squared > _ROUNDING * form.c else 0.0
+    return math.sqrt(squared) if squared > _ROUNDING_SHARE * form.c else 0.0
 
 
 def greedy(form: Quadratic, k: int) -> Tensor:
-    """k rows, each the one that brings the mean of those so far closest to that of all; of equal ones the first.
+    """k rows, chosen one after another such that each brings the mean closest to that of all; of equal ones the first.
 
     Returns
     -------
@@ -132,24 +133,24 @@ def greedy(form: Quadratic, k: int) -> Tensor:
 
 
 def swap(form: Quadratic, rows: Tensor, sweeps: int) -> tuple[Tensor, int]:
-    """Exchange one chosen row after another for the best one that is not, as long as that brings the mean closer.
+    """Exchange one chosen row after another for the best other row, as long as that brings the mean closer.
 
-    Every exchange is exact: row j leaves for the i with the least 2(g − K[:, j])ᵢ + Kᵢᵢ, g = Σ_S K[:, s] − kh. The
-    distance never grows.
+    Every exchange is exact: row j is replaced by the row i of least 2(g − K[:, j])ᵢ + Kᵢᵢ with g = Σ_S K[:, s] − kh.
+    The distance never grows.
 
     Parameters
     ----------
     form : Quadratic
     rows : Tensor, int64, shape (k,)
     sweeps : int, >= 0
-        How often to go through all chosen rows at the most; a sweep costs k columns and O(nk).
+        The largest number of passes through the chosen rows; each computes k columns and costs O(nk).
 
     Returns
     -------
     Tensor, int64, shape (k,)
-        No single exchange makes it better, if the sweeps were enough.
+        If the sweeps were enough, no single exchange brings the mean closer.
     int
-        How many exchanges there were.
+        The number of exchanges.
     """
     chosen, k, exchanges = rows.tolist(), len(rows), 0
     g, free = -k * form.h, form.diagonal.clone()
@@ -164,7 +165,7 @@ def swap(form: Quadratic, rows: Tensor, sweeps: int) -> tuple[Tensor, int]:
             scores = 2 * without + free
             i = int(scores.argmin())
             gain = float(2 * without[j] + form.diagonal[j] - scores[i])
-            if gain > _GAIN * value:
+            if gain > _MIN_GAIN * value:
                 free[j], free[i], chosen[place] = form.diagonal[j], math.inf, i
                 g, value = without + form.column(i), value - gain
                 exchanges += 1
@@ -174,8 +175,12 @@ def swap(form: Quadratic, rows: Tensor, sweeps: int) -> tuple[Tensor, int]:
 
 
 def median_distance(z: Tensor, generator: torch.Generator | None = None) -> float:
-    """The median distance between samples, of at most 1000 of them; their mean if half are equal, 1 if all are."""
-    some = z if len(z) <= _PAIRED else z[torch.randperm(len(z), generator=generator)[:_PAIRED]]
+    """The median distance between at most 1000 samples; the mean distance if the median is 0, and 1 if that is too."""
+    some = (
+        z
+        if len(z) <= _MAX_BANDWIDTH_SAMPLES
+        else z[torch.randperm(len(z), generator=generator)[:_MAX_BANDWIDTH_SAMPLES]]
+    )
     apart = torch.nn.functional.pdist(some)
     if not len(apart):
         return 1.0
@@ -183,12 +188,12 @@ def median_distance(z: Tensor, generator: torch.Generator | None = None) -> floa
 
 
 def fourier_features(z: Tensor, count: int, bandwidth: float, generator: torch.Generator | None = None) -> Tensor:
-    """cos and sin of random projections, whose products estimate exp(−‖x − y‖²/2σ²): shape (n, 2·(count // 2))."""
+    """Random Fourier features, shape (n, 2·(count // 2)), whose products estimate exp(−‖x − y‖²/2σ²)."""
     half = count // 2
     directions = torch.randn(z.shape[1], half, generator=generator, dtype=z.dtype) / bandwidth
     phi = torch.empty(len(z), 2 * half, dtype=z.dtype)
-    for start in range(0, len(z), _PART):  # phi is what fills the memory: there is no second matrix of its size
-        part = slice(start, start + _PART)
+    for start in range(0, len(z), _ROWS_AT_ONCE):  # in parts, so that no second matrix as large as phi is formed
+        part = slice(start, start + _ROWS_AT_ONCE)
         projected = z[part] @ directions
         phi[part, :half], phi[part, half:] = projected.cos(), projected.sin()
     return phi.div_(math.sqrt(half))

@@ -1,4 +1,4 @@
-"""What the linear estimators share: checked parameters, the search, the choice of a size."""
+"""What the linear estimators share: their parameters and checks, the search and the choice of a size."""
 
 from __future__ import annotations
 
@@ -87,13 +87,14 @@ class L0LinearModel(BaseEstimator):  # type: ignore[misc]  # scikit-learn has no
             rules = 'int >= 0, "ebic", "ric" or "cv"'
             raise InvalidValueError(explain(where, "k must be a size or a rule.", expected=rules, got=repr(self.k)))
         if self.l0 is not None and self.k != "ebic":
-            must = "the price l0 replaces k: leave k as it is."
+            must = "the price l0 takes the place of k: give only one of them."
             raise InvalidValueError(explain(where, must, got=f"k={self.k!r}, l0={self.l0!r}"))
         for name, value in (("alpha", self.alpha), ("l0", self.l0)):
             if value is not None and not (isinstance(value, Real) and 0 <= float(value) < np.inf):
-                raise InvalidValueError(explain(where, f"{name} must be finite, not negative.", got=repr(value)))
+                raise InvalidValueError(explain(where, f"{name} must be finite and not negative.", got=repr(value)))
         if isinstance(self.cv, Integral) and not (_whole(self.cv) and int(self.cv) >= 2):
-            raise InvalidValueError(explain(where, "there must be folds.", expected="cv >= 2", got=f"cv={self.cv!r}"))
+            must = "cross-validation needs at least two folds."
+            raise InvalidValueError(explain(where, must, expected="cv >= 2", got=f"cv={self.cv!r}"))
         if self.max_k is not None and not _whole(self.max_k):
             raise InvalidValueError(explain(where, "max_k must be a size.", expected="int >= 0", got=repr(self.max_k)))
 
@@ -114,12 +115,12 @@ class L0LinearModel(BaseEstimator):  # type: ignore[misc]  # scikit-learn has no
             return None
         weight = np.asarray(_check_sample_weight(sample_weight, x, dtype=np.float64, copy=True))
         counted, total = np.count_nonzero(weight), float(weight.sum())
-        if 0 < total < counted and weight.min() >= 0:  # shares, not copies: only their ratios tell anything
+        if 0 < total < counted and weight.min() >= 0:  # shares rather than copies: only their ratios count
             weight *= counted / total
         return weight
 
     def _search(self, x: Any, y: Floats, weight: Floats | None, task: Task, strata: Any) -> Subset:
-        """Fill ``path_``, ``k_``, ``support_``, ``solver_`` and ``n_iter_``; return the subset that was chosen."""
+        """Set ``path_``, ``k_``, ``support_``, ``solver_`` and ``n_iter_``; return the chosen subset."""
         items = x.shape[1] if task.groups is None else len(task.groups)
         rows = float(x.shape[0]) if weight is None else float(weight.sum())
         if isinstance(self.k, str):
@@ -152,7 +153,8 @@ class L0LinearModel(BaseEstimator):  # type: ignore[misc]  # scikit-learn has no
     def _held_out(
         self, x: Any, y: Floats, weight: Floats | None, task: Task, sizes: Any, strata: Any
     ) -> list[tuple[Floats, float]]:
-        if weight is not None and _whole(self.cv):  # rows that do not count must not fill a fold
+        """The losses on each fold and the weight of the fold, for each of ``sizes``."""
+        if weight is not None and _whole(self.cv):  # rows of weight zero must not fill a fold
             keep = np.flatnonzero(weight)
             x, y, weight = x[keep], y[keep], weight[keep]
             strata = None if strata is None else strata[keep]
@@ -167,7 +169,7 @@ class L0LinearModel(BaseEstimator):  # type: ignore[misc]  # scikit-learn has no
         if n < 2:
             where = type(self).__name__
             raise InvalidValueError(
-                explain(where, "cross-validation needs samples.", expected=">= 2", got=f"n_samples={n}")
+                explain(where, "cross-validation needs at least two samples.", expected=">= 2", got=f"n_samples={n}")
             )
         if strata is not None and np.bincount(strata).min() >= 2:
             least = int(np.bincount(strata).min())
@@ -188,7 +190,7 @@ def _whole(value: Any) -> bool:
 def _fold(
     x: Any, y: Floats, weight: Floats | None, task: Task, sizes: Any, train: Ints, test: Ints
 ) -> tuple[Floats, float]:
-    """One fold: fit on ``train``, the losses on ``test``."""
+    """Fit on the rows ``train``; return the losses on the rows ``test`` and their weight."""
     inner, outer = (None, None) if weight is None else (weight[train], weight[test])
     path, _, _ = fit_path(x[train], y[train], inner, task, sizes)
     return held_out(path, x[test], y[test], outer, task)

@@ -1,4 +1,4 @@
-"""Feature gates in front of a network, trained with the expected number of features on a falling schedule."""
+"""Feature gates in front of a network, trained while the expected number of features falls on a schedule."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -15,8 +16,10 @@ from l0hooks.schedules import Schedule, exponential
 from l0hooks.select.gates import FeatureGate
 from l0hooks.sklearn.standardised import Floats
 
-_COOL = 0.3  # the temperature at the end
-_SETTLE = 0.15  # of the steps, before features begin to go
+_FINAL_TEMPERATURE = 0.3
+_WARM_UP_SHARE = 0.15  # of the steps, before the number of features begins to fall
+_SURE_EVIDENCE = 3.0  # evidence (a p-value of 0.001) from which a gate starts with the whole prior
+_WEIGHT_DECAY = 1e-4  # of the network
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 Draw = Callable[[Tensor], tuple[Tensor, Tensor]]
@@ -31,7 +34,7 @@ class Training:
     steps : int, >= 1
     batch_size : int, >= 1
     lr, gate_lr : float, > 0
-        Adam's, for the network and for the log-odds of the gates.
+        Adam's learning rates for the network and for the log-odds of the gates.
     """
 
     steps: int
@@ -41,14 +44,14 @@ class Training:
 
 
 class Networks(nn.Module):
-    """Several small networks side by side on the same input, trained together, that share nothing but the gates.
+    """Several small networks on the same input; they are trained together and share only the gates.
 
     Parameters
     ----------
     n_features, n_outputs : int
     n_networks : int
     hidden : (int, int)
-        Units of the two hidden layers of each.
+        The units of each network's two hidden layers.
 
     Examples
     --------
@@ -70,19 +73,20 @@ class Networks(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Outputs of shape (batch, networks, outputs)."""
-        hidden = F.relu(self.first(x)).view(len(x), self.n_networks, -1).transpose(0, 1)
+        hidden = F.relu(self.first(x))
+        hidden = rearrange(hidden, "batch (network unit) -> network batch unit", network=self.n_networks)
         hidden = F.relu(torch.baddbmm(self.biases[0], hidden, self.weights[0]))
         return torch.baddbmm(self.biases[1], hidden, self.weights[1]).transpose(0, 1)
 
 
 def classification_loss(output: Tensor, target: Tensor) -> Tensor:
-    """Cross-entropy of class scores (batch, ..., classes), the mean over batch and networks."""
+    """The mean cross-entropy of class scores, shape (batch, classes) or (batch, networks, classes)."""
     scores = output.flatten(0, -2)
     return F.cross_entropy(scores, target.repeat_interleave(len(scores) // len(target)))
 
 
 def regression_loss(output: Tensor, target: Tensor) -> Tensor:
-    """Mean squared error of outputs with one value for each row and network."""
+    """The mean squared error of outputs, shape (batch,), (batch, 1) or (batch, networks, 1)."""
     values = output.flatten(1)
     return F.mse_loss(values, target[:, None].expand_as(values))
 
@@ -90,10 +94,10 @@ def regression_loss(output: Tensor, target: Tensor) -> Tensor:
 def train_gates(
     network: nn.Module, draw: Draw, loss: Loss, k: int, evidence: Floats, training: Training, prior: float
 ) -> FeatureGate:
-    """Gates on the input of ``network`` with exactly ``k`` in their support; both are trained **in place**.
+    """Train gates on the input of ``network`` together with the network, which changes **in place**.
 
-    Every example has noise of its own. The expected number of open gates is exactly what the schedule says at each
-    step: half of the features at first, then falling exponentially to k.
+    Every example has its own noise. The expected number of open gates is exactly on schedule at each step: half of the
+    features at first, then it falls exponentially to k.
 
     Parameters
     ----------
@@ -103,14 +107,14 @@ def train_gates(
     loss : callable, (output, target) -> Tensor, shape ()
     k : int, 1 <= k < n_features
     evidence : ndarray of float64, shape (n_features,)
-        Log-odds at the start are raised by ``prior`` where it is 3 or more, by a share of that from 0 on.
+        The log-odds start higher by ``prior`` where it is 3 or more, and by a proportional part between 0 and 3.
     training : Training
     prior : float, >= 0
 
     Returns
     -------
     FeatureGate
-        Of n features; its ``chosen()`` refuses gates that are not numbers.
+        With exactly ``k`` of n features in its support; its ``chosen()`` raises if a gate is NaN.
 
     Examples
     --------
@@ -125,12 +129,17 @@ def train_gates(
     n = len(evidence)
     start = max(0.5, (k + 1) / (n + 1))
     features = FeatureGate(
-        n, k, steps=training.steps, schedule=_settled_then_falling, noise="example", init_keep_prob=start
+        n, k, steps=training.steps, schedule=_constant_then_falling, noise="example", init_keep_prob=start
     )
-    features.rule.start_from([torch.tensor(prior * (evidence / 3).clip(0, 1), dtype=torch.float32)])
-    features.gate.schedule = exponential(features.gate.temperature, _COOL, training.steps)
-    weights = {"params": [p for p in network.parameters() if p.requires_grad], "lr": training.lr, "weight_decay": 1e-4}
-    optimizer = torch.optim.Adam([weights, {"params": features.parameters(), "lr": training.gate_lr}])
+    features.rule.start_from([torch.tensor(prior * (evidence / _SURE_EVIDENCE).clip(0, 1), dtype=torch.float32)])
+    features.gate.schedule = exponential(features.gate.temperature, _FINAL_TEMPERATURE, training.steps)
+    weights = [p for p in network.parameters() if p.requires_grad]
+    optimizer = torch.optim.Adam(
+        [
+            {"params": weights, "lr": training.lr, "weight_decay": _WEIGHT_DECAY},
+            {"params": features.parameters(), "lr": training.gate_lr},
+        ]
+    )
     network.train()
     for _ in range(training.steps):
         x, target = draw(torch.rand(training.batch_size, dtype=torch.float64))
@@ -140,13 +149,13 @@ def train_gates(
     return features
 
 
-def _settled_then_falling(start: float, stop: float, steps: int) -> Schedule:
-    settle = int(_SETTLE * steps)
-    falling = exponential(start, stop, max(1, steps - settle))
-    return lambda step: falling(max(0, step - settle))
+def _constant_then_falling(start: float, stop: float, steps: int) -> Schedule:
+    warm_up = int(_WARM_UP_SHARE * steps)
+    falling = exponential(start, stop, max(1, steps - warm_up))
+    return lambda step: falling(max(0, step - warm_up))
 
 
 def order_of(features: FeatureGate) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
-    """Features from the surest to the least sure: those that are chosen first."""
+    """The features in order of their log-odds, the largest first; chosen ones come before all others."""
     score = features.gate.log_alpha.detach().double() + 1e6 * features.chosen()
     return np.asarray(score.argsort(descending=True, stable=True).numpy())

@@ -1,4 +1,4 @@
-"""Evidence for every feature, alone and in pairs, before anything is trained: where the gates start."""
+"""Evidence for every feature, alone and in pairs, before training; it decides where the gates start."""
 
 from __future__ import annotations
 
@@ -7,27 +7,28 @@ import math
 import numpy as np
 from scipy.special import log_ndtr
 
-from l0hooks.sklearn.standardised import Floats, Indices, Rows
+from l0hooks.sklearn.standardised import MAX_DEVIATION, Floats, Indices, Rows
 
-MAX_PAIRED = 1000  # features that are looked at in pairs
-MAX_CONTRASTS = 16
+MAX_PAIRED = 1000  # features of which all products of two are tested
+MAX_CONTRASTS = 16  # classes that are tested against the rest
+_NEGLIGIBLE = 1e-12  # a smaller variance of a product is zero
 
 
 def contrasts(target: Floats, classes: int | None, weights: Floats) -> Floats:
-    """What features are to tell apart: each class against the rest, or the number itself; weighted mean 0.
+    """The contrasts that features are tested on: each class against the rest, or the values of a regression.
 
     Parameters
     ----------
     target : ndarray of float64, shape (n_samples,)
         Class numbers, or the values of a regression.
     classes : int or None
-        How many; None for a regression.
+        The number of classes; None for a regression.
     weights : ndarray of float64, shape (n_samples,)
 
     Returns
     -------
     ndarray of float64, shape (n_samples, n_contrasts)
-        One for two classes; of many classes only the 16 heaviest.
+        Of weighted mean 0. Two classes have one contrast; of many classes those 16 with the largest weight have one.
 
     Examples
     --------
@@ -43,17 +44,17 @@ def contrasts(target: Floats, classes: int | None, weights: Floats) -> Floats:
     centred: Floats = sides - weights @ sides / weights.sum()
     if classes is None:
         spread = math.sqrt(float(weights @ centred[:, 0] ** 2 / weights.sum())) or 1.0
-        centred = (centred / spread).clip(-3, 3)
+        centred = (centred / spread).clip(-MAX_DEVIATION, MAX_DEVIATION)
         centred -= weights @ centred / weights.sum()
     return centred
 
 
 def evidence(rows: Rows, sides: Floats) -> Floats:
-    r"""How surely each feature, alone or in a product with another, goes along with the target.
+    r"""The evidence that each feature, alone or in a product with another, is associated with the target.
 
-    For the product v = z_i z_j of two standardised features, or v = z_i, and a contrast c the statistic is
-    t = Σ w c v / √(Σ w c² v²). The evidence is −log₁₀ of the normal tail beyond the largest \|t\|, times the number of
-    statistics looked at: Bonferroni's correction.
+    For one standardised feature v = z_i, or a product v = z_i z_j of two, and a contrast c the statistic is
+    t = Σ w c v / √(Σ w c² v²). The evidence is −log₁₀ of the p-value of the largest \|t\|, multiplied by the number of
+    statistics computed (Bonferroni's correction).
 
     Parameters
     ----------
@@ -64,50 +65,50 @@ def evidence(rows: Rows, sides: Floats) -> Floats:
     Returns
     -------
     ndarray of float64, shape (n_features,)
-        Above about 1.3 it is significant at 5 %. In pairs the 1,000 features are looked at that have most alone.
+        Above about 1.3 it is significant at 5 %. Pairs are formed of the 1,000 features with the most evidence alone.
 
     Examples
     --------
     >>> x = np.random.default_rng(0).choice([-1.0, 1.0], (200, 3))
-    >>> y = x[:, :1] * x[:, 1:2]  # neither tells anything alone
+    >>> y = x[:, :1] * x[:, 1:2]  # neither feature is associated with y alone
     >>> rows = Rows(x, y[:, 0], np.ones(200))
     >>> (evidence(rows, y - y.mean()) > 3).tolist()
     [True, True, False]
     """
-    alone = _alone(rows, sides)
+    alone = _single_statistics(rows, sides)
     n, q = rows.n_features, sides.shape[1]
-    found = _surprise(alone, n * q)
+    found = _bonferroni_evidence(alone, n * q)
     paired: Indices = np.argsort(-alone, kind="stable")[:MAX_PAIRED]
     together = np.zeros(len(paired))
     for side in sides.T:
-        np.maximum(together, _together(rows, side, paired), out=together)
-    found[paired] = np.maximum(found[paired], _surprise(together, len(paired) * (len(paired) + 1) / 2 * q))
+        np.maximum(together, _pair_statistics(rows, side, paired), out=together)
+    found[paired] = np.maximum(found[paired], _bonferroni_evidence(together, len(paired) * (len(paired) + 1) / 2 * q))
     return found
 
 
-def _alone(rows: Rows, sides: Floats) -> Floats:
+def _single_statistics(rows: Rows, sides: Floats) -> Floats:
     along = np.zeros((sides.shape[1], rows.n_features))
     spread = np.zeros_like(along)
     for part in rows.slices():
         z, c, w = rows.clipped(part), sides[part], rows.weights[part, None]
         along += (w * c).T @ z
         spread += (w * c**2).T @ z**2
-    return np.asarray(_ratio(along, spread).max(axis=0))
+    return np.asarray(_t_statistics(along, spread).max(axis=0))
 
 
-def _together(rows: Rows, side: Floats, columns: Indices) -> Floats:
+def _pair_statistics(rows: Rows, side: Floats, columns: Indices) -> Floats:
     along = np.zeros((len(columns), len(columns)))
     spread = np.zeros_like(along)
     for part in rows.slices():
         z, c, w = rows.clipped(part, columns), side[part, None], rows.weights[part, None]
         along += (w * c * z).T @ z
         spread += (w * c**2 * z**2).T @ z**2
-    return np.asarray(_ratio(along, spread).max(axis=0))
+    return np.asarray(_t_statistics(along, spread).max(axis=0))
 
 
-def _ratio(along: Floats, spread: Floats) -> Floats:
-    return np.abs(along) / np.sqrt(np.where(spread > 1e-12, spread, np.inf))
+def _t_statistics(along: Floats, spread: Floats) -> Floats:
+    return np.abs(along) / np.sqrt(np.where(spread > _NEGLIGIBLE, spread, np.inf))
 
 
-def _surprise(statistic: Floats, looks: float) -> Floats:
-    return np.asarray(-(log_ndtr(-statistic) + math.log(2 * looks)) / math.log(10))
+def _bonferroni_evidence(statistic: Floats, tests: float) -> Floats:
+    return np.asarray(-(log_ndtr(-statistic) + math.log(2 * tests)) / math.log(10))

@@ -1,4 +1,4 @@
-"""``L0FeatureSelector``: exactly k features for a linear model, for networks, or for any torch module."""
+"""``L0FeatureSelector``: exactly k features, chosen by a linear model, by networks or by any torch module."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from l0hooks.errors import UnsupportedModuleError, explain
 from l0hooks.select.gates import FeatureGate
 from l0hooks.sklearn.base import checked_data
-from l0hooks.sklearn.linear import L0Classifier, L0Regressor
+from l0hooks.sklearn.classifier import L0Classifier
 from l0hooks.sklearn.networks import (
     Loss,
     Networks,
@@ -30,41 +30,42 @@ from l0hooks.sklearn.networks import (
     regression_loss,
     train_gates,
 )
+from l0hooks.sklearn.regressor import L0Regressor
 from l0hooks.sklearn.screening import contrasts, evidence
 from l0hooks.sklearn.standardised import Floats, Indices, Rows
 from l0hooks.sklearn.targets import encoded, invalid, task_of
 
 Task = Literal["auto", "classification", "regression"]
-MAX_CANDIDATES = 256  # features that the networks see; more if k asks for it
-_PRIOR = 2.0  # log-odds at the start for features with evidence
+MAX_CANDIDATES = 256  # features that the networks see; 2k if that is more
+_PRIOR_LOG_ODDS = 2.0  # added at the start to the log-odds of features with evidence
 
 
 class L0FeatureSelector(SelectorMixin, BaseEstimator):  # type: ignore[misc]
     r"""Exactly k features, chosen by Hard Concrete gates in front of a network, or by a linear model's best subset.
 
-    minimise E_z[loss(f(x ⊙ z), y)] over f and the gates' log-odds, with E‖z‖₀ = k_t at every step t; k_t falls from
-    half of the features to k. Then the k features with the largest log-odds stay.
+    minimise E_z[loss(f(x ⊙ z), y)] over f and the log-odds of the gates, with E‖z‖₀ = k_t at every step t. k_t falls
+    from half of the features to k; then the k features with the largest log-odds stay.
 
     Parameters
     ----------
     k : int, 1 <= k <= n_features, optional
         How many features stay; half of them if not given.
     estimator : "mlp", "linear" or nn.Module
-        ``"mlp"``: four small networks side by side. They see at most ``max(256, 2k)`` features: those with the most
-        evidence alone or in a product with another; the evidence also decides where the gates start.
+        ``"mlp"``: four small networks on the same input. They see at most ``max(256, 2k)`` features, those with the
+        most evidence alone or in a product with another; this evidence also decides where the gates start.
         ``"linear"``: the support of ``L0Regressor`` or ``L0Classifier``.
-        A module takes standardised, gated inputs in the dtype of its parameters, shape (batch, n_features), and returns
-        scores of shape (batch, n_classes), or for a regression (batch,) or (batch, 1). It is copied, never changed.
+        A module receives standardised, gated inputs in the dtype of its parameters, shape (batch, n_features), and
+        returns scores of shape (batch, n_classes), or for a regression (batch,) or (batch, 1). It is copied.
     task : "auto", "classification" or "regression"
-        By default numbers are classes if they are whole and there are at most max(10, √n_samples) different ones;
-        everything that is no number is a class.
+        "auto": numbers are a regression if some are fractional, or if they take more than max(10, √n_samples) values;
+        all other targets are classes.
     loss : callable, (output, target) -> Tensor, shape (), optional
-        For a module, instead of cross-entropy or, on the standardised target, squared error. The target is int64 class
-        numbers or the values as given, in the dtype of the parameters.
+        The loss of a module, instead of cross-entropy, or of squared error on the standardised target. It receives
+        class numbers in int64, or the values as given in the dtype of the parameters.
     steps : int, >= 1
-        Optimiser steps of the gates.
+        Steps of the optimiser.
     batch_size : int, >= 1
-        Rows a step, drawn in proportion to their weights.
+        Rows in each step, drawn in proportion to their weights.
     lr, gate_lr : float, > 0
         Learning rates of the network and of the gates.
     random_state : int, RandomState instance or None
@@ -72,31 +73,33 @@ class L0FeatureSelector(SelectorMixin, BaseEstimator):  # type: ignore[misc]
     Attributes
     ----------
     feature_importances_ : ndarray of float64, shape (n_features,)
-        P(z ≠ 0), the keep probabilities, 0 for features that were no candidates; with ``"linear"`` the size of the
+        The keep probabilities P(z ≠ 0), 0 for features that the networks did not see; with ``"linear"`` the absolute
         coefficients of standardised features, as shares.
     ranking_ : ndarray of int64, shape (n_features,)
-        1 for the k features, from 2 on for the others, the surest first; with ``"linear"`` 2 for all others.
+        1 for the k features; 2, 3, … for the others in order of their log-odds, or with ``"linear"`` 2 for all others.
     task_ : "classification" or "regression"
     classes_ : ndarray
         The classes of a classification.
     estimator_ : nn.Module, L0Regressor or L0Classifier
-        What was trained; absent if all features stay.
-    n_features_in_, feature_names_in_
+        The fitted model; absent if all features stay.
+    n_features_in_ : int
+    feature_names_in_ : str array, shape (n_features,)
+        If X has names.
 
     Raises
     ------
     InvalidValueError
-        From ``fit``: if an option is out of range, or ``k`` larger than the number of features.
+        From ``fit``: if an option is out of range, or ``k`` exceeds the number of features.
     UnsupportedModuleError
         From ``fit``: if the module's output does not fit the task.
     StateError
-        From ``fit``: if the gates are not numbers after training that diverged.
+        From ``fit``: if training diverged and a gate is NaN.
 
     Examples
     --------
     >>> rng = np.random.default_rng(0)
     >>> X = rng.choice([-1.0, 1.0], (300, 8))
-    >>> y = X[:, 2] != X[:, 5]  # neither tells anything alone
+    >>> y = X[:, 2] != X[:, 5]  # neither feature helps alone
     >>> selector = L0FeatureSelector(2, steps=100, random_state=0).fit(X, y)
     >>> selector.get_support(indices=True)
     array([2, 5])
@@ -105,7 +108,7 @@ class L0FeatureSelector(SelectorMixin, BaseEstimator):  # type: ignore[misc]
 
     Notes
     -----
-    A sample weight of 2 is the same as the row twice. Sparse input is made dense by batches of rows only.
+    A sample weight of 2 is the same as the row twice. Sparse input is made dense only in batches of rows.
 
     References
     ----------
@@ -152,17 +155,17 @@ class L0FeatureSelector(SelectorMixin, BaseEstimator):  # type: ignore[misc]
         Raises
         ------
         InvalidValueError
-            If an option is out of range, or ``k`` larger than the number of features.
+            If an option is out of range, or ``k`` exceeds the number of features.
         UnsupportedModuleError
             If the module's output does not fit the task.
         StateError
-            If the gates are not numbers after training that diverged.
+            If training diverged and a gate is NaN.
         """
         self._check_options()
         x, y = checked_data(self, X, y, accept_sparse="csr", dtype=np.float64, ensure_min_samples=2)
         weights = _check_sample_weight(sample_weight, x, dtype=np.float64, ensure_non_negative=True)
         if not weights.any():
-            raise invalid("weights must not all be zero.", "one above 0", "only zeros")
+            raise invalid("weights must not all be zero.", "at least one above 0", "only zeros")
         k = self._number_to_keep(x.shape[1])
         for name in ("estimator_", "classes_"):  # of an earlier fit
             if name in vars(self):
@@ -210,7 +213,7 @@ class L0FeatureSelector(SelectorMixin, BaseEstimator):  # type: ignore[misc]
         k: int,
         found: Floats,
     ) -> FeatureGate:
-        """Gates for the columns, trained with the network in the network's own dtype."""
+        """Gates on the given columns, trained together with the network and in its dtype."""
         dtype = next((p.dtype for p in network.parameters() if p.is_floating_point()), torch.float32)
         values = torch.tensor(target, dtype=dtype if n_classes is None else torch.int64)
         ready = None
@@ -227,7 +230,7 @@ class L0FeatureSelector(SelectorMixin, BaseEstimator):  # type: ignore[misc]
         if isinstance(self.estimator, nn.Module) and self.loss is None:
             self._check_output(network, torch.zeros(2, rows.n_features, dtype=dtype), n_classes)
         training = Training(steps=self.steps, batch_size=self.batch_size, lr=self.lr, gate_lr=self.gate_lr)
-        return train_gates(network, draw, loss, k, found, training, _PRIOR)
+        return train_gates(network, draw, loss, k, found, training, _PRIOR_LOG_ODDS)
 
     def _network(self, n_features: int, n_classes: int | None) -> nn.Module:
         if isinstance(self.estimator, nn.Module):
@@ -235,7 +238,7 @@ class L0FeatureSelector(SelectorMixin, BaseEstimator):  # type: ignore[misc]
         return Networks(n_features, n_classes or 1)
 
     def _check_output(self, network: nn.Module, x: Tensor, n_classes: int | None) -> None:
-        """Refuse a module whose output is not what the task wants, before anything is trained."""
+        """Refuse a module whose output does not fit the task, before training."""
         with torch.no_grad():
             output = network.eval()(x)
         wanted = [(2, n_classes)] if n_classes else [(2,), (2, 1)]
@@ -244,10 +247,10 @@ class L0FeatureSelector(SelectorMixin, BaseEstimator):  # type: ignore[misc]
             raise UnsupportedModuleError(
                 explain(
                     "L0FeatureSelector",
-                    f"the module's output must fit a {self.task_}.",
+                    f"the output of the module must fit a {self.task_}.",
                     expected=f"for a batch of 2, shape {' or '.join(map(str, wanted))}",
                     got=got,
-                    hint="another last layer, task=, or a loss= of your own",
+                    hint="another last layer, another task=, or your own loss=",
                 )
             )
 
@@ -268,7 +271,7 @@ class L0FeatureSelector(SelectorMixin, BaseEstimator):  # type: ignore[misc]
         if self.k is None:
             return max(1, n_features // 2)
         if self.k > n_features:
-            raise invalid("k must not be larger than the number of features.", f"at most {n_features}", self.k)
+            raise invalid("k must not exceed the number of features.", f"at most {n_features}", self.k)
         return int(self.k)
 
     def _check_options(self) -> None:
@@ -284,7 +287,7 @@ class L0FeatureSelector(SelectorMixin, BaseEstimator):  # type: ignore[misc]
         if self.task not in ("auto", "classification", "regression"):
             raise invalid("the task must be known.", '"auto", "classification" or "regression"', repr(self.task))
         if self.loss is not None and not isinstance(self.estimator, nn.Module):
-            raise invalid("loss= goes with a torch module.", "estimator=a module", repr(self.estimator))
+            raise invalid("loss= needs a torch module as estimator=.", "a torch module", repr(self.estimator))
 
     def _get_support_mask(self) -> npt.NDArray[np.bool_]:
         check_is_fitted(self)

@@ -1,4 +1,4 @@
-"""Weighted rows of a table, dense or sparse: standardised a batch at a time, drawn in proportion to their weights."""
+"""Weighted rows of a dense or sparse table, standardised in batches and drawn in proportion to their weights."""
 
 from __future__ import annotations
 
@@ -11,20 +11,21 @@ import numpy.typing as npt
 Floats = npt.NDArray[np.float64]
 Indices = npt.NDArray[np.int64]
 
-_ENTRIES = 1 << 20  # of one dense batch
-_FARTHEST = 3.0  # standard deviations that one value counts for
+MAX_DEVIATION = 3.0  # standard deviations to which outliers are clipped
+_MAX_BATCH_ENTRIES = 1 << 20  # of a batch of rows made dense
+_CONSTANT_COLUMN = 1e-12  # a column is constant if its deviation is at most this share of its mean
 
 
 class Rows:
-    """Rows with weights; a row of weight 2 is the same as the row twice, and one of weight 0 is none.
+    """Rows with weights: a weight of 2 is the same as the row twice, a weight of 0 leaves the row out.
 
-    Sparse tables are never made dense as a whole, and their zeros are values like any other.
+    A sparse table is never made dense as a whole; its zeros are values like any other.
 
     Parameters
     ----------
     x : ndarray or scipy.sparse CSR array or matrix, float, shape (n_samples, n_features)
     order : ndarray of float64, shape (n_samples,)
-        Drawn rows are spread evenly over this order: the target.
+        The target. Drawn rows are spread evenly over its order.
     weights : ndarray of float64, shape (n_samples,), >= 0
 
     Examples
@@ -45,10 +46,10 @@ class Rows:
         self.scale: Floats = np.ones(x.shape[1])
         self.center = self._mean(lambda z: z)
         variance = self._mean(np.square)
-        constant = variance <= (1e-12 * self.center) ** 2
+        constant = variance <= (_CONSTANT_COLUMN * self.center) ** 2
         self.scale = np.where(constant, 1.0, np.sqrt(variance))
-        self._clipped_mean = self._mean(lambda z: z.clip(-_FARTHEST, _FARTHEST))
-        # where a row stands must not change how often it is drawn: equal rows get neighbouring places
+        self._clipped_mean = self._mean(lambda z: z.clip(-MAX_DEVIATION, MAX_DEVIATION))
+        # the order of rows must not change what is drawn: equal rows become neighbours
         direction = np.random.default_rng(0).standard_normal(x.shape[1])
         key = np.concatenate([z @ direction for _, z in self._parts()])
         self._places: Indices = np.lexsort((key, order[kept]))
@@ -60,7 +61,7 @@ class Rows:
         return int(self.x.shape[1])
 
     def standardised(self, index: Indices | slice, columns: Indices | None = None) -> Floats:
-        """Some rows with mean 0 and variance 1 in the whole table; dense. Constant columns are 0."""
+        """Some rows as a dense array, with mean 0 and variance 1 over the whole table; constant columns are 0."""
         part, center, scale = self.x[index], self.center, self.scale
         if columns is not None:
             part, center, scale = part[:, columns], center[columns], scale[columns]
@@ -69,14 +70,14 @@ class Rows:
         return dense
 
     def clipped(self, index: Indices | slice, columns: Indices | None = None) -> Floats:
-        """The same without outliers: limited to three standard deviations, then centred again."""
+        """As :meth:`standardised`, clipped to three standard deviations and centred again."""
         mean = self._clipped_mean if columns is None else self._clipped_mean[columns]
-        limited: Floats = self.standardised(index, columns).clip(-_FARTHEST, _FARTHEST) - mean
+        limited: Floats = self.standardised(index, columns).clip(-MAX_DEVIATION, MAX_DEVIATION) - mean
         return limited
 
     def slices(self) -> Iterator[slice]:
-        """All rows in parts that are small when dense."""
-        length = max(1, _ENTRIES // self.n_features)
+        """Slices of all rows that are small enough to be made dense."""
+        length = max(1, _MAX_BATCH_ENTRIES // self.n_features)
         for start in range(0, self.x.shape[0], length):
             yield slice(start, start + length)
 
@@ -91,7 +92,7 @@ class Rows:
         return total / self.total
 
     def draw(self, uniform: Floats) -> Indices:
-        """One row for each number in [0, 1), spread over the target: stratified, in proportion to the weights."""
+        """One row for each number in [0, 1): in proportion to the weights, stratified by the target."""
         levels = (np.arange(len(uniform)) + uniform) / len(uniform)
         drawn: Indices = self._places[np.searchsorted(self._share, levels, side="right").clip(max=len(self._share) - 1)]
         return drawn

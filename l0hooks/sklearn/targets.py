@@ -1,4 +1,4 @@
-"""What ``L0FeatureSelector`` makes of a target: which task it is, and its numbers."""
+"""The targets of ``L0FeatureSelector``: which task they belong to, and how they are encoded."""
 
 from __future__ import annotations
 
@@ -15,7 +15,9 @@ from l0hooks.sklearn.standardised import Floats
 
 
 def task_of(y: Any) -> Literal["classification", "regression"]:
-    """What ``task="auto"`` means for a target.
+    """The task that ``task="auto"`` means for a target.
+
+    Whole numbers are classes if there are at most max(10, √n_samples) different ones; so is all that is not numeric.
 
     Examples
     --------
@@ -32,12 +34,12 @@ def task_of(y: Any) -> Literal["classification", "regression"]:
 
 
 def encoded(y: Any, task: Literal["classification", "regression"]) -> tuple[Floats, npt.NDArray[Any] | None]:
-    """Class numbers and the classes, or the values of a regression and None.
+    """The number of each sample's class and the classes; for a regression the values and None.
 
     Raises
     ------
     InvalidValueError
-        If a regression's target is not finite numbers, or there is one class only.
+        If the target of a regression is not numeric and finite, or if there is only one class.
 
     Examples
     --------
@@ -48,9 +50,9 @@ def encoded(y: Any, task: Literal["classification", "regression"]) -> tuple[Floa
         try:
             values: Floats = np.asarray(y, dtype=np.float64)
         except (TypeError, ValueError) as error:
-            raise invalid("a regression needs numbers.", "a numeric target", np.asarray(y).dtype) from error
+            raise invalid("a regression needs a numeric target.", "numbers", np.asarray(y).dtype) from error
         if not np.isfinite(values).all():
-            raise invalid("a regression needs numbers.", "a finite target", "NaN or infinity")
+            raise invalid("a regression needs a numeric target.", "a finite target", "NaN or infinity")
         return values, None
     check_classification_targets(y)
     classes, codes = np.unique(y, return_inverse=True)
@@ -60,5 +62,5 @@ def encoded(y: Any, task: Literal["classification", "regression"]) -> tuple[Floa
 
 
 def invalid(must: str, expected: object, got: object) -> InvalidValueError:
-    """The error for what ``L0FeatureSelector`` cannot take."""
+    """The error for an argument of ``L0FeatureSelector``."""
     return InvalidValueError(explain("L0FeatureSelector", must, expected=expected, got=got))

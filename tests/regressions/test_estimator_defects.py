@@ -66,7 +66,7 @@ def test_weights_that_sum_to_one_are_shares(data, k):
 
 @pytest.mark.parametrize("folds", [0, 1, -1, True])
 def test_less_than_two_folds_are_refused(data, folds):
-    with pytest.raises(InvalidValueError, match="there must be folds"):
+    with pytest.raises(InvalidValueError, match="at least two folds"):
         L0Regressor("cv", cv=folds).fit(*data)
 
 

@@ -14,26 +14,28 @@ Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 Bools = NDArray[np.bool_]
 
-CONSTANT = 1e-12  # a column whose deviation is below this part of its mean is constant
-SHIFTED = 1e3  # mean² over variance beyond which the variance is computed again, from the deviations
+CONSTANT_COLUMN = 1e-12  # a column is constant if its deviation is below this share of its mean
+LARGE_MEAN = 1e3  # mean² over variance; above it the variance is computed again from deviations, against cancellation
 
 
 class Design:
-    """Columns x̃ⱼ = (xⱼ − μⱼ)/σⱼ with weighted means and deviations, of a dense or sparse X that stays as it is.
+    """Standardised columns x̃ⱼ = (xⱼ − μⱼ)/σⱼ of a dense or sparse X, with weighted means and standard deviations.
+
+    X itself is never changed.
 
     Parameters
     ----------
     x : array or scipy.sparse array or matrix of any format, shape (n, p), float32 or float64, finite
-        Sparse matrices are never densified; of dense ones, single columns are copied.
+        A sparse X is never made dense; of a dense one single columns are copied.
     sample_weight : array, shape (n,), >= 0, optional
         A weight counts as that many copies of the row. Rows of weight zero are left out.
     center : bool
-        Subtract the means: what an unpenalised intercept amounts to.
+        Subtract the means, which is the same as an intercept without penalty.
 
     Raises
     ------
     InvalidValueError
-        If a shape does not fit, a weight is negative, or all are zero.
+        If a shape does not fit, or weights are not finite, negative or all zero.
 
     Examples
     --------
@@ -50,7 +52,7 @@ class Design:
         if weight is not None:
             self.rows = np.flatnonzero(weight)
             weight = weight[self.rows]
-            if np.ptp(weight) == 0:  # equal weights only say how many samples there are
+            if np.ptp(weight) == 0:  # equal weights: only their sum matters
                 self.total, weight = float(weight.sum()), None
             else:
                 self.total = float(weight.sum())
@@ -69,7 +71,7 @@ class Design:
         self._moments()
 
     def reweighted(self, factor: Floats) -> Design:
-        """The same rows with weights multiplied by ``factor``, and with means and scales to match.
+        """The same rows with weights multiplied by ``factor``; means and scales follow.
 
         Parameters
         ----------
@@ -92,11 +94,11 @@ class Design:
         square = self._squares(ones) / mass
         self.mean = self.column_mean if self.center else np.zeros(self.p)
         variance = square - self.mean**2
-        for j in np.flatnonzero(self.mean**2 > SHIFTED * np.maximum(variance, 0)):
+        for j in np.flatnonzero(self.mean**2 > LARGE_MEAN * np.maximum(variance, 0)):
             value = self._columns(np.array([j])) - self.mean[j]
             variance[j] = float((value[:, 0] ** 2) @ ones) / mass
         deviation = np.sqrt(np.maximum(variance, 0))
-        self.usable = deviation > CONSTANT * np.abs(self.column_mean)
+        self.usable = deviation > CONSTANT_COLUMN * np.abs(self.column_mean)
         self.scale = np.where(self.usable, deviation, 1.0)
 
     def _squares(self, weight: Floats) -> Floats:
@@ -113,7 +115,7 @@ class Design:
         return np.asarray(self._csc[:, columns].toarray() if self.sparse else self.x[:, columns])
 
     def weighted(self, v: Floats) -> Floats:
-        """``v`` with rows scaled so that sums over rows are means over samples."""
+        """``v`` with its rows scaled such that sums over rows are weighted means."""
         if self.weight is None:
             return v / self.n
         return v * (self.weight / self.total if v.ndim == 1 else (self.weight / self.total)[:, None])
@@ -154,7 +156,7 @@ class Design:
         if self.sparse:
             result = self._sparse_gram(columns, others) - np.outer(self.mean[columns], mean)
         else:
-            # centring one side is enough; the rest repairs the rounding of the mean itself
+            # centring one side is enough; the outer product below removes the rounding of the mean
             left = self.weighted(self.x.take(columns, 1) - self.mean[columns])
             result = left.T @ (self.x if others is None else self.x.take(others, 1))
             if self.center:
@@ -185,8 +187,9 @@ class Design:
 def _checked_weights(sample_weight: Floats, n: int) -> Floats:
     weight = np.asarray(sample_weight, dtype=np.float64)
     if weight.shape != (n,):
-        raise InvalidValueError(explain("Design", "one weight for each row.", expected=(n,), got=weight.shape))
+        must = "sample_weight must have one weight for each row."
+        raise InvalidValueError(explain("Design", must, expected=(n,), got=weight.shape))
     if not (np.isfinite(weight).all() and (weight >= 0).all() and weight.any()):
-        must = "weights must be finite, none negative and not all zero."
+        must = "weights must be finite, not negative and not all zero."
         raise InvalidValueError(explain("Design", must, got=f"from {weight.min()} to {weight.max()}"))
     return weight

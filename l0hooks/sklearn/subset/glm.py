@@ -1,4 +1,4 @@
-"""Best subsets for losses without a closed form: exchanges proposed by a quadratic model, accepted by exact fits."""
+"""Best subsets for losses without a closed form: a quadratic model proposes exchanges, exact fits accept them."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import numpy as np
 
 from l0hooks.sklearn.subset.design import Design, Floats, Ints
 from l0hooks.sklearn.subset.least_squares import best_subsets
-from l0hooks.sklearn.subset.losses import LIGHTEST, Fit, Loss, NewtonFit
+from l0hooks.sklearn.subset.losses import MIN_CURVATURE, Fit, Loss, NewtonFit
 from l0hooks.sklearn.subset.refit import on_columns
 from l0hooks.sklearn.subset.results import Subset, SubsetPath
 from l0hooks.sklearn.subset.support_gains import SquaresProblem
 
-MODELS = 25  # quadratic models for one size
-TRIES = 6  # single exchanges that are tried exactly when the model's own optimum is no better
-GAIN = 1e-9  # an exchange counts if it gains this part of the null loss
+MAX_MODELS = 25  # quadratic models formed for one size
+MAX_EXCHANGES = 6  # single exchanges fitted exactly when the model's own optimum is no better
+MIN_GAIN = 1e-9  # share of the null loss that an exchange must gain
 
 Items = tuple[int, ...]
 
@@ -25,8 +25,8 @@ class GlmSearch:
     """Best subsets of one design for a loss of the linear predictor.
 
     Around a fit with predictor η the loss is the weighted least squares of the working response η + (y − μ)/ω, with ω
-    the curvature (for more than one output: its mean over them). The best subset of that model is fitted exactly, and
-    kept if it is better; else the exchanges the model likes best are tried one by one.
+    the curvature (for several outputs its mean over them). The best subset of that model is fitted exactly and kept if
+    it is better; else the exchanges with the largest gain in the model are tried one by one.
 
     Parameters
     ----------
@@ -50,13 +50,13 @@ class GlmSearch:
         self.steps = 0
 
     def columns(self, items: Items) -> Ints:
-        """The columns of some items."""
+        """The columns of ``items``."""
         if self.groups is None:
             return np.array(items, dtype=np.int64)
         return np.concatenate([np.zeros(0, np.int64), *(self.groups[i] for i in items)])
 
     def fit(self, items: Iterable[int]) -> tuple[Items, Fit]:
-        """The exact fit on some items, computed once."""
+        """The sorted items and the exact fit on them, which is computed once."""
         key = tuple(sorted(int(i) for i in items))
         if key not in self.fits:
             columns = self.columns(key)
@@ -67,16 +67,16 @@ class GlmSearch:
 
     def model(self, fit: Fit) -> SquaresProblem:
         """The quadratic model around a fit."""
-        curvature = np.maximum(self.loss.curvature(fit.eta), LIGHTEST * self.newton.unit)
+        curvature = np.maximum(self.loss.curvature(fit.eta), MIN_CURVATURE * self.newton.unit)
         response = fit.eta + (self.y - self.loss.mean(fit.eta)) / curvature[:, None]
         mean = float(self.weight @ curvature)
         return SquaresProblem(self.design.reweighted(curvature), response, alpha=self.alpha / mean, groups=self.groups)
 
     def improve(self, items: Items) -> Items:
-        """Exchanges from ``items`` until neither the model nor a single exchange it likes is better."""
-        least = GAIN * self.null.loss
+        """Exchange ``items`` until neither the model's optimum nor one of its best single exchanges is better."""
+        least = MIN_GAIN * self.null.loss
         items, fit = self.fit(items)
-        for _ in range(MODELS):
+        for _ in range(MAX_MODELS):
             if not items or fit.loss <= least:
                 break
             model = self.model(fit)
@@ -95,9 +95,9 @@ class GlmSearch:
         if len(items) >= model.n_items:
             return None
         gains = model.exchanges(items)
-        if len(gains) != len(items):  # some are counted and not fitted: the model has proposed what it can
+        if len(gains) != len(items):  # dependent columns: rows of ``gains`` do not belong to single items
             return None
-        for flat in np.argsort(-gains, axis=None, kind="stable")[:TRIES]:
+        for flat in np.argsort(-gains, axis=None, kind="stable")[:MAX_EXCHANGES]:
             out, item = divmod(int(flat), gains.shape[1])
             if np.isfinite(gains[out, item]):
                 better = self._better((*items[:out], *items[out + 1 :], item), below)
@@ -116,11 +116,11 @@ class GlmSearch:
         return found
 
     def _keep(self, found: dict[int, Items], size: int, items: Items) -> None:
-        if self.fit(items)[1].loss < self.fit(found[size])[1].loss - GAIN * self.null.loss:
+        if self.fit(items)[1].loss < self.fit(found[size])[1].loss - MIN_GAIN * self.null.loss:
             found[size] = self.improve(items)
 
     def _resized(self, items: Items, size: int) -> Items:
-        """``items`` grown or shrunk to a size by the quadratic model around their own fit."""
+        """``items`` grown or shrunk to ``size`` by the quadratic model around their own fit."""
         model = self.model(self.fit(items)[1])
         if size > len(items):
             extra = np.argsort(-model.add_gains(items), kind="stable")[: size - len(items)]

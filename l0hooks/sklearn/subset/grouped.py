@@ -5,13 +5,14 @@ from __future__ import annotations
 from itertools import pairwise
 
 import numpy as np
+from einops import rearrange
 
 from l0hooks.sklearn.subset.design import Floats, Ints
-from l0hooks.sklearn.subset.sweep import DEPENDENT, Tableau
+from l0hooks.sklearn.subset.sweep import DEPENDENCE_TOLERANCE, Tableau
 
 
 def pad(groups: list[Ints]) -> tuple[Ints, Floats]:
-    """Column indices as one rectangle, and 1 where it holds a column, 0 where it is filled up."""
+    """The column indices as one (groups, width) array, and an array with 1 for a column and 0 for padding."""
     width = max(len(g) for g in groups)
     index = np.zeros((len(groups), width), dtype=np.int64)
     real = np.zeros((len(groups), width))
@@ -22,33 +23,33 @@ def pad(groups: list[Ints]) -> tuple[Ints, Floats]:
 
 
 def block_gains(blocks: Floats, r: Floats, whole: Floats) -> Floats:
-    """trace(rᵀ D⁺ r) for each block D, where directions with nothing left count as 0.
+    """trace(rᵀ D⁺ r) for each block D; directions in which nothing is left count as 0.
 
     Parameters
     ----------
     blocks : float64 array, shape (g, q, q)
     r : float64 array, shape (g, q, c)
     whole : float64 array, shape (g,)
-        The largest diagonal entry before any fit: the measure of nothing.
+        The largest diagonal entry before any fit, to which "nothing is left" is relative.
     """
     if blocks.shape[1] == 1:
         values, along = blocks[:, :, 0], r
     else:
         values, vectors = np.linalg.eigh(blocks)
-        along = np.swapaxes(vectors, 1, 2) @ r
-    free = values > DEPENDENT * whole[:, None]
+        along = rearrange(vectors, "group row direction -> group direction row") @ r
+    free = values > DEPENDENCE_TOLERANCE * whole[:, None]
     return np.asarray(((along**2).sum(2) * free / np.where(free, values, 1.0)).sum(1))
 
 
 def group_swap_gains(
     h: Floats, a: Floats, b: Floats, inside: list[Ints], blocks: Floats, r: Floats, whole: Floats
 ) -> Floats:
-    """The fall of the loss for every group that leaves (rows) and every group that enters (columns).
+    """The fall of the loss when one group leaves (rows) and another enters (columns).
 
     Parameters
     ----------
     h : float64 array, shape (s, g, q)
-        A G_S: of the s fitted columns, by group.
+        A·G_S: for the s fitted columns, arranged by group.
     a : float64 array, shape (s, s)
         A = G_SS⁻¹.
     b : float64 array, shape (s, c)
@@ -62,12 +63,12 @@ def group_swap_gains(
         if len(of) == 0:
             gains[row] = block_gains(blocks, r, whole)
             continue
-        hj = np.moveaxis(h[of], 0, 2)  # (g, q, columns that leave)
-        inner, bj = a[np.ix_(of, of)], b[of]
-        back = np.linalg.solve(inner, np.moveaxis(hj, 2, 0).reshape(len(of), -1)).reshape(len(of), *hj.shape[:2])
-        opened = blocks + hj @ np.moveaxis(back, 0, 1)
+        hj, inner, bj = h[of], a[np.ix_(of, of)], b[of]
+        back = np.linalg.solve(inner, rearrange(hj, "leaving group column -> leaving (group column)"))
+        hj = rearrange(hj, "leaving group column -> group column leaving")
+        back = rearrange(back, "leaving (group column) -> group leaving column", group=len(blocks))
         freed = np.linalg.solve(inner, bj)
-        gains[row] = block_gains(opened, r + hj @ freed, whole) - float((bj * freed).sum())
+        gains[row] = block_gains(blocks + hj @ back, r + hj @ freed, whole) - float((bj * freed).sum())
     return gains
 
 
@@ -86,7 +87,7 @@ class GroupTableau(Tableau):
         super().__init__(gram, cross, square)
         self.groups = groups
         self.index, self.real = pad(groups)
-        self._most = (self.whole[self.index] * self.real).max(1)
+        self._group_scale = (self.whole[self.index] * self.real).max(1)
 
     def enter(self, item: int) -> None:
         self.items.append(item)
@@ -114,12 +115,12 @@ class GroupTableau(Tableau):
         return blocks, r
 
     def add_gains(self) -> Floats:
-        gains = block_gains(*self._blocks(slice(None)), self._most)
+        gains = block_gains(*self._blocks(slice(None)), self._group_scale)
         gains[self.items] = 0
         return gains
 
     def _fitted(self) -> tuple[Ints, list[Ints]]:
-        """The fitted columns of the support, and which of them belong to each group."""
+        """The fitted columns of the support, and the places of each group's columns among them."""
         fitted = [g[self.swept[g]] for g in (self.groups[i] for i in self.items)]
         ends = np.cumsum([0] + [len(f) for f in fitted])
         return np.concatenate([np.zeros(0, np.int64), *fitted]), [
@@ -137,4 +138,4 @@ class GroupTableau(Tableau):
         a, b = -self._t[np.ix_(columns, columns)], self._t[columns, self.m :]
         h = self._t[columns][:, self.index[enter]] * self.real[enter]
         blocks, r = self._blocks(enter)
-        return group_swap_gains(h, a, b, inside, blocks, r, self._most[enter])
+        return group_swap_gains(h, a, b, inside, blocks, r, self._group_scale[enter])

@@ -1,7 +1,7 @@
 """Best subsets for (ridge) least squares: forward and backward passes with every exchange in closed form.
 
-The search runs on a working set of columns, where a step costs microseconds. Its result is then compared with every
-column of the design; those that would gain join the working set, until none does.
+The search runs on a working set of columns, where a step costs microseconds. Its result is then compared with all
+columns of the design. Those that would lower the loss join the working set, until there are none.
 """
 
 from __future__ import annotations
@@ -15,29 +15,31 @@ import numpy as np
 
 from l0hooks.sklearn.subset.support_gains import TINY, SquaresProblem
 
-GAIN = 1e-9  # an exchange counts if it gains this part of yᵀy
-WIDTH = 2  # columns of the first working set for each item of the largest support
-LEAST, MOST = 48, 100  # its least size, and the most that the number of columns alone makes it
-STEP, JOIN = 8, 32  # on the way up, after so many items so many columns join the working set
-REACH = 3  # how far beyond the sizes of interest the passes go
-LOOK = 24  # columns that are tried in exchanges before all are
-PASSES = 3  # up and down through the sizes, while it helps
-ROUNDS = 12  # comparisons with all columns
-MANY = 8  # columns, beyond one for each item, that join the working set for one size
-FEW = 1000  # supports of a size that are all looked at
-_RAISED = 1e-9  # of the diagonal: dependent columns have a solution, too
+MIN_GAIN = 1e-9  # share of yᵀy that an exchange must gain
+WORKING_PER_ITEM = 2  # columns of the first working set for each item of the largest support
+MIN_WORKING = 48  # least size of the first working set
+MAX_WORKING_BY_COLUMNS = 100  # its size is 1/25 of all columns, if that is more, up to this
+ITEMS_BETWEEN_JOINS = 8  # while a support grows, columns join the working set after this many items
+COLUMNS_PER_JOIN = 32
+SIZES_BEYOND = 3  # passes go this far beyond the sizes asked for
+FIRST_ENTERING = 24  # entering columns that are tried before all of the working set are
+MAX_PASSES = 3  # up and down through the sizes
+MAX_ROUNDS = 12  # comparisons with all columns
+EXTRA_ENTERING = 8  # for one size this many columns more than items join the working set
+MAX_ENUMERATED = 1000  # if a size has no more supports than this, all are tried
+RELATIVE_RIDGE = 1e-9  # share of the diagonal that makes the systems of dependent columns solvable
 
 
 @dataclass(frozen=True)
 class Found:
-    """A support, and the residual square of its fit as the search saw it."""
+    """A support and the residual sum of squares of its fit, as the search computed it."""
 
     items: tuple[int, ...]
     loss: float
 
 
 class SubsetSearch:
-    """The best supports found so far for sizes of one problem, and the ways to improve them.
+    """The best supports found so far for the sizes of one problem, and the ways to improve them.
 
     Parameters
     ----------
@@ -45,26 +47,39 @@ class SubsetSearch:
     sizes : iterable of int, each from 0 to ``problem.n_items``
     start : mapping size -> items, optional
         Supports to begin from.
+    max_enumerated : int, >= 0
+        If a size has no more supports than this, all are tried.
     """
 
-    def __init__(self, problem: SquaresProblem, sizes: Iterable[int], start: dict[int, Sequence[int]] | None = None):
+    def __init__(
+        self,
+        problem: SquaresProblem,
+        sizes: Iterable[int],
+        start: dict[int, Sequence[int]] | None = None,
+        *,
+        max_enumerated: int = MAX_ENUMERATED,
+    ) -> None:
         self.problem = problem
+        self.max_enumerated = max_enumerated
         self.sizes = sorted(set(sizes))
         first, last = self.sizes[0], self.sizes[-1]
-        self.top = min(problem.n_items, last + REACH)
-        self._low = max(0, first - REACH)
+        self.top = min(problem.n_items, last + SIZES_BEYOND)
+        self._low = max(0, first - SIZES_BEYOND)
         gains = problem.first_gains()
         order = np.argsort(-gains, kind="stable")
-        wide = min(problem.n_items, max(LEAST, WIDTH * self.top, min(problem.n_items // 25, MOST)))
+        wide = min(
+            problem.n_items,
+            max(MIN_WORKING, WORKING_PER_ITEM * self.top, min(problem.n_items // 25, MAX_WORKING_BY_COLUMNS)),
+        )
         self.working = [int(i) for i in order[:wide]]
         known = set(self.working)
         self.working += sorted({int(i) for items in (start or {}).values() for i in items} - known)
         self.tableau = problem.tableau(self.working)
         self.best: dict[int, tuple[float, tuple[int, ...]]] = {}  # size -> loss, items by working number
-        self._certified: dict[int, tuple[int, ...]] = {}  # supports that no single exchange improves
-        self._settled: set[frozenset[int]] = set()  # those that none within the working set does
+        self._certified: dict[int, tuple[int, ...]] = {}  # supports that no exchange with any column improves
+        self._settled: set[frozenset[int]] = set()  # supports that no exchange within the working set improves
         self.exchanges = 0
-        self._least = GAIN * problem.square
+        self._least = MIN_GAIN * problem.square
         number = {item: i for i, item in enumerate(self.working)}
         for items in (start or {}).values():
             self.tableau.load([number[int(i)] for i in items])
@@ -72,18 +87,18 @@ class SubsetSearch:
             self._record()
 
     def run(self) -> dict[int, Found]:
-        """Passes on the working set, then comparison with every column, until nothing gains."""
-        self.tableau.load([])  # also after a start: growth may find a better support than it led to
+        """Pass through the working set and compare with all columns until nothing lowers the loss."""
+        self.tableau.load([])  # growth from nothing may find a better support than a given start led to
         for size in range(self.sizes[-1] + 1):
             if size in self.sizes:
                 self._visit()
-            if size and size % STEP == 0 and size + STEP // 2 < self.sizes[-1]:
-                self._look_around()
+            if size and size % ITEMS_BETWEEN_JOINS == 0 and size + ITEMS_BETWEEN_JOINS // 2 < self.sizes[-1]:
+                self.join_by_correlation()
             if size < self.sizes[-1]:
                 self._grow()
-        self._look_at_few()
-        for _ in range(ROUNDS):
-            if self._widen():
+        self._enumerate_small_sizes()
+        for _ in range(MAX_ROUNDS):
+            if self._compare_with_all():
                 continue
             before = sum(self.best[k][0] for k in self.sizes)
             self._passes()
@@ -91,33 +106,33 @@ class SubsetSearch:
                 break
         return {k: Found(tuple(sorted(self.working[i] for i in self.best[k][1])), self.best[k][0]) for k in self.sizes}
 
-    def _look_around(self) -> None:
-        """Take the columns that say most about what is left of y into the working set: correlations, no Gram rows."""
+    def join_by_correlation(self) -> None:
+        """Let the columns that correlate most with the residual join the working set; no Gram rows are needed."""
         columns, b = self.tableau.fitted()
         gains = self.problem.gains_alone(self.problem.columns(self.working)[columns], b)
         gains[self.working] = 0
-        top = np.argsort(-gains, kind="stable")[:JOIN]
+        top = np.argsort(-gains, kind="stable")[:COLUMNS_PER_JOIN]
         self._extend([int(i) for i in top if gains[i] > self._least], self.tableau.items)
 
     def _extend(self, new: list[int], items: Sequence[int]) -> None:
-        """Let columns join the working set; the tableau then holds ``items``, by working number."""
+        """Let columns join the working set and load ``items``, given by their places in it."""
         if new:
             self.working += new
             self.tableau = self.problem.tableau(self.working, self.tableau)
             self._settled.clear()
             self.tableau.load(list(items))
 
-    def _look_at_few(self) -> None:
-        """Begin with the best of all supports where these are few: exchanges of single items can miss it."""
+    def _enumerate_small_sizes(self) -> None:
+        """Start from the best of all supports where these are few: exchanges of single items can miss it."""
         n = self.problem.n_items
-        few = [k for k in self.sizes if 1 < k < n and comb(n, k) <= FEW]
+        few = [k for k in self.sizes if 1 < k < n and comb(n, k) <= self.max_enumerated]
         if self.problem.groups is not None or not few:
             return
         number = {item: i for i, item in enumerate(self.working)}
         if len(number) < n:
             return
         gram, cross = self.problem.gram(np.arange(n)), self.problem.cross
-        gram[np.diag_indices(n)] += _RAISED * (np.diag(gram) + max(np.diag(gram).max(), TINY))
+        gram[np.diag_indices(n)] += RELATIVE_RIDGE * (np.diag(gram) + max(np.diag(gram).max(), TINY))
         for size in few:
             supports = np.array(list(combinations(range(n), size)))
             right = cross[supports]
@@ -133,14 +148,14 @@ class SubsetSearch:
         self.best[size] = (loss, tuple(self.tableau.items))
         return True
 
-    def _descend(self, most: int = LOOK) -> None:
-        """Exchanges, the steepest first, until none gains."""
+    def _descend(self, most: int = FIRST_ENTERING) -> None:
+        """Make the exchange of largest gain until none gains."""
         while 0 < len(self.tableau.items) < len(self.working):
             support = frozenset(self.tableau.items)
             if support in self._settled:
                 return
-            gain, out, item = self.tableau.best_swap(LOOK)
-            if gain <= self._least and most > LOOK:
+            gain, out, item = self.tableau.best_swap(FIRST_ENTERING)
+            if gain <= self._least and most > FIRST_ENTERING:
                 gain, out, item = self.tableau.best_swap(most)
             if gain <= self._least:
                 self._settled.add(support)
@@ -157,7 +172,7 @@ class SubsetSearch:
         self.tableau.leave(self.tableau.items[int(self.tableau.drop_costs().argmin())])
 
     def _visit(self) -> bool:
-        """Improve what the tableau holds, and go on from the better of it and what was known at this size."""
+        """Improve the loaded support; continue from the better of it and the best known of this size."""
         self._descend()
         better = self._record()
         loss, items = self.best[len(self.tableau.items)]
@@ -166,9 +181,9 @@ class SubsetSearch:
         return better
 
     def _passes(self) -> None:
-        """Up through the sizes and down again while some size of interest improves."""
+        """Go up through the sizes and down again while some size that was asked for improves."""
         wanted = set(self.sizes)
-        for _ in range(PASSES):
+        for _ in range(MAX_PASSES):
             improved = False
             while len(self.tableau.items) < self.top:
                 self._grow()
@@ -179,29 +194,29 @@ class SubsetSearch:
             if not improved:
                 return
 
-    def _widen(self) -> bool:
-        """Compare the supports of interest with all columns; whether any column joined the working set."""
+    def _compare_with_all(self) -> bool:
+        """Compare the supports asked for with all columns; return whether any could be improved."""
         gaining: dict[int, float] = {}
         improvable = []
         for size in self.sizes:
             items = self.best[size][1]
             if not 0 < size < self.problem.n_items or self._certified.get(size) == items:
                 continue
-            found, gains = self.problem.entering([self.working[i] for i in items], MANY + size, self._least)
+            found, gains = self.problem.entering([self.working[i] for i in items], EXTRA_ENTERING + size, self._least)
             if not len(found):
                 self._certified[size] = items
                 continue
             improvable.append(size)
             for item, gain in zip(found.tolist(), gains.tolist(), strict=True):
                 gaining[item] = max(gaining.get(item, 0.0), gain)
-        self._work_on(improvable, gaining)
+        self._improve_with(improvable, gaining)
         return bool(improvable)
 
-    def _work_on(self, sizes: list[int], gaining: dict[int, float]) -> None:
-        """Take the columns that gain most into the working set, and improve the supports of some sizes with them."""
+    def _improve_with(self, sizes: list[int], gaining: dict[int, float]) -> None:
+        """Let the columns that gain most join the working set, and improve the supports of ``sizes`` with them."""
         for item in set(gaining) & set(self.working):
             del gaining[item]
-        new = sorted(gaining, key=lambda item: -gaining[item])[: max(LEAST, 2 * self.top)]
+        new = sorted(gaining, key=lambda item: -gaining[item])[: max(MIN_WORKING, 2 * self.top)]
         for size in sizes:
             self._extend(new, self.best[size][1])
             new = []
@@ -211,17 +226,22 @@ class SubsetSearch:
 
 
 def best_subsets(
-    problem: SquaresProblem, sizes: Iterable[int], start: dict[int, Sequence[int]] | None = None
+    problem: SquaresProblem,
+    sizes: Iterable[int],
+    start: dict[int, Sequence[int]] | None = None,
+    *,
+    max_enumerated: int = MAX_ENUMERATED,
 ) -> dict[int, Found]:
     """For each size the best support found: no single exchange with any column improves it.
 
-    Where a size has at most ``FEW`` supports of single columns, it is the best of all.
+    Where a size has at most ``max_enumerated`` supports of single columns, it is the best of all.
 
     Parameters
     ----------
     problem : SquaresProblem
     sizes : iterable of int, each from 0 to ``problem.n_items``
     start : mapping size -> items, optional
+    max_enumerated : int, >= 0
 
     Returns
     -------
@@ -235,4 +255,4 @@ def best_subsets(
     >>> best_subsets(problem, [2])[2].items
     (2, 5)
     """
-    return SubsetSearch(problem, sizes, start).run()
+    return SubsetSearch(problem, sizes, start, max_enumerated=max_enumerated).run()

@@ -11,12 +11,12 @@ from scipy.special import expit, logsumexp, softmax, xlogy
 
 from l0hooks.sklearn.subset.design import Floats
 
-FLOOR = 1e-9  # ridge on standardised coefficients: an optimum exists for separable data too, and moves no other
-USUAL = 0.1  # null curvature below which the floors fall with it, for rare classes and small counts
-NEWTON_STEPS = 100
-HALVINGS = 40
-DECREMENT = 1e-10  # a Newton step that promises less than this part of the loss ends the fit
-LIGHTEST = 1e-10  # curvatures below this count as this
+MIN_RIDGE = 1e-9  # on standardised coefficients: separable data have an optimum, and others are not moved
+REFERENCE_CURVATURE = 0.1  # below this null curvature (rare classes, small counts) the two minima shrink with it
+MAX_NEWTON_STEPS = 100
+MAX_HALVINGS = 40
+DECREMENT_TOLERANCE = 1e-10  # the fit ends when a Newton step promises less than this share of the loss
+MIN_CURVATURE = 1e-10  # smaller curvatures are raised to this
 
 
 class Loss(Protocol):
@@ -24,22 +24,22 @@ class Loss(Protocol):
 
     @property
     def constraints(self) -> int:
-        """Outputs that the others determine."""
+        """How many outputs the others determine."""
 
     def value(self, eta: Floats, y: Floats) -> Floats:
-        """The loss of each row, shape (n,), for η and y of shape (n, c)."""
+        """The loss of each row, shape (n,), from η and y of shape (n, c)."""
 
     def mean(self, eta: Floats) -> Floats:
         """The expected y, shape (n, c)."""
 
     def curvature(self, eta: Floats) -> Floats:
-        """The mean second derivative over the outputs' directions, shape (n,)."""
+        """The second derivative, averaged over the directions of the outputs, shape (n,)."""
 
     def hessian(self, eta: Floats) -> Floats:
         """∂²/∂η∂η, shape (n, c, c)."""
 
     def start(self, mean: Floats) -> Floats:
-        """The intercepts that fit the mean y, shape (c,)."""
+        """The intercepts that fit a mean y, shape (c,)."""
 
 
 class Logistic:
@@ -66,7 +66,7 @@ class Logistic:
         return self.curvature(eta)[:, None, None]
 
     def start(self, mean: Floats) -> Floats:
-        inside = np.clip(mean, LIGHTEST, 1 - LIGHTEST)
+        inside = np.clip(mean, MIN_CURVATURE, 1 - MIN_CURVATURE)
         return np.asarray(np.log(inside / (1 - inside)))
 
 
@@ -96,7 +96,7 @@ class Multinomial:
         return np.asarray(p[:, :, None] * (np.eye(p.shape[1]) - p[:, None, :]))
 
     def start(self, mean: Floats) -> Floats:
-        logs = np.log(np.maximum(mean, LIGHTEST))
+        logs = np.log(np.maximum(mean, MIN_CURVATURE))
         return np.asarray(logs - logs.mean())
 
 
@@ -112,7 +112,7 @@ class Poisson:
     constraints = 0
 
     def value(self, eta: Floats, y: Floats) -> Floats:
-        with np.errstate(over="ignore"):  # a step too far costs infinity, and is halved
+        with np.errstate(over="ignore"):  # a step that is too long has an infinite loss and is halved
             return np.asarray((np.exp(eta) - y * eta + xlogy(y, y) - y)[:, 0])
 
     def mean(self, eta: Floats) -> Floats:
@@ -125,12 +125,26 @@ class Poisson:
         return self.curvature(eta)[:, None, None]
 
     def start(self, mean: Floats) -> Floats:
-        return np.asarray(np.log(np.where(mean > 0, mean, LIGHTEST)))
+        return np.asarray(np.log(np.where(mean > 0, mean, MIN_CURVATURE)))
 
 
 @dataclass(frozen=True)
 class Fit:
-    """A fit on some columns: coefficients, intercepts, linear predictor, mean loss with the ridge, Newton steps."""
+    """A fit on some columns.
+
+    Attributes
+    ----------
+    b : float64 array, shape (s, c)
+        Coefficients.
+    offset : float64 array, shape (c,)
+        Intercepts.
+    eta : float64 array, shape (n, c)
+        The linear predictor.
+    loss : float
+        The mean loss with the ridge term.
+    steps : int
+        The number of Newton steps.
+    """
 
     b: Floats
     offset: Floats
@@ -157,7 +171,7 @@ class NewtonFit:
         mean = weight @ y
         start = loss.start(mean)
         self.offset = start if intercept else np.zeros(self.c)
-        self.unit = min(1.0, float(loss.curvature(start[None])[0]) / USUAL)
+        self.unit = min(1.0, float(loss.curvature(start[None])[0]) / REFERENCE_CURVATURE)
 
     def null(self) -> Fit:
         """The fit of the intercept alone."""
@@ -172,25 +186,25 @@ class NewtonFit:
         z : float64 array, shape (n, s)
             Standardised columns.
         ridge : float64 array, shape (s,)
-            For each column; no less than ``FLOOR``, times ``unit`` where the null curvature is small, is used.
+            For each column; at least ``MIN_RIDGE · unit`` is used.
         start : (b, offset), optional
         """
         full = np.column_stack([np.ones(len(z)), z]) if self.intercept else z
-        penalty = np.maximum(ridge, FLOOR * self.unit)
+        penalty = np.maximum(ridge, MIN_RIDGE * self.unit)
         penalty = np.concatenate([[0.0], penalty]) if self.intercept else penalty
         b, offset = (np.zeros((z.shape[1], self.c)), self.offset) if start is None else start
         theta = np.vstack([offset, b]) if self.intercept else b
         eta = full @ theta
         value = self._objective(eta, theta, penalty)
         steps = 0
-        for _ in range(NEWTON_STEPS):
+        for _ in range(MAX_NEWTON_STEPS):
             steps += 1
             step, decrement = self._step(full, eta, theta, penalty)
             size, along = 1.0, full @ step
             trial = self._objective(eta - along, theta - step, penalty)
-            # so near that rounding would judge the step
-            last = decrement <= DECREMENT * max(value, DECREMENT * self.unit)
-            for _ in range(0 if last else HALVINGS):
+            # so close to the optimum that rounding would decide whether the step is accepted
+            last = decrement <= DECREMENT_TOLERANCE * max(value, DECREMENT_TOLERANCE * self.unit)
+            for _ in range(0 if last else MAX_HALVINGS):
                 if trial <= value - 1e-4 * size * decrement:
                     break
                 size /= 2
@@ -201,7 +215,7 @@ class NewtonFit:
             eta = full @ theta
             if last:
                 break
-        if self.loss.constraints:  # what all outputs share does not matter: none is left
+        if self.loss.constraints:  # a shift of all outputs changes nothing: make their mean zero
             theta = theta - theta.mean(1, keepdims=True)
             eta = full @ theta
         offset = theta[0] if self.intercept else np.zeros(self.c)
@@ -219,8 +233,8 @@ class NewtonFit:
             for j in range(i + 1):
                 hessian[i, :, j] = full.T @ (blocks[:, i, j, None] * full)
                 hessian[j, :, i] = hessian[i, :, j].T
-        flat = hessian.reshape(self.c * size, -1)
-        # intercepts, and what the outputs share, have no curvature of their own
-        flat[np.diag_indices_from(flat)] += np.tile(penalty, self.c) + LIGHTEST * self.unit
+        flat = hessian.reshape(self.c * size, -1)  # rows by output, then by column; einops costs 2 % of a fit here
+        # intercepts and a shift of all outputs may have no curvature of their own
+        flat[np.diag_indices_from(flat)] += np.tile(penalty, self.c) + MIN_CURVATURE * self.unit
         step = cho_solve(cho_factor(flat), gradient.T.ravel()).reshape(self.c, size).T
         return step, float((gradient * step).sum())

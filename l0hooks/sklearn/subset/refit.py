@@ -1,4 +1,4 @@
-"""The exact fit on a support, and a path of them."""
+"""The exact least-squares fit on a support, and a path of such fits."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ import numpy as np
 
 from l0hooks.sklearn.subset.design import Design, Floats, Ints
 from l0hooks.sklearn.subset.least_squares import best_subsets
-from l0hooks.sklearn.subset.results import EXACT, Subset, SubsetPath
+from l0hooks.sklearn.subset.results import EXACT_FIT, Subset, SubsetPath
 from l0hooks.sklearn.subset.support_gains import SquaresProblem
 
-SINGULAR = 1e-13  # eigenvalues below this part of the largest, times their number, are 0
+RANK_TOLERANCE = 1e-13  # times the number of eigenvalues: those below this share of the largest are 0
 REFINEMENTS = 2
-SETTLED = 1e-13  # a refinement below this part of every coefficient is rounding
+REFINEMENT_TOLERANCE = 1e-13  # a refinement below this share of every coefficient is rounding
 
 
 def on_columns(design: Design, columns: Ints, b: Floats, offset: Floats) -> tuple[Floats, Floats]:
@@ -24,9 +24,9 @@ def on_columns(design: Design, columns: Ints, b: Floats, offset: Floats) -> tupl
 
 
 def refit_squares(problem: SquaresProblem, y: Floats, items: Sequence[int]) -> Subset:
-    """Ridge least squares on the columns of ``items``, of least norm where they are dependent.
+    """Ridge least squares on the columns of ``items``; if they are dependent, the solution of least norm.
 
-    Solved through the eigenvectors of the small Gram matrix, then refined with residuals of the data themselves.
+    It is computed from the eigenvectors of the small Gram matrix, then refined with the residuals of the data.
 
     Parameters
     ----------
@@ -39,13 +39,14 @@ def refit_squares(problem: SquaresProblem, y: Floats, items: Sequence[int]) -> S
     residual = centred = y - offset
     b = np.zeros((len(columns), y.shape[1]))
     if len(columns):
-        size = np.sqrt(np.where(problem.whole[columns] > 0, problem.whole[columns], 1.0))  # ridges of very unlike size
+        # columns of very different units have ridges of very different size
+        size = np.sqrt(np.where(problem.whole[columns] > 0, problem.whole[columns], 1.0))
         values, vectors = np.linalg.eigh(problem.gram(columns) / np.outer(size, size))
-        free = values > SINGULAR * len(values) * max(float(values[-1]), 0.0)
+        free = values > RANK_TOLERANCE * len(values) * max(float(values[-1]), 0.0)
         inverse = (vectors[:, free] / values[free]) @ vectors[:, free].T / np.outer(size, size)
         for _ in range(1 + REFINEMENTS):
             step = inverse @ (design.cross(residual, columns) - problem.ridge[columns, None] * b)
-            if (np.abs(step) <= SETTLED * np.abs(b)).all():  # each by itself: units may be very unlike
+            if (np.abs(step) <= REFINEMENT_TOLERANCE * np.abs(b)).all():  # one by one: their units may differ
                 break
             b = b + step
             residual = centred - design.times(columns, b)
@@ -53,7 +54,7 @@ def refit_squares(problem: SquaresProblem, y: Floats, items: Sequence[int]) -> S
     coef, intercept = on_columns(design, columns, b, offset)
     support = np.zeros(design.p, dtype=bool)
     support[columns] = True
-    floor = max(rss, EXACT * problem.square, np.finfo(np.float64).tiny)
+    floor = max(rss, EXACT_FIT * problem.square, np.finfo(np.float64).tiny)
     deviance = design.total * float(np.log(floor))
     loss = rss / 2 + problem.alpha / 2 * float((coef**2).sum())
     return Subset(len(items), support, coef, intercept, loss, deviance)

@@ -1,4 +1,4 @@
-"""What a search over sizes found, and how a size is chosen from it."""
+"""The results of a search over sizes, and how a size is chosen from them."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from scipy.special import gammaln
 
 from l0hooks.sklearn.subset.design import Bools, Floats
 
-SAME = 1e-12  # criteria closer than this part of the first or the best are equal: the smaller size wins
-EXACT = 1e-14  # residuals below this part of the null model's are rounding
+TIE_TOLERANCE = 1e-12  # criteria closer than this share of the first or the best are equal: the smaller size wins
+EXACT_FIT = 1e-14  # residual squares below this share of the null model's are rounding
 
 
 @dataclass(frozen=True)
 class Subset:
-    """One size: its columns, its fit and how good it is.
+    """The subset of one size: its columns, its fit and how good the fit is.
 
     Parameters
     ----------
@@ -28,11 +28,11 @@ class Subset:
     loss : float
         Mean loss with the ridge term.
     deviance : float
-        −2 × the log-likelihood up to a constant, over all samples, without the ridge term.
+        −2 × the log-likelihood of all samples up to a constant, without the ridge term.
     criterion : float
-        EBIC or the cross-validated loss, if one was computed; else nan.
+        What the size is chosen by: extended BIC, loss + price·k, or the held-out loss; nan if none was computed.
     spread : float
-        The standard error of a cross-validated loss; else nan.
+        The standard error of a held-out loss; else nan.
 
     Examples
     --------
@@ -53,7 +53,7 @@ class Subset:
 
 
 class SubsetPath(Sequence[Subset]):
-    """The fits of a search, by rising size; prints as a table.
+    """The subsets of a search in order of size; prints as a table.
 
     Parameters
     ----------
@@ -83,27 +83,27 @@ class SubsetPath(Sequence[Subset]):
 
     @property
     def k(self) -> np.ndarray:
-        """Sizes, shape (len,)."""
+        """The sizes, shape (len,)."""
         return np.array([s.k for s in self])
 
     @property
     def support(self) -> Bools:
-        """Shape (len, p)."""
+        """Which columns each subset holds, shape (len, p)."""
         return np.array([s.support for s in self])
 
     @property
     def loss(self) -> Floats:
-        """Mean losses, shape (len,)."""
+        """The mean losses with the ridge term, shape (len,)."""
         return np.array([s.loss for s in self])
 
     @property
     def criterion(self) -> Floats:
-        """EBIC or cross-validated losses, shape (len,)."""
+        """What the size is chosen by, shape (len,); nan where it was not computed."""
         return np.array([s.criterion for s in self])
 
     @property
     def spread(self) -> Floats:
-        """Standard errors of cross-validated losses, shape (len,)."""
+        """The standard errors of held-out losses, shape (len,); else nan."""
         return np.array([s.spread for s in self])
 
     def __repr__(self) -> str:
@@ -120,11 +120,11 @@ def ebic(deviance: Floats, k: np.ndarray, parameters: np.ndarray, n: float, n_it
     deviance : float64 array, shape (len,)
         −2 × the log-likelihood; for squared loss n·log of the mean squared residual.
     k, parameters : int array, shape (len,)
-        Items in the support, and the numbers fitted for them.
+        The number of items in each support, and of coefficients fitted for them.
     n : float, > 0
-        Samples: the sum of their weights.
+        The number of samples: the sum of their weights.
     n_items : int
-        Items to choose from.
+        The number of items to choose from.
     gamma : float, in [0, 1]
         0 gives BIC.
 
@@ -163,7 +163,7 @@ def smallest(criterion: Floats, spread: Floats | None = None) -> int:
     """
     best = int(np.argmin(criterion))
     first = abs(float(criterion[0]))
-    slack = SAME * max(abs(float(criterion[best])), first if np.isfinite(first) else 0.0)
+    slack = TIE_TOLERANCE * max(abs(float(criterion[best])), first if np.isfinite(first) else 0.0)
     if spread is not None:
         slack += float(spread[best])
     return int(np.flatnonzero(criterion <= criterion[best] + slack)[0])

@@ -1,4 +1,4 @@
-"""Supports of several sizes for one of the four losses, and the size that data choose."""
+"""Best subsets of several sizes for one of the four losses, and the rules that choose a size."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from l0hooks.sklearn.subset.results import SubsetPath, ebic, smallest
 
 LossName = Literal["squared", "logistic", "multinomial", "poisson"]
 LOSSES: dict[str, Loss] = {"logistic": Logistic(), "multinomial": Multinomial(), "poisson": Poisson()}
-MOST = 100  # sizes that are looked at unless more are asked for
-LEAST_RIC, MOST_RIC, PRICES = 1.5, 2.5, 41  # RIC has 2
-BACK = 0.5  # standard errors of the held-out loss that a larger size may lose
+MAX_SIZE = 100  # the largest size that is tried unless the user asks for more
+MIN_RIC_FACTOR, MAX_RIC_FACTOR, N_RIC_FACTORS = 1.5, 2.5, 41  # the risk inflation criterion itself has the factor 2
+HELD_OUT_SLACK = 0.5  # standard errors by which the held-out loss of a larger size may exceed the least
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Task:
 
 
 def largest_size(n: float, n_columns: int, groups: Sequence[Ints] | None = None) -> int:
-    """The largest size that is looked at when data choose: about n/(1.5·log p) columns, n/3 or 100 at most.
+    """The largest size that is tried when data choose it: about n/(1.5·log p) columns, at most n/3 and 100.
 
     Examples
     --------
@@ -51,7 +51,7 @@ def largest_size(n: float, n_columns: int, groups: Sequence[Ints] | None = None)
     """
     items = n_columns if groups is None else len(groups)
     rows = n * items / n_columns
-    return max(1, min(items, MOST, int(rows / 3), int(rows / (1.5 * np.log(max(items, 3))))))
+    return max(1, min(items, MAX_SIZE, int(rows / 3), int(rows / (1.5 * np.log(max(items, 3))))))
 
 
 def fit_path(
@@ -72,7 +72,7 @@ def fit_path(
     -------
     path : SubsetPath
     steps : int
-        Newton steps; 0 for squared loss, which has a closed form.
+        The number of Newton steps; 0 for squared loss, which has a closed form.
     total : float
         The sum of the weights.
 
@@ -117,7 +117,7 @@ def with_ebic(path: SubsetPath, task: Task, total: float, gamma: float | None = 
     total : float
         The number of samples.
     gamma : float, in [0, 1], optional
-        Without it, that of :func:`ebic_gamma`.
+        By default that of :func:`ebic_gamma`.
     """
     items = path[0].support.size if task.groups is None else len(task.groups)
     deviance = np.array([s.deviance for s in path])
@@ -129,13 +129,13 @@ def with_ebic(path: SubsetPath, task: Task, total: float, gamma: float | None = 
 def ric_places(path: SubsetPath, task: Task, total: float) -> Ints:
     """The places of the sizes that minimise deviance + k·c·log p + 2·(parameters − k) for some c from 1.5 to 2.5.
 
-    c = 2 is the risk inflation criterion: of p useless columns the best lowers the deviance by about 2·log p. A
-    further parameter of the same item costs 2, as in AIC; an item never costs less than log n, as in BIC.
+    c = 2 is the risk inflation criterion: the best of p useless columns lowers the deviance by about 2·log p. A
+    further parameter of the same item costs 2, as in AIC, and an item never costs less than log n, as in BIC.
 
     Parameters
     ----------
     path : SubsetPath
-        By rising size.
+        In order of size.
     task : Task
     total : float
         The number of samples.
@@ -151,15 +151,17 @@ def ric_places(path: SubsetPath, task: Task, total: float) -> Ints:
     items = path[0].support.size if task.groups is None else len(task.groups)
     further = _parameters(path, task) - path.k
     deviance = np.array([s.deviance for s in path])
-    prices = np.maximum(np.linspace(LEAST_RIC, MOST_RIC, PRICES) * np.log(max(items, 2)), np.log(max(total, 2.0)))
+    prices = np.maximum(
+        np.linspace(MIN_RIC_FACTOR, MAX_RIC_FACTOR, N_RIC_FACTORS) * np.log(max(items, 2)), np.log(max(total, 2.0))
+    )
     return np.unique([smallest(deviance + price * path.k + 2 * further) for price in prices])
 
 
 def with_ric(path: SubsetPath, places: Ints, folds: Sequence[tuple[Floats, float]]) -> tuple[SubsetPath, int]:
-    """The path with held-out losses at some places, and the place that these choose.
+    """The path with held-out losses at some places, and the place that they choose.
 
-    It is the largest size whose held-out loss is within half a standard error of the least one: the standard error of
-    the difference, fold by fold.
+    This is the largest size whose held-out loss exceeds the least one by at most half a standard error of their
+    difference, taken over folds.
 
     Parameters
     ----------
@@ -184,7 +186,7 @@ def with_ric(path: SubsetPath, places: Ints, folds: Sequence[tuple[Floats, float
     lost = losses[:, known] - losses[:, [best]]
     mean = mass @ lost / mass.sum()
     error = np.sqrt(mass @ (lost - mean) ** 2 / mass.sum() / max(len(folds) - 1, 1))
-    place = int(places[known][np.flatnonzero(mean <= BACK * error)[-1]]) if known[best] else int(places[0])
+    place = int(places[known][np.flatnonzero(mean <= HELD_OUT_SLACK * error)[-1]]) if known[best] else int(places[0])
     return SubsetPath([filled.get(i, s) for i, s in enumerate(path)]), place
 
 
@@ -194,7 +196,7 @@ def _parameters(path: SubsetPath, task: Task) -> Ints:
 
 
 def held_out(path: SubsetPath, x: Any, y: Floats, sample_weight: Floats | None, task: Task) -> tuple[Floats, float]:
-    """The mean loss of each fit of a path on other data, shape (len,), and the weight of these.
+    """The mean loss of each fit of a path on other data, shape (len,), and the total weight of these data.
 
     Parameters
     ----------
@@ -205,7 +207,7 @@ def held_out(path: SubsetPath, x: Any, y: Floats, sample_weight: Floats | None, 
     """
     weight = np.ones(len(y)) if sample_weight is None else sample_weight
     mass = float(weight.sum())
-    counts = weight > 0  # a row of weight zero must not count, however large its loss
+    counts = weight > 0  # the loss of a row of weight zero may be infinite
     losses = np.empty(len(path))
     target = y if y.ndim == 2 else y[:, None]
     for i, subset in enumerate(path):
@@ -218,7 +220,7 @@ def held_out(path: SubsetPath, x: Any, y: Floats, sample_weight: Floats | None, 
 
 
 def with_held_out(path: SubsetPath, folds: Sequence[tuple[Floats, float]]) -> SubsetPath:
-    """The path with the mean held-out loss of the folds as its criterion, and its standard error.
+    """The path with the mean held-out loss of the folds as its criterion, and the standard error of that mean.
 
     Parameters
     ----------
@@ -229,7 +231,7 @@ def with_held_out(path: SubsetPath, folds: Sequence[tuple[Floats, float]]) -> Su
     losses = np.array([fold for fold, _ in folds])
     mass = np.array([m for _, m in folds])
     error = np.full(len(path), np.inf)
-    with np.errstate(over="ignore"):  # a Poisson loss far from the training data can be beyond all numbers
+    with np.errstate(over="ignore"):  # far from the training data a Poisson loss can overflow
         mean = mass @ losses / mass.sum()
         known = np.isfinite(mean)
         error[known] = np.sqrt(mass @ (losses[:, known] - mean[known]) ** 2 / mass.sum() / max(len(folds) - 1, 1))

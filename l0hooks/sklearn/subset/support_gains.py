@@ -1,4 +1,4 @@
-"""Least squares on a support, and what each change of it would gain, against all columns of a design."""
+"""The gain of each change of a support in least squares, computed for all columns of a design."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ from collections.abc import Iterable, Sequence
 from itertools import pairwise
 
 import numpy as np
+from einops import rearrange
 
 from l0hooks.sklearn.subset.design import Design, Floats, Ints
 from l0hooks.sklearn.subset.grouped import GroupTableau, block_gains, group_swap_gains, pad
 from l0hooks.sklearn.subset.sweep import Tableau, inverse, quotient, squares, swap_gains
 
-TINY = 1e-300
-FIRST = 4  # times as many items as are asked for are looked at before all are
+TINY = 1e-300  # in place of a scale of zero
+FIRST_ENTERING_FACTOR = 4  # this many times the items asked for are tried before all are
 
 
 class SquaresProblem:
@@ -26,7 +27,7 @@ class SquaresProblem:
     alpha : float, >= 0
         Ridge on the coefficients of the unscaled columns.
     groups : sequence of int64 array, optional
-        The columns of each item; without it every column is an item.
+        The columns of each item; by default every column is an item.
     """
 
     def __init__(self, design: Design, y: Floats, *, alpha: float = 0.0, groups: Sequence[Ints] | None = None) -> None:
@@ -51,16 +52,16 @@ class SquaresProblem:
         self._blocks = np.zeros((len(groups), width, width))
         for g, columns in enumerate(groups):
             self._blocks[g, : len(columns), : len(columns)] = self.gram(columns)
-        self._most = (self.whole[self._index] * self._real).max(1)
+        self._group_scale = (self.whole[self._index] * self._real).max(1)
 
     def columns(self, items: Iterable[int]) -> Ints:
-        """The columns of some items, in their order."""
+        """The columns of ``items``, in their order."""
         if self.groups is None:
             return np.fromiter(items, dtype=np.int64)
         return np.concatenate([np.zeros(0, np.int64), *(self.groups[i] for i in items)])
 
     def gram(self, columns: Ints, known: Floats | None = None) -> Floats:
-        """The Gram matrix of a few columns, with the ridge; ``known`` is that of the first of them."""
+        """The Gram matrix of some columns with the ridge; ``known`` is its first block, if that was computed before."""
         old = 0 if known is None else len(known)
         if (self._row_of[columns] >= 0).all():
             gram = np.asarray(self._rows[np.ix_(self._row_of[columns], columns)])
@@ -104,48 +105,49 @@ class SquaresProblem:
         return GroupTableau(gram, cross, self.square, local)
 
     def first_gains(self) -> Floats:
-        """What each item would gain as the only one, shape (n_items,)."""
+        """The gain of each item as the only one of the support, shape (n_items,)."""
         return self._alone(self.cross)
 
     def gains_alone(self, columns: Ints, b: Floats) -> Floats:
-        """What each item would gain as the only one if y were what is left of it by ``b`` on ``columns``.
+        """The gain of each item as the only one, with the residual of ``b`` on ``columns`` in place of y.
 
-        No Gram row is needed; what the item shares with those columns is not accounted for.
+        This needs no Gram rows; correlation with those columns is left out of account.
         """
         return self._alone(self.design.cross(self._y - self.design.times(columns, b)))
 
     def _alone(self, r: Floats) -> Floats:
         if self.groups is None:
             return quotient(squares(r), self.whole, np.maximum(self.whole, 1.0))
-        return block_gains(self._blocks, r[self._index] * self._real[:, :, None], self._most)
+        return block_gains(self._blocks, r[self._index] * self._real[:, :, None], self._group_scale)
 
     def entering(self, items: Sequence[int], most: int, least: float) -> tuple[Ints, Floats]:
-        """Items to enter for one of ``items``, ``most`` of them, and their best gains; none if none gains ``least``.
+        """The ``most`` items that gain most in exchange for one of ``items``, and their gains.
 
-        No exchange gains more than what enters would gain by being added: the items that add the most are looked at
-        first, and the others where none of these gains. Those that gain nothing now may after the first exchanges.
+        Empty if none gains ``least``. An exchange never gains more than adding the entering item would. So the items
+        that gain most by being added are tried first, and all others only if none of those gains. Some of the items
+        returned may gain nothing: they may do so after the first exchanges.
         """
         if self.groups is not None:
-            return _most(np.arange(self.n_items), self.exchanges(items).max(0), most, least)
+            return _best_entering(np.arange(self.n_items), self.exchanges(items).max(0), most, least)
         fitted, a, b, rows, h, r = self._outside(items)
         left, whole, diagonal = self.whole - np.einsum("ij,ij->j", h, rows), np.maximum(self.whole, TINY), np.diag(a)
         add = quotient(squares(r), left, whole)
         add[list(items)] = -np.inf
         outside = self.n_items - len(items)
-        first = min(FIRST * most, outside)
+        first = min(FIRST_ENTERING_FACTOR * most, outside)
         order = np.argpartition(-add, sorted({first - 1, outside - 1}))[:outside]
         for part in (order[:first], order[first:]):
             gains = swap_gains(h.take(part, 1), left[part], whole[part], r[part], diagonal, b).max(0, initial=-np.inf)
-            if len(fitted) < len(items):  # one that is counted and not fitted leaves at no cost
+            if len(fitted) < len(items):  # an item that depends on the others leaves at no cost
                 gains = np.maximum(gains, add[part])
             if (gains > least).any():
                 break
-        return _most(part, gains, most, least)
+        return _best_entering(part, gains, most, least)
 
     def exchanges(self, items: Sequence[int]) -> Floats:
-        """The gain of each exchange, leaving by row, entering by column; −inf for what is inside, not empty.
+        """The gain of each exchange: leaving items by row, entering ones by column; −inf for items of the support.
 
-        An item that is counted and not fitted has no row in its place; one row for all of them stands last.
+        Items that depend on the others are not fitted and have no row of their own; one last row stands for them all.
         """
         fitted, a, b, rows, h, r = self._outside(items)
         if self.groups is None:
@@ -159,22 +161,22 @@ class SquaresProblem:
         return gains
 
     def add_gains(self, items: Sequence[int]) -> Floats:
-        """What each item of the whole problem would gain by joining ``items``; −inf inside, shape (n_items,)."""
+        """The gain of each item by joining ``items``, shape (n_items,); −inf for those that are in it."""
         _, _, _, rows, h, r = self._outside(items)
         if self.groups is None:
             whole = np.maximum(self.whole, TINY)
             gains = quotient(squares(r), self.whole - np.einsum("ij,ij->j", h, rows), whole)
         else:
-            gains = block_gains(*self._opened(h, rows, r), self._most)
+            gains = block_gains(*self._opened(h, rows, r), self._group_scale)
         gains[list(items)] = -np.inf
         return gains
 
     def _outside(self, items: Sequence[int]) -> tuple[Ints, Floats, Floats, Floats, Floats, Floats]:
-        """The fitted columns of ``items``, A, b, their Gram rows, A times these, and what y keeps with every column."""
+        """The fitted columns of ``items``, A, b, their Gram rows, H = A·rows, and r = X̃ᵀ times the residual."""
         fitted = self.columns(items)
         rows = self.rows(fitted)
         a = inverse(self.gram(fitted))
-        if a is None:  # dependent columns: find those that count
+        if a is None:  # dependent columns: find an independent part of them
             tableau = self.tableau(list(items))
             tableau.load(list(range(len(items))))
             keep = np.flatnonzero(tableau.swept)
@@ -183,9 +185,12 @@ class SquaresProblem:
         return fitted, a, b, rows, a @ rows, self.cross - rows.T @ b
 
     def _opened(self, h: Floats, rows: Floats, r: Floats) -> tuple[Floats, Floats]:
-        """What the fit leaves of each group's Gram block, and of y with each group."""
+        """Each group's Gram block and cross products after the fit."""
         hg, rg = h[:, self._index] * self._real, rows[:, self._index] * self._real
-        return self._blocks - np.moveaxis(hg, 0, 2) @ np.moveaxis(rg, 0, 1), r[self._index] * self._real[:, :, None]
+        fitted = rearrange(hg, "row group column -> group column row") @ rearrange(
+            rg, "row group column -> group row column"
+        )
+        return self._blocks - fitted, r[self._index] * self._real[:, :, None]
 
     def _group_exchange(
         self, items: Sequence[int], fitted: Ints, a: Floats, b: Floats, h: Floats, rows: Floats, r: Floats
@@ -197,11 +202,11 @@ class SquaresProblem:
             inside.append(np.arange(start, start + size))
             start += size
         hg = h[:, self._index] * self._real
-        return group_swap_gains(hg, a, b, inside, *self._opened(h, rows, r), self._most)
+        return group_swap_gains(hg, a, b, inside, *self._opened(h, rows, r), self._group_scale)
 
 
-def _most(items: Ints, gains: Floats, most: int, least: float) -> tuple[Ints, Floats]:
-    """The ``most`` items of largest gain, if any gains more than ``least``."""
+def _best_entering(items: Ints, gains: Floats, most: int, least: float) -> tuple[Ints, Floats]:
+    """The ``most`` items of largest gain, or none if none gains more than ``least``."""
     top = np.argpartition(gains, -most)[-most:] if most < len(gains) else np.arange(len(gains))
     if not (gains[top] > least).any():
         top = top[:0]

@@ -1,4 +1,4 @@
-"""A swept Gram matrix: the least-squares fit on any support, and what one change of the support would gain."""
+"""A swept Gram matrix: the least-squares fit on a support, and the gain of each change of that support."""
 
 from __future__ import annotations
 
@@ -7,29 +7,29 @@ from scipy.linalg import blas, lapack
 
 from l0hooks.sklearn.subset.design import Floats, Ints
 
-DEPENDENT = 1e-9  # a column with less than this part of its variance left is a combination of the others
-STALE = 400  # pivots after which the tableau is formed again, against the growth of rounding
+DEPENDENCE_TOLERANCE = 1e-9  # a column depends on others that leave less than this share of its variance
+MAX_PIVOTS = 400  # then the tableau is formed again, because rounding grows with each pivot
 
 
 def quotient(numerator: Floats, left: Floats, whole: Floats) -> Floats:
-    """``numerator/left``, or 0 where nothing of ``whole`` is left."""
-    free = left > DEPENDENT * whole
+    """``numerator/left``, or 0 where ``left`` is a negligible share of ``whole``."""
+    free = left > DEPENDENCE_TOLERANCE * whole
     return np.divide(numerator, left, out=np.zeros(free.shape), where=free)
 
 
 def inverse(gram: Floats) -> Floats | None:
-    """The inverse of a Gram matrix, or None where columns depend on each other."""
+    """The inverse of a Gram matrix, or None if columns depend on each other."""
     if len(gram) == 0:
         return gram
     factor, failed = lapack.dpotrf(gram, lower=1)
-    if failed or (np.diag(factor) ** 2 <= DEPENDENT * np.diag(gram)).any():
+    if failed or (np.diag(factor) ** 2 <= DEPENDENCE_TOLERANCE * np.diag(gram)).any():
         return None
     lower = np.tril(lapack.dpotri(factor, lower=1)[0])
     return np.asarray(lower + np.tril(lower, -1).T)
 
 
 def swap_gains(h: Floats, left: Floats, whole: Floats, r: Floats, a: Floats, b: Floats) -> Floats:
-    r"""The fall of yᵀy − bᵀX_Sᵀy for every column j that leaves S and every i that enters.
+    r"""The fall of the loss yᵀy − bᵀX_Sᵀy for every column j that leaves S and every column i that enters.
 
     (rᵢ + Hⱼᵢbⱼ/Aⱼⱼ)² / (dᵢ + Hⱼᵢ²/Aⱼⱼ) − bⱼ²/Aⱼⱼ with A = G_SS⁻¹, H = A G_S:, dᵢ = Gᵢᵢ − HᵢᵀGᵢ, r = Xᵀy − Gb.
 
@@ -41,7 +41,7 @@ def swap_gains(h: Floats, left: Floats, whole: Floats, r: Floats, a: Floats, b: 
     r : float64 array, shape (m, c)
         One column for each response; squares are summed over responses.
     a : float64 array, shape (s,)
-        The diagonal of A; at a column that is not in the fit, infinity.
+        The diagonal of A; infinity for a column that is not fitted.
     b : float64 array, shape (s, c)
 
     Returns
@@ -57,7 +57,7 @@ def swap_gains(h: Floats, left: Floats, whole: Floats, r: Floats, a: Floats, b: 
         numerator = squares(r) + ratio * (2 * (b @ r.T) + ratio * squares(b)[:, None])
     ratio *= h
     ratio += left
-    tight = ratio <= DEPENDENT * whole
+    tight = ratio <= DEPENDENCE_TOLERANCE * whole
     if tight.any():
         numerator[tight] = 0
         ratio[tight] = 1
@@ -112,13 +112,13 @@ class Tableau:
 
     @property
     def loss(self) -> float:
-        """The residual square of the support's fit, summed over responses."""
+        """The residual sum of squares of the support's fit, over all responses."""
         return self.square + float(np.trace(self._t[self.m :, self.m :]))
 
     def load(self, items: list[int]) -> None:
         """Make ``items`` the support."""
         gone, new = set(self.items) - set(items), set(items) - set(self.items)
-        if len(gone) + len(new) < len(items) and self._pivots <= STALE:
+        if len(gone) + len(new) < len(items) and self._pivots <= MAX_PIVOTS:
             for item in gone:
                 self.leave(item)
             for item in new:
@@ -141,7 +141,7 @@ class Tableau:
         return np.array(items, dtype=np.int64)
 
     def _sweep(self, columns: Ints) -> bool:
-        """All pivots at once, unless columns depend on each other."""
+        """Pivot on all columns at once; return False and do nothing if columns depend on each other."""
         a = inverse(self._start[columns[:, None], columns])
         if a is None:
             return False
@@ -155,16 +155,16 @@ class Tableau:
         return True
 
     def enter(self, item: int) -> None:
-        """Add an item to the support; one that depends on those inside is counted and not fitted."""
+        """Add an item to the support; one that depends on the others counts, but is not fitted."""
         self.items.append(item)
         self._add_column(item)
 
     def leave(self, item: int) -> None:
-        """Take an item out of the support."""
+        """Remove an item from the support."""
         self.items.remove(item)
         if self.swept[item]:
             self._pivot(item)
-            for other in self._unfitted():  # one that depended on it may be of use now
+            for other in self._unfitted():  # those that depended on it may be fitted now
                 self._add_column(other)
         self._refresh()
 
@@ -172,15 +172,16 @@ class Tableau:
         return [] if self.swept.sum() == len(self.items) else [i for i in self.items if not self.swept[i]]
 
     def _refresh(self) -> None:
-        if self._pivots > STALE:
+        if self._pivots > MAX_PIVOTS:
             self._form(list(self.items))
 
     def swap(self, out: int, item: int) -> None:
+        """Exchange the item ``out`` of the support for ``item``."""
         self.leave(out)
         self.enter(item)
 
     def _add_column(self, column: int) -> None:
-        if self._t[column, column] > DEPENDENT * self.whole[column]:
+        if self._t[column, column] > DEPENDENCE_TOLERANCE * self.whole[column]:
             self._pivot(column)
 
     def _pivot(self, column: int) -> None:
@@ -195,12 +196,12 @@ class Tableau:
         self._pivots += 1
 
     def coefficients(self) -> Floats:
-        """b on the support, in its order, shape (s, c)."""
+        """b of the support's items in their order, shape (s, c); 0 for those that are not fitted."""
         items = np.array(self.items, dtype=np.int64)
         return np.where(self.swept[items, None], self._t[items, self.m :], 0.0)
 
     def fitted(self) -> tuple[Ints, Floats]:
-        """The columns of the fit, ascending, and b on them, shape (s, c)."""
+        """The fitted columns, ascending, and their b, shape (s, c)."""
         columns = np.flatnonzero(self.swept)
         return columns, self._t[columns, self.m :]
 
@@ -209,21 +210,21 @@ class Tableau:
         return -self._t[np.ix_(columns, columns)]
 
     def add_gains(self) -> Floats:
-        """The fall of the loss for each item that would enter; 0 inside the support, shape (m,)."""
+        """The fall of the loss if an item enters, shape (m,); 0 for items of the support."""
         gains = quotient(squares(self._t[: self.m, self.m :]), np.diagonal(self._t)[: self.m], self.whole)
         gains[self.items] = 0
         return gains
 
     def drop_costs(self) -> Floats:
-        """The rise of the loss for each item of the support that would leave, shape (s,)."""
+        """The rise of the loss if an item of the support leaves, shape (s,)."""
         items = np.array(self.items, dtype=np.int64)
         b, swept = self._t[items, self.m :], self.swept[items]
         return np.where(swept, squares(b) / np.where(swept, -self._t[items, items], 1.0), 0.0)
 
     def best_swap(self, most: int) -> tuple[float, int, int]:
-        """The best gain, the item that leaves and the one that enters, among the ``most`` that add the most.
+        """The best gain, the leaving and the entering item, among the ``most`` items that gain most by being added.
 
-        No exchange gains more than what enters would gain by being added, so that is the order to look in.
+        An exchange never gains more than adding the entering item would.
         """
         add = self.add_gains()
         enter = np.argpartition(add, -most)[-most:] if most < len(add) else np.arange(len(add))
@@ -235,7 +236,7 @@ class Tableau:
         return float(gains[out, item]), self.items[out], int(enter[item])
 
     def swap_gains(self, enter: Ints) -> Floats:
-        """The fall of the loss for every pair, leaving by row and entering by column, shape (s, len(enter))."""
+        """The fall of the loss for every exchange, leaving by row and entering by column, shape (s, len(enter))."""
         items = np.array(self.items, dtype=np.int64)
         t, m = self._t, self.m
         a, b = -t[items, items], t[items, m:]

@@ -238,7 +238,7 @@ def test_it_prints_how_close_it_is():
         ({"draws": 0}, "draws must"),
         ({"features": 1}, "features must"),
         ({"features": 8, "objective": "moments"}, "no random features"),
-        ({"features": 8, "objective": torch.sum}, "a loss of your own"),
+        ({"features": 8, "objective": torch.sum}, "your own loss takes neither"),
         ({"steps": 0, "objective": torch.sum}, "steps must"),
         ({"x": torch.full((40, 2), torch.nan)}, "must be finite"),
         ({"x": torch.ones(40, 2, dtype=torch.complex64)}, "real and dense"),

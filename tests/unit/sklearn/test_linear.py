@@ -1,8 +1,7 @@
-"""L0Regressor and L0Classifier: scikit-learn's own checks, pipelines, and what they promise."""
+"""L0Regressor and L0Classifier beyond the laws of estimators: choice of a size, pipelines, and refusals."""
 
 from __future__ import annotations
 
-import pickle
 import subprocess
 import sys
 from typing import Any
@@ -17,26 +16,9 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.model_selection import GridSearchCV, KFold
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import OneHotEncoder, StandardScaler
-from sklearn.utils.estimator_checks import parametrize_with_checks
 
 from l0hooks.errors import InvalidValueError
 from l0hooks.sklearn import L0Classifier, L0Regressor
-
-QUICK = [L0Regressor(), L0Regressor(k=2), L0Classifier(k=2)]
-SLOW = [L0Regressor(k="cv"), L0Regressor(k="ric"), L0Regressor(loss="poisson"), L0Classifier(), L0Classifier(k="cv")]
-
-
-@pytest.mark.filterwarnings("ignore")  # the checks' own
-@parametrize_with_checks(QUICK)
-def test_scikit_learn_checks(estimator: Any, check: Any) -> None:
-    check(estimator)
-
-
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore")
-@parametrize_with_checks(SLOW)
-def test_more_scikit_learn_checks(estimator: Any, check: Any) -> None:
-    check(estimator)
 
 
 def data(seed: int = 0, n: int = 150, p: int = 30) -> tuple[Any, Any]:
@@ -48,16 +30,6 @@ def data(seed: int = 0, n: int = 150, p: int = 30) -> tuple[Any, Any]:
 def labels(seed: int = 0) -> tuple[Any, Any]:
     x, y = data(seed)
     return x, np.where(y > 5, "high", np.where(y > 3, "middle", "low"))
-
-
-@pytest.mark.parametrize("k", [0, 1, 2, 7, 29, 30, 31, 500])
-def test_the_support_has_exactly_k_columns(k: int) -> None:
-    x, y = data()
-    for model in (L0Regressor(k), L0Regressor(k, loss="poisson"), L0Classifier(k)):
-        target = np.round(np.abs(y)) if model.get_params().get("loss") == "poisson" else y
-        model.fit(x, target > 4 if isinstance(model, L0Classifier) else target)
-        assert model.support_.sum() == model.k_ == min(k, 30)
-        assert not model.coef_[..., ~model.support_].any()
 
 
 RULES: list[dict[str, Any]] = [{}, {"k": "ric"}, {"k": "cv"}, {"k": "cv", "one_standard_error": True}, {"l0": 0.05}]
@@ -163,15 +135,7 @@ def test_a_pipeline_of_a_frame_with_a_factor() -> None:
     ]
 
 
-def test_pickles_predict_the_same() -> None:
-    x, y = data()
-    model = L0Regressor().fit(x, y)
-    again = pickle.loads(pickle.dumps(model))
-    assert again.predict(x).tolist() == model.predict(x).tolist()
-    assert repr(again.path_) == repr(model.path_)
-
-
-def test_separated_classes_are_told() -> None:
+def test_separated_classes_give_a_warning() -> None:
     x, y = data()
     with pytest.warns(ConvergenceWarning, match=r"separate the classes(.|\n)*got: alpha=0"):
         model = L0Classifier(k=1, alpha=0).fit(x, x[:, 5] > 0)
@@ -186,13 +150,13 @@ def test_separated_classes_are_told() -> None:
         ({"k": True}, "k must be a size or a rule"),
         ({"k": 2.5}, "k must be a size or a rule"),
         ({"k": "bic"}, "k must be a size or a rule"),
-        ({"k": 3, "l0": 0.1}, "the price l0 replaces k"),
+        ({"k": 3, "l0": 0.1}, "the price l0 takes the place of k"),
         ({"l0": -0.1}, "l0 must be finite"),
         ({"alpha": -1}, "alpha must be finite"),
         ({"alpha": np.inf}, "alpha must be finite"),
         ({"groups": [1, 2]}, "a group for each column"),
         ({"max_k": -3}, "max_k must be a size"),
-        ({"loss": "absolute"}, "loss must be one of the two"),
+        ({"loss": "absolute"}, "the loss must be known"),
     ],
 )
 def test_parameters_outside_their_range(options: dict[str, Any], message: str) -> None:
@@ -206,7 +170,7 @@ def test_data_outside_their_range() -> None:
         L0Regressor(loss="poisson").fit(x, -np.ones(150))
     with pytest.raises(InvalidValueError, match="more than one class"):
         L0Classifier().fit(x, np.ones(150))
-    with pytest.raises(InvalidValueError, match="none negative"):
+    with pytest.raises(InvalidValueError, match="not negative and not all zero"):
         L0Regressor().fit(x, y, sample_weight=-np.ones(150))
 
 
