@@ -12,12 +12,13 @@ import numpy.typing as npt
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from l0hooks.attach.coupled_weight import CoupledPlan, CoupledWeight, MaskInput
+from l0hooks.attach.coupled_weight import CoupledWeight, MaskInput
 from l0hooks.attach.spec import GateSpec, Pattern, is_excluded
 from l0hooks.errors import SpecError, StateError, explain
 from l0hooks.gates.gate import Gate, iter_gates
 from l0hooks.gates.shared_sampling import Team
 from l0hooks.structure import ChannelGroup, GroupSite, channel_groups
+from l0hooks.structure.group_costs import CoupledPlan
 from l0hooks.structure.layers import CONVOLUTIONS, TRANSPOSED, is_hugging_face_conv1d
 from l0hooks.structure.named_tensors import Tensors
 

@@ -9,12 +9,13 @@ from typing import Literal
 from torch import Tensor, nn
 
 from l0hooks._torch.tensors import same_tensor
-from l0hooks.attach.coupled_weight import CoupledPlan, CoupledWeight
+from l0hooks.attach.coupled_weight import CoupledWeight
 from l0hooks.attach.gated_weight import Site, sites_among
 from l0hooks.errors import StateError, explain
 from l0hooks.gates.gate import Gate
 from l0hooks.gates.shared_sampling import keep_probs
 from l0hooks.structure import ChannelGroup
+from l0hooks.structure.group_costs import CoupledPlan
 
 
 @dataclass(frozen=True)

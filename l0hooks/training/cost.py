@@ -12,11 +12,11 @@ from torch import nn
 from torch.nn.parameter import UninitializedParameter
 
 from l0hooks._torch.tensors import same_tensor
-from l0hooks.attach.coupled_weight import CoupledPlan
 from l0hooks.attach.gated_weight import Site
 from l0hooks.attach.measured_size import Unit
 from l0hooks.attach.walk import Gated
 from l0hooks.errors import SpecError, explain
+from l0hooks.structure.group_costs import CoupledPlan
 from l0hooks.structure.macs import count_positions, total_macs
 
 Floats = npt.NDArray[np.float64]
