@@ -79,9 +79,10 @@ def our_fit(given, keep, method="auto"):
 
 
 def baseline(given, keep, kind):
+    from l0hooks.calibration.fit.candidates import Options, random_selection
     from l0hooks.calibration.fit.polish import polish
-    from l0hooks.calibration.fit.solver import Options, Solver, random_selection
-    from l0hooks.calibration.numerics.problem import prepare
+    from l0hooks.calibration.fit.solver import Solver
+    from l0hooks.calibration.numerics.preparation import prepare
 
     if kind != "random":
         return our_fit(given, keep, {"random+swaps": "dense", "greedy+swaps": "greedy"}[kind])
@@ -170,6 +171,7 @@ def plain():
     from scipy.optimize import lsq_linear
 
     from l0hooks.calibration.numerics.distance import nearest_weights
+    from l0hooks.calibration.numerics.dual import NearestOptions
     from l0hooks.calibration.numerics.least_squares import bounded_fit
 
     rng = np.random.default_rng(0)
@@ -189,7 +191,15 @@ def plain():
     cost = float(ours.residual @ ours.residual) / 2
     found = {"lsq_linear": {"ours s": seconds, "peer s": peer, "cost ours / peer": cost / theirs.cost}}
     near, seconds = timed(
-        lambda: nearest_weights(block, target, target, 0 * ones, np.inf * ones, ones, distance="raking", tolerance=1e-9)
+        lambda: nearest_weights(
+            block,
+            target,
+            target,
+            0 * ones,
+            np.inf * ones,
+            ones,
+            options=NearestOptions(distance="raking", tolerance=1e-9),
+        )
     )
     raked, peer = timed(lambda: newton_raking(block, target))
     found["raking"] = {"ours s": seconds, "peer s": peer, "largest difference": float(np.abs(near.g - raked).max())}
@@ -203,6 +213,7 @@ def raking_to_margins(rng, n, sizes, repeats=5):
     """Medians: ours on the matrix, a whole fit with its checks, and proportional fitting, which is given labels."""
     from l0hooks.calibration import Calibrator
     from l0hooks.calibration.numerics.distance import nearest_weights
+    from l0hooks.calibration.numerics.dual import NearestOptions
 
     labels = [rng.integers(0, size, n) for size in sizes]
     starts, many = np.cumsum([0, *sizes[:-1]]), len(sizes)
@@ -213,7 +224,15 @@ def raking_to_margins(rng, n, sizes, repeats=5):
     relative.data /= target[relative.indices]  # misses are relative, as those of the other
     kinds = {
         "ours": lambda: (
-            nearest_weights(relative, met, met, 0 * ones, np.inf * ones, ones, distance="raking", tolerance=1e-11).g
+            nearest_weights(
+                relative,
+                met,
+                met,
+                0 * ones,
+                np.inf * ones,
+                ones,
+                options=NearestOptions(distance="raking", tolerance=1e-11),
+            ).g
         ),
         "fit": lambda: Calibrator(distance="raking", dtype="float64", progress=False).fit(matrix, target).weights,
         "peer": lambda: proportional_fitting(labels, np.split(target, starts[1:])),

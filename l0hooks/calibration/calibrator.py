@@ -15,7 +15,6 @@ from l0hooks.calibration.data.targets import CalibrationWarning
 from l0hooks.calibration.fit.checkpoint import Checkpoint
 from l0hooks.calibration.fit.driver import Driver, Outcome, prepared
 from l0hooks.calibration.fit.progress import Display
-from l0hooks.calibration.fit.solver import Options
 from l0hooks.calibration.numerics.columns import Floats
 from l0hooks.calibration.output.result import CalibrationResult
 from l0hooks.calibration.settings import Settings
@@ -261,16 +260,7 @@ class Calibrator(Settings):
         )
 
     def _run(self, inputs: Inputs, sizes: Sequence[int | None]) -> list[Outcome]:
-        options = Options(
-            l0=self.l0,
-            method=self.method,
-            epochs=int(self.max_epochs),
-            objective=self.objective,
-            distance=self.distance,
-            tolerance=self.tolerance,
-            random_state=int(self.random_state),
-            patience=None if self.patience is None else int(self.patience),
-        )
+        options = self.solver_options()
         checkpoint = None
         if self.checkpoint is not None:
             settings = (

@@ -11,14 +11,14 @@ from typing import Any, Self, get_args
 
 import numpy as np
 
+from l0hooks.calibration.fit.candidates import Method, Options
 from l0hooks.calibration.fit.polish import Objective
 from l0hooks.calibration.fit.progress import Callback
-from l0hooks.calibration.fit.solver import Method
 from l0hooks.calibration.numerics.dual import Distance
 from l0hooks.calibration.numerics.problem import BoundsOn, Loss, Precision
 from l0hooks.errors import InvalidValueError, explain
 
-_LONGEST = 60  # characters of an option in repr
+_LONGEST_SHOWN = 60  # characters of an option in repr
 _CHOICES: dict[str, tuple[object, ...]] = {
     "bounds_on": get_args(BoundsOn),
     "distance": get_args(Distance),
@@ -98,6 +98,19 @@ class Settings:
         given = {name: value for name, value in self.get_params().items() if not _same(value, defaults[name])}
         return f"{type(self).__name__}({', '.join(f'{name}={_shortened(value)}' for name, value in given.items())})"
 
+    def solver_options(self) -> Options:
+        """What the solver is asked to do, without the number of households."""
+        return Options(
+            l0=self.l0,
+            method=self.method,
+            epochs=int(self.max_epochs),
+            objective=self.objective,
+            distance=self.distance,
+            tolerance=self.tolerance,
+            random_state=int(self.random_state),
+            patience=None if self.patience is None else int(self.patience),
+        )
+
     def _check_options(self) -> None:
         for name, known in _CHOICES.items():
             if vars(self)[name] not in known:
@@ -139,7 +152,7 @@ def _real(value: object) -> bool:
 
 def _shortened(value: object) -> str:
     text = repr(value)
-    return text if len(text) <= _LONGEST else f"<{type(value).__name__}>"
+    return text if len(text) <= _LONGEST_SHOWN else f"<{type(value).__name__}>"
 
 
 def _same(value: object, default: object) -> bool:

@@ -11,7 +11,7 @@ from scipy.optimize import nnls
 
 from l0hooks import Gate, penalty
 from l0hooks.calibration import Calibrator
-from l0hooks.calibration.numerics.problem import prepare
+from l0hooks.calibration.numerics.preparation import prepare
 
 pytestmark = pytest.mark.filterwarnings("ignore:Sparse invariant checks:UserWarning")  # torch, of their tensors
 

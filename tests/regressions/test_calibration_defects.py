@@ -9,7 +9,7 @@ from scipy import sparse
 from l0hooks import Gate, iter_gates, set_temperature
 from l0hooks.calibration import Calibrator
 from l0hooks.calibration.fit.gates import GateStage
-from l0hooks.calibration.numerics.problem import prepare
+from l0hooks.calibration.numerics.preparation import prepare
 from l0hooks.errors import InvalidValueError
 
 

@@ -1,0 +1,1 @@
+"""What a user passes to a calibration: read from files, aligned by name and checked."""

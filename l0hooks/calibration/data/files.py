@@ -16,9 +16,9 @@ from l0hooks.calibration.data.matrix import NamedMatrix
 from l0hooks.calibration.data.names import few
 from l0hooks.errors import InvalidValueError, explain, import_extra, near_names
 
-_MATRICES = (".npz", ".mtx", ".mtx.gz", ".parquet", ".csv")
-_VALUES = ("value", "lower", "upper", "group", "importance", "weight", "cluster")  # columns that name nothing
-_NAMES = ("target", "household")  # columns that name the rows of a matrix
+_MATRIX_SUFFIXES = (".npz", ".mtx", ".mtx.gz", ".parquet", ".csv")
+_VALUE_COLUMNS = ("value", "lower", "upper", "group", "importance", "weight", "cluster")  # columns that name nothing
+_NAME_COLUMNS = ("target", "household")  # columns that name the rows of a matrix
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,7 +72,7 @@ class TextTable:
     def by_name(self, key: str, values: Sequence[Any]) -> Any:
         """``values`` under the names in column ``key``, or as they stand if there is none."""
         if key not in self.columns:
-            others = [name for name in self.columns if name not in _VALUES]
+            others = [name for name in self.columns if name not in _VALUE_COLUMNS]
             if others and len(self.columns) > 1:  # one of them may be the names: an order is not to be guessed
                 must = f"it needs a column {key!r}, or no column but those that are read."
                 raise InvalidValueError(explain(str(self.path), must, got=few(others)))
@@ -160,8 +160,8 @@ def read_matrix_file(path: Path, *, transpose: bool = False) -> NamedMatrix:
         If there is no such file, or it cannot be read as a matrix.
     """
     _check_file(path)
-    if not path.name.endswith(_MATRICES):
-        raise InvalidValueError(explain(str(path), "its kind must be known.", expected=", ".join(_MATRICES)))
+    if not path.name.endswith(_MATRIX_SUFFIXES):
+        raise InvalidValueError(explain(str(path), "its kind must be known.", expected=", ".join(_MATRIX_SUFFIXES)))
     if path.suffix in (".parquet", ".csv"):
         matrix, rows, columns = _from_table(read_table(path))
     else:
@@ -182,7 +182,7 @@ def _sparse(path: Path) -> Any:
 
 
 def _from_table(table: TextTable) -> tuple[Any, list[Hashable] | None, list[Hashable]]:
-    key = next((name for name in _NAMES if name in table.columns), None)
+    key = next((name for name in _NAME_COLUMNS if name in table.columns), None)
     rows = None if key is None else table.names(key)
     columns = [name for name in table.columns if name != key]
     if not columns:

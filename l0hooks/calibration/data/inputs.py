@@ -11,17 +11,16 @@ from typing import Any
 
 import numpy as np
 
+from l0hooks.calibration.data.hierarchy import Conditions, read_hierarchy
 from l0hooks.calibration.data.households import Households, check_count, read_households
 from l0hooks.calibration.data.matrix import read_matrix
 from l0hooks.calibration.data.names import Axis, few, is_frame, is_series
 from l0hooks.calibration.data.reach import reachable_range, weight_limits, within
 from l0hooks.calibration.data.targets import (
     CalibrationWarning,
-    Conditions,
     Given,
     read_ends,
     read_groups,
-    read_hierarchy,
     read_importance,
     take_apart,
 )
@@ -29,7 +28,7 @@ from l0hooks.calibration.numerics.columns import Flags, Floats, Sparse, pieces
 from l0hooks.calibration.numerics.problem import BoundsOn, Precision
 from l0hooks.errors import InvalidValueError, explain
 
-_LARGEST = float(np.finfo(np.float32).max)
+_LARGEST_FLOAT32 = float(np.finfo(np.float32).max)
 
 
 @dataclass(frozen=True, eq=False)
@@ -153,10 +152,7 @@ def read_inputs(
     >>> inputs.targets.names, inputs.reachable
     (('people', 'income'), array([ True,  True]))
     """
-    if dtype not in ("float32", "float64"):
-        raise InvalidValueError(
-            explain("dtype", "it must be known.", expected="'float32' or 'float64'", got=repr(dtype))
-        )
+    _check_precision(dtype)
     given = take_apart(Given(y, lower, upper, groups, importance))
     values, targets, households = read_matrix(matrix)
     _refuse_transposed(given.first, design_weights, targets, households)
@@ -177,17 +173,28 @@ def read_inputs(
     chosen = None if k is None else check_count(k, people)
     if dtype == "float32":
         _refuse_overflow(values, low, high, people, targets)
-    limits = weight_limits(people, on_weight=bounds_on == "weight")
-    if selects if selects is not None else chosen is not None:
-        may_stay_out = np.ones(households.count, np.bool_)
-        may_stay_out[people.keep] = False
-        limits[0][may_stay_out] = 0.0
-    reach = reachable_range(values, *limits, chosen if people.clusters is None else None)
-    reachable = within(*reach, low, high)
-    _warn_unreachable(values, reachable, reach, (low, high), targets)
+    least, largest = weight_limits(people, on_weight=bounds_on == "weight")
+    if (chosen is not None) if selects is None else selects:
+        least = _zero_unless_kept(least, people)
+    reach = reachable_range(values, least, largest, chosen if people.clusters is None else None)
+    _warn_unreachable(values, reachable := within(*reach, low, high), reach, (low, high), targets)
     return Inputs(
         values, targets, households, low, high, labels, counts, conditions, people, bounds_on, reachable, dtype
     )
+
+
+def _check_precision(dtype: object) -> None:
+    if dtype not in ("float32", "float64"):
+        raise InvalidValueError(
+            explain("dtype", "it must be known.", expected="'float32' or 'float64'", got=repr(dtype))
+        )
+
+
+def _zero_unless_kept(least: Floats, people: Households) -> Floats:
+    """The least weights where a household that need not be kept may stay without weight."""
+    lowered = np.zeros(len(least))
+    lowered[people.keep] = least[people.keep]
+    return lowered
 
 
 def _weights(given: Any) -> object:
@@ -229,14 +236,14 @@ def _refuse_transposed(y: Any, design_weights: Any, targets: Axis, households: A
 def _refuse_overflow(matrix: Sparse, lower: Floats, upper: Floats, people: Households, targets: Axis) -> None:
     """float32 ends at 3.4e38: neither the values nor what design weights make of them may lie beyond."""
     ends = [np.where(np.isfinite(one), np.abs(one), 0.0) for one in (lower, upper)]
-    big = np.flatnonzero(np.maximum(*ends) > _LARGEST)
+    big = np.flatnonzero(np.maximum(*ends) > _LARGEST_FLOAT32)
     got = f"a target of {max(ends[0][big[0]], ends[1][big[0]]):.3g}, {targets.shown(big[:1])}" if len(big) else None
     if got is None and matrix.nnz:
         largest = max(abs(float(matrix.data.max())), abs(float(matrix.data.min())))
         with np.errstate(over="ignore"):
             # sums over a row are taken in float32 too
             product = largest * max(1.0, float(people.design.max())) * max(1, int(np.diff(matrix.indptr).max()))
-        if product > _LARGEST:
+        if product > _LARGEST_FLOAT32:
             got = f"values up to {largest:.3g}, which with design weights up to {people.design.max():.3g} overflow"
     if got is not None:
         raise InvalidValueError(

@@ -17,7 +17,7 @@ from l0hooks.calibration.numerics.columns import Floats, Integers
 from l0hooks.errors import InvalidValueError, explain, near_names
 
 Kind = Literal["target", "household"]
-_SHOWN = 5
+_NAMES_SHOWN = 5
 
 
 def is_frame(given: object) -> bool:
@@ -40,8 +40,8 @@ def few(items: Sequence[object]) -> str:
     >>> few(["a", "b", "c", "d", "e", "f", "g"])
     "'a', 'b', 'c', 'd', 'e' and 2 more"
     """
-    shown = ", ".join(repr(_plain(item)) for item in items[:_SHOWN])
-    return shown + (f" and {len(items) - _SHOWN:,} more" if len(items) > _SHOWN else "")
+    shown = ", ".join(repr(_plain(item)) for item in items[:_NAMES_SHOWN])
+    return shown + (f" and {len(items) - _NAMES_SHOWN:,} more" if len(items) > _NAMES_SHOWN else "")
 
 
 def check_distinct(names: Iterable[Hashable], what: str) -> tuple[Hashable, ...]:

@@ -7,7 +7,7 @@ import numpy as np
 from l0hooks.calibration.data.households import Households
 from l0hooks.calibration.numerics.columns import Flags, Floats, Integers, Sparse, pieces
 
-_SLACK = 1e-9  # relative; far below any error a user would mind
+_ROUNDING_SHARE = 1e-9  # relative; far below any error a user would mind
 
 
 def weight_limits(households: Households, *, on_weight: bool) -> tuple[Floats, Floats]:
@@ -98,6 +98,6 @@ def _largest_sum(parts: Floats, zeros: int, chosen: int | None) -> float:
 def within(least: Floats, largest: Floats, lower: Floats, upper: Floats) -> Flags:
     """Whether an interval of targets meets the range that can be reached: bool, shape (T,)."""
     ends = [np.where(np.isfinite(one), np.abs(one), 0.0) for one in (lower, upper, least, largest)]
-    slack = _SLACK * np.maximum.reduce(ends)
+    slack = _ROUNDING_SHARE * np.maximum.reduce(ends)
     reached: Flags = (largest + slack >= lower) & (least - slack <= upper)
     return reached

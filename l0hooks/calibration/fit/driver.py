@@ -10,16 +10,18 @@ import numpy as np
 
 from l0hooks.calibration.data.inputs import Inputs
 from l0hooks.calibration.data.reach import weight_limits
+from l0hooks.calibration.fit.candidates import Options
 from l0hooks.calibration.fit.checkpoint import Checkpoint
 from l0hooks.calibration.fit.polish import Polished
 from l0hooks.calibration.fit.progress import Callback, Display, Update, Watch
-from l0hooks.calibration.fit.solver import Options, Solver
+from l0hooks.calibration.fit.solver import Solver
 from l0hooks.calibration.fit.stage import Selection, State
 from l0hooks.calibration.numerics.columns import Floats, shared
-from l0hooks.calibration.numerics.problem import Loss, Problem, prepare
+from l0hooks.calibration.numerics.preparation import prepare
+from l0hooks.calibration.numerics.problem import Loss, Problem
 
-_LEAST = 1e-12  # importance of a target that only stands in the hierarchy, against the largest
-COLUMNS = ("stage", "step", "steps", "error", "active", "seconds")
+_LEAST_IMPORTANCE = 1e-12  # importance of a target that only stands in the hierarchy, against the largest
+HISTORY_COLUMNS = ("stage", "step", "steps", "error", "active", "seconds")
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,7 @@ def prepared(inputs: Inputs, *, loss: Loss, consistency: float, offset: float = 
         inputs.lower[rows],
         inputs.upper[rows],
         design_weights=people.design,
-        importance=np.maximum(inputs.importance[rows], _LEAST * inputs.importance.max()),
+        importance=np.maximum(inputs.importance[rows], _LEAST_IMPORTANCE * inputs.importance.max()),
         loss=loss,
         offset=offset,
         hierarchy=[(int(place[parent]), place[list(children)].tolist()) for parent, children in inputs.hierarchy],
@@ -150,7 +152,7 @@ class Driver:
     def _solve(self, solver: Solver) -> Outcome:
         while not solver.done and not (self._stopped and solver.candidates):
             update = self._watch.update(solver.advance())
-            self._rows.append({name: vars(update)[name] for name in COLUMNS})
+            self._rows.append({name: vars(update)[name] for name in HISTORY_COLUMNS})
             self.display.show(update)
             self._ask(update, solver)
             if self.checkpoint is not None and self.checkpoint.due and solver.resumable:

@@ -8,102 +8,30 @@ log-odds have a gradient: both products run over the open ones only.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from l0hooks.calibration.fit.gate_descent import GateDescent, NumberedNoise
 from l0hooks.calibration.fit.stage import Progress, Selection, State, largest
 from l0hooks.calibration.numerics.columns import Floats, Integers
 from l0hooks.calibration.numerics.least_squares import bounded_fit
 from l0hooks.calibration.numerics.problem import Problem
 from l0hooks.gates.gate import Gate
 from l0hooks.gates.hard_concrete import GAMMA, ZETA
-from l0hooks.gates.noise import Door, NoiseSource
-from l0hooks.gates.random import Stream, stream
 from l0hooks.schedules import Schedule, exponential
 from l0hooks.training._set_budget import set_budget
 from l0hooks.training.budget import Budget
 from l0hooks.training.penalties import penalty
 
-_START, _MOST = 4.0, 0.9  # the expected size starts at four times the final one, at most at nine tenths of all
-_SHRINK, _DECAY = 0.6, 0.6  # shares of the epochs: until the size is reached, and until the rates fall
-_SPREAD = 5.0  # log-odds at the start differ by no more either way
-_SPARSE = 0.6  # of the entries: with fewer open ones it pays to copy them together
-_SAVED = 10  # epochs from one state that can be saved to the next
-_RATE, _GATE_RATE, _SCALE_RATE = 0.05, 0.3, 0.2
-
-
-class GateDescent(torch.optim.Optimizer):
-    """Momentum whose steps are divided by one number, the root mean square of all gradients so far.
-
-    Relative sizes of the gradients survive; divided coordinate by coordinate, as Adam does, the noise of gates that
-    are seldom open would become a random walk.
-
-    Parameters
-    ----------
-    params : iterable of Tensor
-    lr : float, > 0
-        A gradient of the usual size moves its coordinate by this much.
-    momentum, decay : float in (0, 1)
-        Of the mean of the gradients, and of that of their squares.
-    largest : float, > 0
-        No coordinate moves further in one step.
-
-    Examples
-    --------
-    >>> x = torch.nn.Parameter(torch.zeros(2))
-    >>> optimizer = GateDescent([x], lr=0.1)
-    >>> x.grad = torch.tensor([3.0, 4.0])
-    >>> _ = optimizer.step()
-    >>> x.detach()
-    tensor([-0.0849, -0.1131])
-    """
-
-    def __init__(
-        self, params: Any, *, lr: float, momentum: float = 0.9, decay: float = 0.99, largest: float = 0.5
-    ) -> None:
-        super().__init__(params, {"lr": lr, "momentum": momentum, "decay": decay, "largest": largest})
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """Take one step."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups:
-            for x in group["params"]:
-                if x.grad is not None:
-                    self._move(x, x.grad, group)
-        return loss
-
-    def _move(self, x: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
-        state = self.state[x]
-        if not state:
-            state.update(steps=0, square=0.0, mean=torch.zeros_like(x))
-        square = float(torch.dot(grad.flatten(), grad.flatten())) / max(1, int(torch.count_nonzero(grad)))
-        state["steps"] += 1
-        state["square"] = group["decay"] * state["square"] + (1 - group["decay"]) * square
-        state["mean"].lerp_(grad, 1 - group["momentum"])
-        unbiased = state["square"] / (1 - group["decay"] ** state["steps"])
-        rate = group["lr"] / (1 - group["momentum"] ** state["steps"]) / (math.sqrt(unbiased) + 1e-20)
-        x.sub_((state["mean"] * rate).clamp_(-group["largest"], group["largest"]))
-
-
-class NumberedNoise(Door):
-    """Noise that depends on a seed and the number of the epoch alone; torch's own generator is left in peace."""
-
-    def __init__(self, seed: int) -> None:
-        super().__init__(NoiseSource(), "")
-        self.seed, self.epoch = seed, 0
-
-    def stream(self, index: int, like: Tensor) -> Stream:
-        """The noise of this epoch."""
-        (seed,) = np.random.SeedSequence([self.seed, self.epoch, index]).generate_state(1, np.uint64)
-        return stream(int(seed), like.numel(), like.device)
+_START_FACTOR, _MOST_AT_START = 4.0, 0.9  # expected size at the start: four times the final one, at most 0.9 of all
+_SHRINKING_SHARE = 0.6  # of the epochs, until the final size is reached
+_FULL_RATE_SHARE = 0.6  # of the epochs, until the learning rates fall
+_LARGEST_SCORE = 5.0  # log-odds at the start differ from the edge by no more
+_EPOCHS_PER_STATE = 10  # from one state that can be saved to the next
+_THETA_RATE, _GATE_RATE, _SCALE_RATE = 0.05, 0.3, 0.2
 
 
 class GateStage:
@@ -123,17 +51,19 @@ class GateStage:
     log_odds : float32, shape (n,), optional
         Log-odds to start from, instead of those by the contributions of ``start``.
     random_state : int, >= 0
+    copied_share : float, >= 0
+        Share of open units below which their columns are copied together: the products are then faster.
 
     Examples
     --------
     >>> from scipy import sparse
-    >>> from l0hooks.calibration.numerics.problem import prepare
+    >>> from l0hooks.calibration.numerics.preparation import prepare
     >>> rng = np.random.default_rng(0)
     >>> matrix = sparse.csr_array(rng.random((4, 50)))
     >>> stage = GateStage(prepare(matrix, matrix @ np.ones(50)), keep=8, epochs=20)
     >>> while not stage.done:
-    ...     told = stage.advance()
-    >>> told.step, len(stage.selection().units)
+    ...     progress = stage.advance()
+    >>> progress.step, len(stage.selection().units)
     (20, 8)
 
     References
@@ -151,15 +81,16 @@ class GateStage:
         start: Floats | None = None,
         log_odds: Floats | None = None,
         random_state: int = 0,
+        copied_share: float = 0.6,
     ) -> None:
         self.problem, self.keep, self.l0, self.epochs = problem, keep, l0, epochs
-        self.epoch = 0
+        self.epoch, self._copied_share = 0, copied_share
         self._free = np.flatnonzero(~problem.kept)
         self._all_free = len(self._free) == problem.size
         # of each unit among the free ones
         self._place = np.where(problem.kept, -1, np.cumsum(~problem.kept) - 1) if not self._all_free else self._free
         wanted = len(self._free) / 2 if keep is None else keep - (problem.size - len(self._free))
-        first = min(_START * wanted, _MOST * len(self._free))
+        first = min(_START_FACTOR * wanted, _MOST_AT_START * len(self._free))
         self._noise = NumberedNoise(random_state)
         self.gate = Gate(len(self._free), init_keep_prob=max(first, wanted) / len(self._free), door=self._noise)
         begin = warm_start(problem) if start is None else start
@@ -167,7 +98,7 @@ class GateStage:
         self._put_under_budget(int(wanted), torch.from_numpy(scores).float())
         least = 1e-3 * float(np.median(begin[begin > 0])) if (begin > 0).any() else 1.0
         self.theta = torch.nn.Parameter(torch.from_numpy(np.log(np.maximum(begin, least))).float())
-        self._adam = torch.optim.Adam([self.theta], lr=_RATE, betas=(0.9, 0.99), eps=1e-10, fused=True)
+        self._adam = torch.optim.Adam([self.theta], lr=_THETA_RATE, betas=(0.9, 0.99), eps=1e-10, fused=True)
         self._descent = GateDescent([self.gate.log_alpha], lr=_GATE_RATE)
 
     def _put_under_budget(self, wanted: int, scores: Tensor) -> None:
@@ -186,12 +117,12 @@ class GateStage:
     @property
     def settled(self) -> bool:
         """Whether the expected size is the final one, so that errors of epochs can be compared."""
-        return self.epoch >= max(_SHRINK, _DECAY) * self.epochs
+        return self.epoch >= max(_SHRINKING_SHARE, _FULL_RATE_SHARE) * self.epochs
 
     @property
     def resumable(self) -> bool:
         """Whether :meth:`state` may be called now: after every tenth epoch."""
-        return self.epoch % _SAVED == 0
+        return self.epoch % _EPOCHS_PER_STATE == 0
 
     def advance(self) -> Progress:
         """One epoch."""
@@ -237,7 +168,7 @@ class GateStage:
     def _slope(self, active: Integers, x: Any) -> tuple[Any, Floats, float]:
         """d loss / dx of the active units (float32), the misses, and the common factor."""
         problem, columns = self.problem, self.problem.columns
-        if len(active) < _SPARSE * problem.size:
+        if len(active) < self._copied_share * problem.size:
             block, part = columns[active], x
         else:
             block, part = columns, np.zeros(problem.size, np.float32)
@@ -252,8 +183,12 @@ class GateStage:
 
     def _step(self, factor: float) -> None:
         done = self.epoch / self.epochs
-        decay = 1.0 if done < _DECAY else (1 + math.cos(math.pi * (done - _DECAY) / (1 - _DECAY))) / 2
-        self._adam.param_groups[0]["lr"] = _RATE * decay
+        decay = (
+            1.0
+            if done < _FULL_RATE_SHARE
+            else (1 + math.cos(math.pi * (done - _FULL_RATE_SHARE) / (1 - _FULL_RATE_SHARE))) / 2
+        )
+        self._adam.param_groups[0]["lr"] = _THETA_RATE * decay
         self._adam.step()
         self._descent.step()
         self.gate.log_alpha.grad = None
@@ -324,9 +259,7 @@ def warm_start(problem: Problem, iterations: int = 60) -> Floats:
     target = np.clip((problem.lower + problem.upper) / 2, problem.lower, problem.upper)
     target = np.where(np.isfinite(target), target, np.clip(0.0, problem.lower, problem.upper))
     zeros, high = np.zeros(problem.size), np.full(problem.size, np.inf)
-    fit = bounded_fit(
-        problem.columns, target, zeros, high, np.ones(problem.size), iterations=iterations, norms=problem.norms
-    )
+    fit = bounded_fit(problem.columns, target, zeros, high, np.ones(problem.size), iterations=iterations)
     return fit.g
 
 
@@ -336,9 +269,9 @@ def _scores(problem: Problem, g: Floats, free: Integers, wanted: float) -> Float
     last = max(0, len(free) - max(1, int(wanted)))
     edge = np.partition(contribution, last)[last]
     reference = max(float(edge), 1e-12 * float(contribution.max(initial=0.0)), 1e-300)
-    scores: Floats = np.clip(np.log(contribution / reference + 1e-6), -_SPREAD, _SPREAD)
+    scores: Floats = np.clip(np.log(contribution / reference + 1e-6), -_LARGEST_SCORE, _LARGEST_SCORE)
     return scores
 
 
 def _shrinking(start: float, stop: float, steps: int) -> Schedule:
-    return exponential(start, stop, max(1, round(_SHRINK * steps)))
+    return exponential(start, stop, max(1, round(_SHRINKING_SHARE * steps)))

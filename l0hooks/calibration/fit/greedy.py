@@ -8,7 +8,8 @@ from l0hooks.calibration.fit.stage import Progress, Selection, State, largest, r
 from l0hooks.calibration.numerics.columns import Floats
 from l0hooks.calibration.numerics.problem import Problem
 
-_ROUNDS, _ITERATIONS = (100, 40), (100, 30)  # with few units, at most one for two targets; with more
+_FEW_UNITS = (100, 100)  # rounds and refit iterations with at most one unit for two targets
+_MANY_UNITS = (40, 30)  # the same with more units
 
 
 class GreedyStage:
@@ -26,10 +27,10 @@ class GreedyStage:
     Examples
     --------
     >>> from scipy import sparse
-    >>> from l0hooks.calibration.numerics.problem import prepare
+    >>> from l0hooks.calibration.numerics.preparation import prepare
     >>> matrix = sparse.csr_array([[1.0, 0.0, 1.0], [0.0, 1.0, 1.0]])
     >>> stage = GreedyStage(prepare(matrix, [4.0, 4.0]), keep=1)
-    >>> told = stage.advance()
+    >>> _ = stage.advance()
     >>> stage.selection().units, stage.done
     (array([2]), True)
 
@@ -42,10 +43,10 @@ class GreedyStage:
     def __init__(
         self, problem: Problem, keep: int, *, rounds: int | None = None, iterations: int | None = None
     ) -> None:
-        many = int(2 * keep > problem.rows)
+        usual_rounds, usual_iterations = _MANY_UNITS if 2 * keep > problem.rows else _FEW_UNITS
         self.problem, self.keep = problem, keep
-        self.iterations = _ITERATIONS[many] if iterations is None else iterations
-        self._block = max(1, keep // (_ROUNDS[many] if rounds is None else rounds))
+        self.iterations = usual_iterations if iterations is None else iterations
+        self._block = max(1, keep // (usual_rounds if rounds is None else rounds))
         self._units = np.flatnonzero(problem.kept)
         self._g = np.maximum(problem.low[self._units], np.minimum(1.0, problem.high[self._units]))
         self._misses = problem.misses(problem.estimates(self._g, self._units))
@@ -110,12 +111,12 @@ def worth_their_price(problem: Problem, price: float) -> Selection:
     Returns
     -------
     Selection
-        Of nobody, if the first is not worth it.
+        Empty, if not even the first is worth it.
 
     Examples
     --------
     >>> from scipy import sparse
-    >>> from l0hooks.calibration.numerics.problem import prepare
+    >>> from l0hooks.calibration.numerics.preparation import prepare
     >>> problem = prepare(sparse.csr_array([[1.0, 0.0, 1.0], [0.0, 1.0, 1.1]]), [4.0, 4.0])
     >>> [worth_their_price(problem, price).units.tolist() for price in (0.1, 10.0)]
     [[2], []]
@@ -126,7 +127,7 @@ def worth_their_price(problem: Problem, price: float) -> Selection:
     while not stage.done:
         stage.advance()
         found = stage.selection()
-        fitted = refit(problem, found.units, found.g, iterations=_ITERATIONS[0])
+        fitted = refit(problem, found.units, found.g, iterations=_FEW_UNITS[1])
         cost = fitted.loss + price / 2 * len(found.units)
         if cost >= least:
             break

@@ -8,19 +8,40 @@ from typing import Literal
 import numpy as np
 
 from l0hooks.calibration.fit.stage import Refit, Selection, refit
-from l0hooks.calibration.numerics.certificate import can_be_met
+from l0hooks.calibration.numerics.certificate import PROGRAMME_ENTRIES, can_be_met
 from l0hooks.calibration.numerics.columns import Floats, Sparse, rows_of
 from l0hooks.calibration.numerics.distance import nearest_weights
-from l0hooks.calibration.numerics.dual import Distance
+from l0hooks.calibration.numerics.dual import Distance, NearestOptions
 from l0hooks.calibration.numerics.problem import Problem, median_factor
 
 Objective = Literal["auto", "least_squares", "distance"]
-_ITERATIONS = 400  # of conjugate gradients, before dense factors are taken
-_PLENTY = 4  # units a target, from which on the distance decides
-_PROMISING = 1e-3  # largest scaled miss of a least-squares fit after which the targets may be met
+_PROMISING_MISS = 1e-3  # largest scaled miss of a least-squares fit after which the targets may be met
 _UNKNOWN = "whether all targets can be met within the bounds is not known"
-_GAP = 1e-3  # of the duality gap, relative: the weights are then right to some three digits of their distance
-_VIOLATION = 1e-6  # of the projected gradient, relative
+
+
+@dataclass(frozen=True)
+class PolishLimits:
+    """When the polish ends, and what it counts as converged.
+
+    Attributes
+    ----------
+    iterations : int, > 0
+        Conjugate gradient steps of a least-squares fit, before dense factors are made.
+    distance_from : float, > 0
+        Units per target from which the nearest weights are looked for without a least-squares fit before.
+    violation : float
+        The largest relative norm of the projected gradient that counts as converged.
+    gap : float
+        The largest relative duality gap that counts as converged. At 1e-3 three digits of the distance are right.
+    programme_entries : int, >= 0
+        Matrix entries up to which a linear programme may decide whether the targets can be met.
+    """
+
+    iterations: int = 400
+    distance_from: float = 4.0
+    violation: float = 1e-6
+    gap: float = 1e-3
+    programme_entries: int = PROGRAMME_ENTRIES
 
 
 @dataclass(frozen=True)
@@ -68,6 +89,7 @@ def polish(
     objective: Objective = "auto",
     distance: Distance = "chi_square",
     tolerance: float = 1e-6,
+    limits: PolishLimits | None = None,
 ) -> Polished:
     """The best weights of the chosen units.
 
@@ -84,6 +106,7 @@ def polish(
     distance : "chi_square" or "raking"
     tolerance : float, > 0
         A target is met if its scaled miss, the relative error where nothing is weighted, is not larger.
+    limits : PolishLimits, optional
 
     Returns
     -------
@@ -92,100 +115,149 @@ def polish(
     Examples
     --------
     >>> from scipy import sparse
-    >>> from l0hooks.calibration.numerics.problem import prepare
+    >>> from l0hooks.calibration.numerics.preparation import prepare
     >>> problem = prepare(sparse.csr_array([[1.0, 1.0, 1.0], [0.0, 0.0, 1.0]]), [9.0, 2.0], dtype="float64")
     >>> done = polish(problem, Selection(np.arange(3), np.ones(3)))
     >>> done.objective, done.converged, problem.weights(done.selection.g, np.arange(3)).round(4)
     ('distance', True, array([3.5, 3.5, 2. ]))
     """
-    every = len(selection.units) == problem.size and problem.columns.dtype == np.float64
-    block = problem.columns if every else rows_of(problem.columns, selection.units)
-    many = len(selection.units) / problem.rows
-    if not len(selection.units):  # no weight to find, whatever the objective
-        misses = problem.misses(np.zeros(problem.rows))
-        reason = "no household is worth its price"
-        feasible = _feasible(misses, tolerance)
-        return _polished(problem, selection, selection.g, block, "least_squares", feasible, True, 0.0, reason)
-    nearest: Polished | None = None
-    if objective == "distance" or (objective == "auto" and many > _PLENTY):
-        nearest = _nearest(problem, selection, block, distance, tolerance)
-        if objective == "distance" or nearest.converged:
-            return nearest
-    fitted = _least_squares(problem, selection, block)
-    if objective == "auto" and many > 1 and _feasible(fitted.misses, max(_PROMISING, tolerance)):
-        nearest = nearest or _nearest(problem, selection, block, distance, tolerance)
-        if not nearest.converged and (problem.lower < problem.upper).any():  # points are far easier than intervals
-            estimates = np.clip(np.asarray(block.T @ fitted.g, np.float64), problem.lower, problem.upper)
-            nearest = _nearest(problem, selection, block, distance, tolerance, estimates)
+    return _Polish(problem, selection, distance, tolerance, limits or PolishLimits()).run(objective)
+
+
+class _Polish:
+    """One polish: the problem, the selection and its rows of the matrix."""
+
+    def __init__(
+        self, problem: Problem, selection: Selection, distance: Distance, tolerance: float, limits: PolishLimits
+    ) -> None:
+        self.problem, self.selection, self.units = problem, selection, selection.units
+        self.distance, self.tolerance, self.limits = distance, tolerance, limits
+        every = len(self.units) == problem.size and problem.columns.dtype == np.float64
+        self.block = problem.columns if every else rows_of(problem.columns, self.units)
+
+    def run(self, objective: Objective) -> Polished:
+        problem, limits = self.problem, self.limits
+        if not len(self.units):  # no weight to find, whatever the objective
+            feasible = self.meets(problem.misses(np.zeros(problem.rows)))
+            return self.result(self.selection.g, feasible=feasible, reason="no household is worth its price")
+        per_target = len(self.units) / problem.rows
+        nearest: Polished | None = None
+        if objective == "distance" or (objective == "auto" and per_target > limits.distance_from):
+            nearest = self.nearest()
+            if objective == "distance" or nearest.converged:
+                return nearest
+        fitted = self.least_squares()
+        promising = max(_PROMISING_MISS, self.tolerance)
+        if objective == "auto" and per_target > 1 and _within(fitted.misses, promising):
+            nearest = nearest or self.nearest()
+            if not nearest.converged and (problem.lower < problem.upper).any():  # points are far easier than intervals
+                nearest = self.nearest(self.clipped(fitted.g))
+            if nearest.converged and nearest.feasible:
+                return nearest
+        certificate, feasible = fitted.fit.violation, self.meets(fitted.misses)
+        converged = certificate <= limits.violation or feasible
+        reason = "all targets met" if feasible else "least squares, optimality conditions met"
+        if not converged:
+            reason = f"not converged: projected gradient {certificate:.1e} after {fitted.fit.iterations} iterations"
+        return self.result(fitted.g, feasible=feasible, converged=converged, certificate=certificate, reason=reason)
+
+    def least_squares(self) -> Refit:
+        return refit(
+            self.problem,
+            self.units,
+            self.selection.g,
+            iterations=self.limits.iterations,
+            tolerance=self.limits.violation / 2,
+            finish=True,
+            block=self.block,
+        )
+
+    def meets(self, misses: Floats) -> bool:
+        return _within(misses, self.tolerance)
+
+    def clipped(self, g: Floats) -> Floats:
+        """The estimates of ``g``, moved into their intervals."""
+        estimates = np.asarray(self.block.T @ g, np.float64)
+        return np.clip(estimates, self.problem.lower, self.problem.upper)
+
+    def nearest(self, estimates: Floats | None = None) -> Polished:
+        """The nearest weights that meet the targets; with ``estimates``, those that give these."""
+        problem, units = self.problem, self.units
+        found = nearest_weights(
+            self.block,
+            problem.lower if estimates is None else estimates,
+            problem.upper if estimates is None else estimates,
+            problem.low[units],
+            problem.high[units],
+            problem.strength(units),
+            _common_factor(problem, self.block),
+            NearestOptions(distance=self.distance, tolerance=self.tolerance),
+        )
+        converged = abs(found.gap) <= self.limits.gap
+        reason = "all targets met, nearest to the design weights"
+        if estimates is not None:
+            reason += " of those with the same estimates"
+        if not found.feasible:
+            ends = (problem.lower, problem.upper, problem.low[units], problem.high[units])
+            most = self.limits.programme_entries
+            answer = can_be_met(self.block, *ends, found.misses, self.tolerance, most_entries=most)
+            if answer.g is not None and estimates is None:
+                return self.from_point(answer.g)
+            worst = float(np.max(np.abs(found.misses), initial=0.0))
+            known = "not all targets can be met within the bounds" if answer.impossible else _UNKNOWN
+            reason = f"{known}: soft compromise, largest scaled miss {worst:.2e}"
+        if not converged:
+            reason = f"not converged: duality gap {found.gap:.1e} after {found.steps} Newton steps"
+        return self.result(
+            found.g,
+            "distance",
+            feasible=found.feasible,
+            converged=converged,
+            certificate=found.gap,
+            reason=reason,
+        )
+
+    def from_point(self, g: Floats) -> Polished:
+        """The nearest weights with the estimates of ``g``, a point that meets all targets."""
+        fitted = self.least_squares()
+        g = fitted.g if self.meets(fitted.misses) else g  # least squares is nearer than a corner
+        nearest = self.nearest(self.clipped(g))
         if nearest.converged and nearest.feasible:
             return nearest
-    certificate, feasible = fitted.fit.violation, _feasible(fitted.misses, tolerance)
-    converged = certificate <= _VIOLATION or feasible
-    reason = "all targets met" if feasible else "least squares, optimality conditions met"
-    if not converged:
-        reason = f"not converged: projected gradient {certificate:.1e} after {fitted.fit.iterations} iterations"
-    return _polished(problem, selection, fitted.g, block, "least_squares", feasible, converged, certificate, reason)
+        return self.result(
+            g, feasible=True, reason="all targets met; the nearest weights that meet them were not found"
+        )
+
+    def result(
+        self,
+        g: Floats,
+        objective: str = "least_squares",
+        *,
+        feasible: bool,
+        converged: bool = True,
+        certificate: float = 0.0,
+        reason: str,
+    ) -> Polished:
+        misses = self.problem.misses(np.asarray(self.block.T @ g, np.float64))
+        weights = g * self.problem.design[self.units]
+        total = float(weights.sum())
+        deff = len(weights) * float(weights @ weights) / total**2 if total > 0 else np.inf
+        return Polished(
+            selection=Selection(self.units, g),
+            misses=misses,
+            error=self.problem.error(misses),
+            loss=float(misses @ misses) / 2,
+            deff=deff,
+            objective=objective,
+            feasible=feasible,
+            converged=converged,
+            certificate=certificate,
+            reason=reason,
+        )
 
 
-def _least_squares(problem: Problem, selection: Selection, block: Sparse) -> Refit:
-    units, tolerance = selection.units, _VIOLATION / 2
-    return refit(problem, units, selection.g, iterations=_ITERATIONS, tolerance=tolerance, finish=True, block=block)
-
-
-def _feasible(misses: Floats, tolerance: float) -> bool:
+def _within(misses: Floats, tolerance: float) -> bool:
     return float(np.max(np.abs(misses), initial=0.0)) <= tolerance
-
-
-def _nearest(
-    problem: Problem,
-    selection: Selection,
-    block: Sparse,
-    distance: Distance,
-    tolerance: float,
-    estimates: Floats | None = None,
-) -> Polished:
-    """The nearest weights that meet the targets, or that give ``estimates`` within them."""
-    units = selection.units
-    found = nearest_weights(
-        block,
-        problem.lower if estimates is None else estimates,
-        problem.upper if estimates is None else estimates,
-        problem.low[units],
-        problem.high[units],
-        problem.strength(units),
-        _common_factor(problem, block),
-        distance=distance,
-        tolerance=tolerance,
-    )
-    converged = abs(found.gap) <= _GAP
-    reason = "all targets met, nearest to the design weights"
-    if estimates is not None:
-        reason += " of those with the same estimates"
-    if not found.feasible:
-        ends = (problem.lower, problem.upper, problem.low[units], problem.high[units])
-        answer = can_be_met(block, *ends, found.misses, tolerance)
-        if answer.g is not None and estimates is None:
-            return _from_point(problem, selection, block, distance, tolerance, answer.g)
-        worst = float(np.max(np.abs(found.misses), initial=0.0))
-        known = "not all targets can be met within the bounds" if answer.impossible else _UNKNOWN
-        reason = f"{known}: soft compromise, largest scaled miss {worst:.2e}"
-    if not converged:
-        reason = f"not converged: duality gap {found.gap:.1e} after {found.steps} Newton steps"
-    return _polished(problem, selection, found.g, block, "distance", found.feasible, converged, found.gap, reason)
-
-
-def _from_point(
-    problem: Problem, selection: Selection, block: Sparse, distance: Distance, tolerance: float, g: Floats
-) -> Polished:
-    """Targets can be met, as ``g`` shows: the nearest weights with the estimates of a point that meets them."""
-    fitted = _least_squares(problem, selection, block)
-    g = fitted.g if _feasible(fitted.misses, tolerance) else g  # that is nearer than a corner
-    estimates = np.clip(np.asarray(block.T @ g, np.float64), problem.lower, problem.upper)
-    nearest = _nearest(problem, selection, block, distance, tolerance, estimates)
-    if nearest.converged and nearest.feasible:
-        return nearest
-    reason = "all targets met; the nearest weights that meet them were not found"
-    return _polished(problem, selection, g, block, "least_squares", True, True, 0.0, reason)
 
 
 def _common_factor(problem: Problem, block: Sparse) -> float:
@@ -193,32 +265,3 @@ def _common_factor(problem: Problem, block: Sparse) -> float:
     estimates = np.asarray(block.T @ np.ones(block.shape[0]), np.float64)
     factor = median_factor(estimates, problem.lower, problem.upper)
     return problem.size / max(1, block.shape[0]) if factor is None else factor
-
-
-def _polished(
-    problem: Problem,
-    selection: Selection,
-    g: Floats,
-    block: Sparse,
-    objective: str,
-    feasible: bool,
-    converged: bool,
-    certificate: float,
-    reason: str,
-) -> Polished:
-    misses = problem.misses(np.asarray(block.T @ g, np.float64))
-    weights = g * problem.design[selection.units]
-    total = float(weights.sum())
-    deff = len(weights) * float(weights @ weights) / total**2 if total > 0 else np.inf
-    return Polished(
-        selection=Selection(selection.units, g),
-        misses=misses,
-        error=problem.error(misses),
-        loss=float(misses @ misses) / 2,
-        deff=deff,
-        objective=objective,
-        feasible=feasible,
-        converged=converged,
-        certificate=certificate,
-        reason=reason,
-    )

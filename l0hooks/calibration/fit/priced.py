@@ -9,9 +9,10 @@ import numpy as np
 from l0hooks.calibration.fit.stage import Progress, Selection, State, contributions, largest, refit
 from l0hooks.calibration.numerics.problem import Problem
 
-_ROUNDS, _ITERATIONS, _SHARE = 30, 60, 0.25
-_SIZES = (1.0, 0.93, 0.86, 0.8, 0.7, 0.6, 0.5)  # of a selection that is pruned: what is left
-_GAIN = 1e-3  # of the cost, below which an attempt gained nothing
+_MOST_ROUNDS, _REFIT_ITERATIONS = 30, 60
+_ADDED_SHARE = 0.25  # of the units, added by the first round that adds any
+_PRUNED_SIZES = (1.0, 0.93, 0.86, 0.8, 0.7, 0.6, 0.5)  # shares of a selection that are left, step by step
+_LEAST_GAIN = 1e-3  # share of the cost by which a round must lower it
 
 
 def cheapest(problem: Problem, price: float, selections: Sequence[Selection]) -> Selection:
@@ -20,7 +21,7 @@ def cheapest(problem: Problem, price: float, selections: Sequence[Selection]) ->
     Examples
     --------
     >>> from scipy import sparse
-    >>> from l0hooks.calibration.numerics.problem import prepare
+    >>> from l0hooks.calibration.numerics.preparation import prepare
     >>> problem = prepare(sparse.csr_array([[1.0, 0.0, 1.0], [0.0, 1.0, 1.0]]), [4.0, 4.0])
     >>> both, third = Selection(np.array([0, 1]), np.ones(2)), Selection(np.array([2]), np.ones(1))
     >>> cheapest(problem, 0.1, [both, third]).units
@@ -48,11 +49,11 @@ class PricedSwapStage:
     Examples
     --------
     >>> from scipy import sparse
-    >>> from l0hooks.calibration.numerics.problem import prepare
+    >>> from l0hooks.calibration.numerics.preparation import prepare
     >>> problem = prepare(sparse.csr_array([[1.0, 0.0, 1.0], [0.0, 1.0, 1.0]]), [4.0, 4.0])
     >>> stage = PricedSwapStage(problem, Selection(np.arange(3), np.ones(3)), 0.1)
     >>> while not stage.done:
-    ...     told = stage.advance()
+    ...     _ = stage.advance()
     >>> stage.selection().units
     array([2])
 
@@ -67,17 +68,17 @@ class PricedSwapStage:
         selection: Selection,
         price: float,
         *,
-        rounds: int = _ROUNDS,
-        iterations: int = _ITERATIONS,
+        rounds: int = _MOST_ROUNDS,
+        iterations: int = _REFIT_ITERATIONS,
     ) -> None:
         self.problem, self.price, self.rounds, self.iterations = problem, price, rounds, iterations
         self._round, self._count = 0, 0
         self._now, self._misses = selection, problem.misses(np.zeros(problem.rows))
-        self._cost = float(self._misses @ self._misses) / 2  # of nobody
+        self._cost = float(self._misses @ self._misses) / 2  # of the empty selection
         if not len(selection.units):
             self._round = rounds
             return
-        self._nobody = np.inf if problem.kept.any() else self._cost
+        self._empty_cost = np.inf if problem.kept.any() else self._cost
         fitted = refit(problem, selection.units, selection.g, iterations=2 * iterations, relaxed=True)
         self._now, self._misses = Selection(selection.units, fitted.g), fitted.misses
         self._cost = fitted.loss + price / 2 * len(selection.units)
@@ -105,8 +106,8 @@ class PricedSwapStage:
         if not len(self._now.units):
             self._count = 0
         elif self._count == 0:
-            self._count = max(1, int(_SHARE * len(self._now.units)))
-        elif self._cost >= before * (1 - _GAIN):
+            self._count = max(1, int(_ADDED_SHARE * len(self._now.units)))
+        elif self._cost >= before * (1 - _LEAST_GAIN):
             self._count //= 2
         return Progress("swaps", self._round, self.rounds, self.problem.error(self._misses), len(self._now.units))
 
@@ -125,7 +126,7 @@ class PricedSwapStage:
     def _prune(self, wide: Selection) -> None:
         """Drop the smallest contributions step by step; keep the cheapest selection on the way."""
         problem, now, most = self.problem, wide, len(wide.units)
-        for share in _SIZES:
+        for share in _PRUNED_SIZES:
             stay = largest(contributions(problem, now.units, now.g), max(1, int(share * most)))
             fitted = refit(problem, now.units[stay], now.g[stay], iterations=self.iterations, relaxed=True)
             used = np.flatnonzero((fitted.g > 0) | problem.kept[now.units[stay]])
@@ -135,9 +136,13 @@ class PricedSwapStage:
                 self._now, self._misses, self._cost = now, fitted.misses, cost
             if len(used) <= max(1, int(problem.kept.sum())):
                 break
-        if self._nobody < self._cost:
+        if self._empty_cost < self._cost:
             self._now = Selection(now.units[:0], now.g[:0])
-            self._misses, self._cost, self._round = problem.misses(np.zeros(problem.rows)), self._nobody, self.rounds
+            self._misses, self._cost, self._round = (
+                problem.misses(np.zeros(problem.rows)),
+                self._empty_cost,
+                self.rounds,
+            )
 
     def selection(self) -> Selection:
         """The units as they stand."""

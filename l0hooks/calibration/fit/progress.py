@@ -1,4 +1,4 @@
-"""How far a fit is: a line in a terminal, sparse lines in a log, and what the user's callbacks are told."""
+"""How far a fit is: a line in a terminal, sparse lines in a log, and what the user's callbacks are progress."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from typing import Protocol, TextIO
 from l0hooks.calibration.fit.stage import Progress
 
 logger = logging.getLogger("l0hooks.calibration")
-_REDRAW, _SPARSE = 0.1, 10.0  # seconds between two lines, in a terminal and in a log
+_TERMINAL_SECONDS, _LOG_SECONDS = 0.1, 10.0  # seconds between two lines, in a terminal and in a log
 
 
 @dataclass(frozen=True)
 class Update:
-    """What callbacks are told after each step.
+    """What callbacks are progress after each step.
 
     Attributes
     ----------
@@ -87,15 +87,17 @@ class Watch:
         """Since the fit began."""
         return self._clock() - self._start
 
-    def update(self, told: Progress) -> Update:
-        """``told`` with times."""
+    def update(self, progress: Progress) -> Update:
+        """``progress`` with times."""
         now = self._clock()
-        if told.stage != self._stage or told.step <= self._step:
-            self._stage, self._first, self._began = told.stage, told.step, now  # the first step also prepares
-        self._step = told.step
-        done = told.step - self._first
-        left = (now - self._began) / done * max(0, told.steps - told.step) if done else None
-        return Update(told.stage, told.step, told.steps, told.error, told.active, now - self._start, left)
+        if progress.stage != self._stage or progress.step <= self._step:
+            self._stage, self._first, self._began = progress.stage, progress.step, now  # the first step also prepares
+        self._step = progress.step
+        done = progress.step - self._first
+        left = (now - self._began) / done * max(0, progress.steps - progress.step) if done else None
+        return Update(
+            progress.stage, progress.step, progress.steps, progress.error, progress.active, now - self._start, left
+        )
 
 
 class Display:
@@ -138,7 +140,7 @@ class Display:
         turn = now >= self._next or update.stage != self._stage or update.step >= update.steps
         if self._off or not turn:
             return
-        self._next, self._stage = now + (_REDRAW if self._terminal else _SPARSE), update.stage
+        self._next, self._stage = now + (_TERMINAL_SECONDS if self._terminal else _LOG_SECONDS), update.stage
         if self._log:
             logger.info("%s", update)
         elif self._terminal:

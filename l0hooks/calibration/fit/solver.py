@@ -4,107 +4,35 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
-from typing import Literal
+from dataclasses import asdict, replace
 
 import numpy as np
 
+from l0hooks.calibration.fit.candidates import (
+    GATES_WITH_SWAPS,
+    Candidate,
+    Options,
+    Pending,
+    planned,
+    random_selection,
+    with_floor,
+)
 from l0hooks.calibration.fit.gates import GateStage
 from l0hooks.calibration.fit.greedy import GreedyStage, worth_their_price
-from l0hooks.calibration.fit.polish import Objective, Polished, polish
+from l0hooks.calibration.fit.polish import Polished, polish
 from l0hooks.calibration.fit.priced import PricedSwapStage, cheapest
 from l0hooks.calibration.fit.stage import Patience, Progress, Selection, Stage, State, refit
 from l0hooks.calibration.fit.swaps import PruneStage, SwapStage
-from l0hooks.calibration.numerics.columns import rows_of, shared
-from l0hooks.calibration.numerics.dual import Distance
+from l0hooks.calibration.numerics.columns import rows_of
 from l0hooks.calibration.numerics.problem import Problem
 
-Method = Literal["auto", "gates", "greedy", "dense"]
-_ITERATIONS = 60  # of the refit that selections are compared by
-_FLOOR = 1e-3  # of the usual g, n/K: a chosen unit's weight is no smaller
-_EQUAL = 0.01  # errors that differ by less count as equal: the smaller design effect decides
-_NEAR = 1e-2  # root mean square of the scaled misses of an unpolished selection that may yet meet all targets
-_CLOSE = 1.1  # losses of unpolished selections whose square roots differ by no more are all polished
-_UNSETTLED = 2.0  # the same, where the polish lowered the first one's by so much
-_SAME = 1.06  # two starts that end as close as this have met the floor: a third is not tried
-_FEW, _SOME = 1.5, 5.0  # units a target: up to which gates may win, and greedy search
-_MANY = 2.0  # units a target from which a random selection may do
-_SMALL = 200  # targets up to which greedy search one by one is cheap
-_CHEAP = 2000  # units up to which every start is tried all the same
-_RANDOM, _RANDOM_SWAPS, _GREEDY, _GATES = (
-    ("random",),
-    ("random", "swaps"),
-    ("greedy", "swaps"),
-    ("gates", "prune", "swaps"),
-)
-_PATH, _PRICED, _DENSE = ("path", "prune", "swaps"), ("gates", "swaps"), ("all",)
-
-
-@dataclass(frozen=True)
-class Options:
-    """What :class:`Solver` is to do.
-
-    Attributes
-    ----------
-    keep : int, optional
-        K, the number of units with a positive weight.
-    l0 : float, > 0, optional
-        The price of a unit instead; neither: all units, plain calibration.
-    method : "auto", "gates", "greedy" or "dense"
-        "auto" runs all candidates that could win; "dense" starts from a random selection and swaps, without gates.
-    epochs : int, > 0
-        Of the gates.
-    objective, distance, tolerance
-        As in :func:`polish`.
-    random_state : int, >= 0
-    patience : int, > 0, optional
-        Gates, once they are down to their final number, and swaps end after so many steps without a better error.
-    """
-
-    keep: int | None = None
-    l0: float | None = None
-    method: Method = "auto"
-    epochs: int = 200
-    objective: Objective = "auto"
-    distance: Distance = "chi_square"
-    tolerance: float = 1e-6
-    random_state: int = 0
-    patience: int | None = None
-
-
-@dataclass(frozen=True)
-class Pending:
-    """A candidate's selection before the polish.
-
-    Attributes
-    ----------
-    name : str
-    selection : Selection
-    norm : float
-        √Σ dist² after a short refit.
-    error : float
-        The mean relative error then, which another may have smaller.
-    """
-
-    name: str
-    selection: Selection
-    norm: float
-    error: float
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """One candidate's result.
-
-    Attributes
-    ----------
-    name : str
-        Its stages, joined by ``+``.
-    polished : Polished
-    """
-
-    name: str
-    polished: Polished
+_COMPARING_ITERATIONS = 60  # of the refit that selections are compared by
+_EQUAL_ERRORS = 0.01  # errors that differ by a smaller share count as equal: the design effect decides
+_MAY_BE_MET = 1e-2  # root mean square of an unpolished selection's scaled misses, up to which it may meet all targets
+_CLOSE_NORMS = 1.1  # selections whose norm of misses is at most this many times the best one's are polished
+_CLOSE_IF_UNSETTLED = 2.0  # the largest such factor, where the polish lowers the norm of the misses much
+_AGREEING_STARTS = 1.06  # two starts whose norms differ by a smaller factor agree: gates are not tried
+_FEW_TARGETS = 200  # up to which greedy search one unit at a time is cheap
 
 
 class Solver:
@@ -136,7 +64,7 @@ class Solver:
     Examples
     --------
     >>> from scipy import sparse
-    >>> from l0hooks.calibration.numerics.problem import prepare
+    >>> from l0hooks.calibration.numerics.preparation import prepare
     >>> rng = np.random.default_rng(0)
     >>> matrix = sparse.csr_array(rng.random((4, 50)))
     >>> solver = Solver(prepare(matrix, matrix @ np.ones(50)), Options(keep=6, epochs=20))
@@ -149,10 +77,10 @@ class Solver:
         self, problem: Problem, options: Options, before: Selection | None = None, *, frugal: bool = False
     ) -> None:
         self.options, self._before, self._frugal = options, before, frugal
-        self.problem = _with_floor(problem, options.keep)
+        self.problem = with_floor(problem, options.keep)
         self.candidates: list[Candidate] = []
         self._pending: list[Pending] = []
-        self._plan = _plan(self.problem, options, before is not None)
+        self._plan = planned(self.problem, options, before is not None)
         self._candidate = self._leg = 0
         self._stage: Stage | None = None
         self._selection: Selection | None = None
@@ -170,18 +98,16 @@ class Solver:
             return True
         norms = sorted(one.norm for one in self._pending if one.name.endswith("swaps"))
         return (
-            self._leg == 0 and len(norms) > 1 and norms[1] <= _SAME * norms[0] and self._plan[self._candidate] == _GATES
+            self._leg == 0
+            and len(norms) > 1
+            and norms[1] <= _AGREEING_STARTS * norms[0]
+            and self._plan[self._candidate] == GATES_WITH_SWAPS
         )
 
     @property
     def resumable(self) -> bool:
         """Whether :meth:`state` may be called now."""
         return self._stage is None or self._stage.resumable
-
-    @property
-    def gates(self) -> GateStage | None:
-        """The gate stage, while it runs."""
-        return self._stage if isinstance(self._stage, GateStage) else None
 
     def run(self) -> Candidate:
         """Take all steps; the best candidate."""
@@ -193,7 +119,7 @@ class Solver:
         """The best of the finished candidates."""
         errors = np.array([c.polished.error for c in self.candidates])
         met = np.array([c.polished.feasible for c in self.candidates])
-        edge = errors.min() * (1 + _EQUAL)
+        edge = errors.min() * (1 + _EQUAL_ERRORS)
         equal = met if met.any() else errors <= edge
         deff = np.where(equal, [c.polished.deff for c in self.candidates], np.inf)
         return self.candidates[int(np.argmin(deff))]
@@ -207,12 +133,12 @@ class Solver:
             self._begin(legs[self._leg])
         if self._stage is None:
             return self._put_by("+".join(legs))
-        told = self._stage.advance()
+        progress = self._stage.advance()
         if self._stage.done:
             self._end_leg()
-        elif self._patience is not None and self._may_end() and self._patience.is_over(told):
+        elif self._patience is not None and self._may_end() and self._patience.is_over(progress):
             self.end_stage()
-        return told
+        return progress
 
     def _may_end(self) -> bool:
         """Whether errors of the stage that runs can be compared from step to step, and it may end at any of them."""
@@ -273,7 +199,7 @@ class Solver:
 
     def _compare_with_greedy(self) -> None:
         """With a price and few targets, or where gates that can stand in for each other all closed at once."""
-        price, found, few = self.options.l0, self._selection, self.problem.rows <= _SMALL
+        price, found, few = self.options.l0, self._selection, self.problem.rows <= _FEW_TARGETS
         if price is not None and found is not None and (few or not len(found.units)):
             self._selection = cheapest(self.problem, price, [found, worth_their_price(self.problem, price)])
 
@@ -283,7 +209,7 @@ class Solver:
         norm, error = 0.0, np.inf
         if len(self._plan) > 1:
             block = rows_of(self.problem.columns, selection.units, rough=len(selection.units) > self.problem.rows)
-            fitted = refit(self.problem, selection.units, selection.g, iterations=_ITERATIONS, block=block)
+            fitted = refit(self.problem, selection.units, selection.g, iterations=_COMPARING_ITERATIONS, block=block)
             norm, error = float(np.linalg.norm(fitted.misses)), self.problem.error(fitted.misses)
         self._pending.append(Pending(name, selection, norm, error))
         self._selection, self._leg, self._candidate = None, 0, self._candidate + 1
@@ -304,20 +230,19 @@ class Solver:
             objective=options.objective,
             distance=options.distance,
             tolerance=options.tolerance,
+            limits=options.polish,
         )
         self.candidates.append(Candidate(first.name, polished))
         reached = min(c.polished.loss for c in self.candidates)
         gained = first.norm / max(float(np.sqrt(2 * polished.loss)), 1e-300)
-        close = max(_CLOSE, min(gained, _UNSETTLED))  # what the polish may turn round is polished
+        close = max(_CLOSE_NORMS, min(gained, _CLOSE_IF_UNSETTLED))  # what the polish may turn round is polished
         edge = close * max(first.norm, float(np.sqrt(2 * reached)))
         if polished.feasible:  # who may meet all targets, too, may have the smaller design effect
-            edge = _NEAR * math.sqrt(self.problem.rows)
+            edge = _MAY_BE_MET * math.sqrt(self.problem.rows)
         also = "random" if polished.feasible else None
         least = close * first.error
         self._pending = [one for one in self._pending[1:] if one.norm <= edge or one.error <= least or one.name == also]
         return Progress("polish", 1, 1 + len(self._pending), polished.error, len(first.selection.units))
-
-    # --- checkpoints -----------------------------------------------------------------------------------------------
 
     def state(self) -> State:
         """What :meth:`resume` needs: numbers, strings, arrays, and lists and dictionaries of them."""
@@ -351,22 +276,13 @@ class Solver:
             self._stage.resume(state["stage"])
 
 
-def random_selection(problem: Problem, keep: int, random_state: int) -> Selection:
-    """``keep`` units at random, those that must stay among them, with one g for all."""
-    rng = np.random.default_rng([random_state, 1])
-    free = np.flatnonzero(~problem.kept)
-    drawn = rng.choice(free, keep - (problem.size - len(free)), replace=False)
-    units = np.sort(np.concatenate([np.flatnonzero(problem.kept), drawn]))
-    return Selection(units, np.full(keep, problem.size / keep))
-
-
 def path(problem: Problem, sizes: Sequence[int], options: Options) -> dict[int, Candidate]:
     """The best candidate for every K of ``sizes``, from the largest down, each pruned from the last as well.
 
     Examples
     --------
     >>> from scipy import sparse
-    >>> from l0hooks.calibration.numerics.problem import prepare
+    >>> from l0hooks.calibration.numerics.preparation import prepare
     >>> matrix = sparse.csr_array(np.random.default_rng(0).random((4, 50)))
     >>> found = path(prepare(matrix, matrix @ np.ones(50)), [5, 20], Options(epochs=20))
     >>> [(k, len(best.polished.selection.units)) for k, best in found.items()]
@@ -378,29 +294,3 @@ def path(problem: Problem, sizes: Sequence[int], options: Options) -> dict[int, 
         found[keep] = Solver(problem, replace(options, keep=keep), before).run()
         before = found[keep].polished.selection
     return found
-
-
-def _with_floor(problem: Problem, keep: int | None) -> Problem:
-    """A positive lower bound where there is none: for all units if their number is fixed, else for those kept."""
-    floor = np.minimum(_FLOOR * problem.size / (problem.size if keep is None else keep), problem.high)
-    needed = (problem.low <= 0) & (problem.kept | (keep is not None))
-    return replace(problem, low=shared(np.where(needed, floor, problem.low)))
-
-
-def _plan(problem: Problem, options: Options, prunable: bool) -> list[tuple[str, ...]]:
-    """The candidates, the likeliest to win first."""
-    if options.l0 is not None and not problem.kept.all():
-        return [_PRICED]
-    if options.keep is None or options.keep == problem.size:
-        return [_DENSE]
-    if options.keep == int(problem.kept.sum()):
-        return [_RANDOM]
-    single: dict[str, list[tuple[str, ...]]] = {"gates": [_GATES], "greedy": [_GREEDY], "dense": [_RANDOM_SWAPS]}
-    if options.method != "auto":
-        return single[options.method]
-    first = [_PATH] if prunable else []
-    last = [_RANDOM] if options.keep > _MANY * problem.rows else []
-    if options.keep <= max(_FEW * problem.rows, _CHEAP):
-        return [*first, _GREEDY, _RANDOM_SWAPS, *last, _GATES]
-    also = [_GREEDY] if options.keep <= _SOME * problem.rows else []
-    return [*first, _RANDOM_SWAPS, *also, *last]

@@ -14,8 +14,8 @@ from l0hooks.calibration.numerics.least_squares import Fit, bounded_fit
 from l0hooks.calibration.numerics.problem import Problem, larger_ends
 from l0hooks.calibration.numerics.proximal import proximal_fit
 
-_WORTH = 0.01  # share of the error by which it must fall to count as better
-_DENSE = 6000  # targets up to which a fit may be finished with dense factors
+_LEAST_IMPROVEMENT = 0.01  # share of the error by which it must fall to count as better
+_MOST_FOR_DENSE_FACTORS = 6000  # targets up to which a fit may be finished with dense factors
 State = dict[str, Any]  # numbers, strings, NumPy arrays, and dictionaries of them
 
 
@@ -78,10 +78,10 @@ class Patience:
         """Forget the stage that was watched."""
         self._least, self._waited = math.inf, 0
 
-    def is_over(self, told: Progress) -> bool:
+    def is_over(self, progress: Progress) -> bool:
         """Count a step."""
-        if told.error < (1 - _WORTH) * self._least:
-            self._least, self._waited = told.error, 0
+        if progress.error < (1 - _LEAST_IMPROVEMENT) * self._least:
+            self._least, self._waited = progress.error, 0
         else:
             self._waited += 1
         return self._waited >= self.steps
@@ -184,7 +184,7 @@ def refit(
 
     Examples
     --------
-    >>> from l0hooks.calibration.numerics.problem import prepare
+    >>> from l0hooks.calibration.numerics.preparation import prepare
     >>> problem = prepare(sparse.csr_array([[1.0, 1.0], [0.0, 2.0]]), [9.0, 4.0])
     >>> fitted = refit(problem, np.array([0, 1]), np.ones(2), iterations=20)
     >>> problem.weights(fitted.g, np.array([0, 1])).round(3)
@@ -194,48 +194,40 @@ def refit(
     low, high = problem.low[units], problem.high[units]
     if relaxed:
         low = np.where(problem.kept[units], low, 0.0)
+    fitted, target, scale = rows, problem.lower, _size(problem)
     interval = np.flatnonzero(problem.lower < problem.upper)
+    if len(interval):
+        fitted, target, low, high, start = _with_slack(problem, interval, rows, (low, high, start))
+    fit = bounded_fit(fitted, target, low, high, start, iterations=iterations, tolerance=tolerance, scale=scale)
+    if finish and not fit.converged and len(target) <= _MOST_FOR_DENSE_FACTORS:
+        better = proximal_fit(fitted, target, low, high, fit.g, tolerance=2 * tolerance, scale=scale)
+        fit = replace(better, iterations=fit.iterations + better.iterations)
     if not len(interval):
-        fit = _fit(rows, problem.lower, low, high, start, iterations, tolerance, finish, _size(problem))
         return Refit(fit.g, fit.residual, fit)
-    # an interval is a point at zero for the estimate less a number within the interval
-    slack = sparse.csr_array(
-        (np.full(len(interval), -1.0, rows.dtype), (np.arange(len(interval)), interval)),
-        shape=(len(interval), problem.rows),
-    )
-    target = np.where(problem.lower < problem.upper, 0.0, problem.lower)
-    estimates = np.asarray(rows.T @ start.astype(rows.dtype), np.float64)[interval]
-    fit = _fit(
-        sparse.vstack([rows, slack], format="csr"),
-        target,
-        np.concatenate([low, problem.lower[interval]]),
-        np.concatenate([high, problem.upper[interval]]),
-        np.concatenate([start, estimates]),
-        iterations,
-        tolerance,
-        finish,
-        _size(problem),
-    )
     g = fit.g[: len(units)]
     return Refit(g, problem.misses(np.asarray(rows.T @ g.astype(rows.dtype), np.float64)), fit)
 
 
-def _fit(
-    rows: Sparse,
-    target: Floats,
-    low: Floats,
-    high: Floats,
-    start: Floats,
-    iterations: int,
-    tolerance: float,
-    finish: bool,
-    scale: float,
-) -> Fit:
-    fit = bounded_fit(rows, target, low, high, start, iterations=iterations, tolerance=tolerance, scale=scale)
-    if fit.converged or not finish or len(target) > _DENSE:
-        return fit
-    better = proximal_fit(rows, target, low, high, fit.g, tolerance=2 * tolerance, scale=scale)
-    return replace(better, iterations=fit.iterations + better.iterations)
+def _with_slack(
+    problem: Problem, interval: Integers, rows: Sparse, weights: tuple[Floats, Floats, Floats]
+) -> tuple[Sparse, Floats, Floats, Floats, Floats]:
+    """The same fit with points only: rows, targets, lower and upper bounds, and start.
+
+    Each interval becomes a target of zero for the estimate less one more variable, which lies within the interval.
+    """
+    low, high, start = weights
+    slack = sparse.csr_array(
+        (np.full(len(interval), -1.0, rows.dtype), (np.arange(len(interval)), interval)),
+        shape=(len(interval), problem.rows),
+    )
+    estimates = np.asarray(rows.T @ start.astype(rows.dtype), np.float64)[interval]
+    return (
+        sparse.vstack([rows, slack], format="csr"),
+        np.where(problem.lower < problem.upper, 0.0, problem.lower),
+        np.concatenate([low, problem.lower[interval]]),
+        np.concatenate([high, problem.upper[interval]]),
+        np.concatenate([start, estimates]),
+    )
 
 
 def _size(problem: Problem) -> float:

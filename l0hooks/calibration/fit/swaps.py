@@ -10,11 +10,12 @@ from l0hooks.calibration.fit.stage import Progress, Selection, State, contributi
 from l0hooks.calibration.numerics.columns import compacted, rows_of
 from l0hooks.calibration.numerics.problem import Problem
 
-_PRUNES, _PRUNE_ITERATIONS = 5, 40
-_ROUNDS, _SHARE = 30, 0.1
-_ITERATIONS = (80, 25)  # with at most as many units as targets; with more
-_ROUGH = 1e-4  # root mean square of the scaled misses down to which float32 will do
-_GAIN = 2e-3  # of the norm of the misses, below which a swap is none
+_PRUNING_ROUNDS, _PRUNING_ITERATIONS = 5, 40
+_MOST_SWAPS = 30
+_SWAPPED_SHARE = 0.1  # of the units, exchanged by the first swap
+_FEW_UNITS_ITERATIONS, _MANY_UNITS_ITERATIONS = 80, 25  # with at most as many units as targets; with more
+_FLOAT32_MISSES = 1e-4  # root mean square of the scaled misses above which float32 is exact enough
+_LEAST_GAIN = 2e-3  # share of the norm of the misses by which a swap must lower it
 
 
 class PruneStage:
@@ -31,11 +32,11 @@ class PruneStage:
     Examples
     --------
     >>> from scipy import sparse
-    >>> from l0hooks.calibration.numerics.problem import prepare
+    >>> from l0hooks.calibration.numerics.preparation import prepare
     >>> problem = prepare(sparse.csr_array([[1.0, 0.0, 1.0], [0.0, 1.0, 1.0]]), [4.0, 9.0])
     >>> stage = PruneStage(problem, Selection(np.arange(3), np.ones(3)), keep=2)
     >>> while not stage.done:
-    ...     told = stage.advance()
+    ...     _ = stage.advance()
     >>> stage.selection().units
     array([1, 2])
     """
@@ -46,8 +47,8 @@ class PruneStage:
         selection: Selection,
         keep: int,
         *,
-        rounds: int = _PRUNES,
-        iterations: int = _PRUNE_ITERATIONS,
+        rounds: int = _PRUNING_ROUNDS,
+        iterations: int = _PRUNING_ITERATIONS,
     ) -> None:
         self.problem, self.keep, self.rounds, self.iterations = problem, keep, rounds, iterations
         self._many = max(keep, len(selection.units))
@@ -104,11 +105,11 @@ class SwapStage:
     Examples
     --------
     >>> from scipy import sparse
-    >>> from l0hooks.calibration.numerics.problem import prepare
+    >>> from l0hooks.calibration.numerics.preparation import prepare
     >>> problem = prepare(sparse.csr_array([[1.0, 1.0, 1.0], [0.0, 0.5, 1.0]]), [4.0, 4.0])
     >>> stage = SwapStage(problem, Selection(np.array([0]), np.ones(1)))
     >>> while not stage.done:
-    ...     told = stage.advance()
+    ...     _ = stage.advance()
     >>> stage.selection().units
     array([2])
 
@@ -118,13 +119,15 @@ class SwapStage:
     """
 
     def __init__(
-        self, problem: Problem, selection: Selection, *, rounds: int = _ROUNDS, iterations: int | None = None
+        self, problem: Problem, selection: Selection, *, rounds: int = _MOST_SWAPS, iterations: int | None = None
     ) -> None:
         self.problem, self.rounds = problem, rounds
-        self.iterations = _ITERATIONS[len(selection.units) > problem.rows] if iterations is None else iterations
+        many = len(selection.units) > problem.rows
+        usual = _MANY_UNITS_ITERATIONS if many else _FEW_UNITS_ITERATIONS
+        self.iterations = usual if iterations is None else iterations
         self._round = 0
-        self._count = max(1, min(int(_SHARE * len(selection.units)), problem.size - len(selection.units)))
-        block = rows_of(problem.columns, selection.units, rough=len(selection.units) > problem.rows)
+        self._count = max(1, min(int(_SWAPPED_SHARE * len(selection.units)), problem.size - len(selection.units)))
+        block = rows_of(problem.columns, selection.units, rough=many)
         fitted = refit(problem, selection.units, selection.g, iterations=2 * self.iterations, block=block)
         self._now, self._misses = Selection(selection.units, fitted.g), fitted.misses
         if len(selection.units) >= problem.size:
@@ -143,7 +146,7 @@ class SwapStage:
     @property
     def _rough(self) -> bool:
         """Whether float32 will do: with more units than targets, while the misses are far above its rounding."""
-        far = float(np.linalg.norm(self._misses)) > _ROUGH * math.sqrt(self.problem.rows)
+        far = float(np.linalg.norm(self._misses)) > _FLOAT32_MISSES * math.sqrt(self.problem.rows)
         return far and len(self._now.units) > self.problem.rows
 
     def advance(self) -> Progress:
@@ -164,7 +167,7 @@ class SwapStage:
         stay = largest(contributions(problem, many, wide.g), keep)
         narrow = refit(problem, many[stay], wide.g[stay], iterations=self.iterations, block=compacted(block, stay))
         after = float(np.linalg.norm(narrow.misses))
-        if after < before * (1 - _GAIN):
+        if after < before * (1 - _LEAST_GAIN):
             self._now, self._misses = Selection(many[stay], narrow.g), narrow.misses
         else:
             self._count //= 2

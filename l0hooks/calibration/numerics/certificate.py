@@ -2,7 +2,7 @@ r"""Whether targets can be met within bounds: a point that meets them, a proof t
 
 The proof is Farkas's: with v = Bᵀu, all estimates B g within bounds have u·Bg ≤ Σᵢ max(vᵢ·lᵢ, vᵢ·hᵢ), and all y within
 their intervals u·y ≥ Σⱼ (uⱼ·lowerⱼ or uⱼ·upperⱼ). Where the first number is below the second for some u, no estimate is
-within all intervals. The sums are computed anew, with room for their rounding: whoever proposed u need not be trusted.
+within all intervals. The sums are computed anew, with an allowance for rounding: where u came from does not matter.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ from scipy import sparse
 
 from l0hooks.calibration.numerics.columns import Floats, Sparse, pieces, row_norms
 
-_ROOM = 1e-12  # of the sum of all sizes, for rounding
-_ENTRIES, _SECONDS = 60_000, 20.0  # up to which a linear programme is solved; how long it may take
+_ROUNDING_SHARE = 1e-12  # of the sum of all sizes, for rounding
+PROGRAMME_ENTRIES = 60_000  # of the matrix, up to which a linear programme is solved
+_PROGRAMME_SECONDS = 20.0  # that it may take
 
 
 @dataclass(frozen=True)
@@ -80,8 +81,8 @@ def proves_impossible(
     most = np.where(pull == 0, 0.0, pull * np.where(pull == 0, 0.0, limit))
     # ‖Bᵢ‖·‖u‖ is no less than Σⱼ |Bᵢⱼ uⱼ|
     sizes = np.where(np.isinf(limit), 0.0, row_norms(block) * float(np.linalg.norm(u)) * np.abs(limit))
-    room = _ROOM * (float(sizes.sum()) + float(np.abs(ends * u).sum()))
-    return float(most.sum()) + room < float(ends @ u) - tolerance * float(np.abs(u).sum())
+    rounding = _ROUNDING_SHARE * (float(sizes.sum()) + float(np.abs(ends * u).sum()))
+    return float(most.sum()) + rounding < float(ends @ u) - tolerance * float(np.abs(u).sum())
 
 
 def _lowered(block: Sparse, u: Floats, upper: Floats, high: Floats) -> Floats:
@@ -95,7 +96,7 @@ def _lowered(block: Sparse, u: Floats, upper: Floats, high: Floats) -> Floats:
         np.minimum.at(least, block.indices[part], block.data[part])
     useful = (np.isfinite(upper) & (least >= 0)).astype(np.float64)
     weight = np.asarray(block @ useful, np.float64)
-    rounding = 1e-2 * _ROOM * row_norms(block) * float(np.linalg.norm(u))
+    rounding = 1e-2 * _ROUNDING_SHARE * row_norms(block) * float(np.linalg.norm(u))
     for _ in range(3):
         pull = np.asarray(block @ u, np.float64)
         up = free & (pull > 0)
@@ -106,9 +107,17 @@ def _lowered(block: Sparse, u: Floats, upper: Floats, high: Floats) -> Floats:
 
 
 def can_be_met(
-    block: Sparse, lower: Floats, upper: Floats, low: Floats, high: Floats, misses: Floats, tolerance: float
+    block: Sparse,
+    lower: Floats,
+    upper: Floats,
+    low: Floats,
+    high: Floats,
+    misses: Floats,
+    tolerance: float,
+    *,
+    most_entries: int = PROGRAMME_ENTRIES,
 ) -> Answer:
-    """Settle it, by the misses of a fit if they are a proof, else up to 60,000 entries by a linear programme.
+    """Decide it: by the misses of a fit if they are a proof, else by a linear programme if the matrix is small.
 
     Parameters
     ----------
@@ -116,6 +125,8 @@ def can_be_met(
         As for :func:`proves_impossible`.
     misses : float64, shape (Q,)
         Of a fit that does not meet all targets.
+    most_entries : int, >= 0
+        Entries of ``block`` up to which a linear programme is solved.
 
     Examples
     --------
@@ -127,7 +138,7 @@ def can_be_met(
     """
     if proves_impossible(block, -misses, lower, upper, low, high, tolerance):
         return Answer(None, True)
-    if block.nnz > _ENTRIES:
+    if block.nnz > most_entries:
         return Answer(None, False)
     return _by_programme(block, lower, upper, low, high, tolerance)
 
@@ -147,7 +158,7 @@ def _by_programme(block: Sparse, lower: Floats, upper: Floats, low: Floats, high
         b_ub=np.concatenate([upper[over], -lower[under]]),
         bounds=np.column_stack([np.concatenate([low, np.zeros(rows)]), np.concatenate([high, np.full(rows, np.inf)])]),
         method="highs",
-        options={"time_limit": _SECONDS},
+        options={"time_limit": _PROGRAMME_SECONDS},
     )
     if solved.x is None:
         return Answer(None, False)

@@ -1,4 +1,4 @@
-"""The stored matrix, unit by unit: made, copied and gone through with little memory beside it."""
+"""The matrix stored unit by unit: how it is made, copied and read with little extra memory."""
 
 from __future__ import annotations
 
@@ -13,11 +13,20 @@ Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]
 Flags = NDArray[np.bool_]
 Sparse = Any  # scipy's stubs disagree from version to version about what an array times an array is
-_SMALL = 2**20  # entries up to which the matrix is turned round at once
-_PIECE, _FEWEST, _PIECES = 10_000, 4, 32  # entries that are worked on at a time, at least; pieces at the most
+_TRANSPOSED_AT_ONCE = 2**20  # entries up to which the matrix is transposed in one step
+_PIECE_ENTRIES = 10_000  # that are worked on at a time, at least
+_LEAST_PIECES, _MOST_PIECES = 4, 32
 
 
-def stored_by_unit(rows: Sparse, scale: Floats, members: Integers, units: int, dtype: np.dtype[Any]) -> Sparse:
+def stored_by_unit(
+    rows: Sparse,
+    scale: Floats,
+    members: Integers,
+    units: int,
+    dtype: np.dtype[Any],
+    *,
+    entries_per_piece: int = _PIECE_ENTRIES,
+) -> Sparse:
     """diag(scale)·M, stored unit by unit, a few rows of M after the other.
 
     Parameters
@@ -31,6 +40,8 @@ def stored_by_unit(rows: Sparse, scale: Floats, members: Integers, units: int, d
         How many there are.
     dtype : numpy.dtype
         Of the result.
+    entries_per_piece : int, > 0
+        How many are worked on at a time, at least.
 
     Returns
     -------
@@ -47,8 +58,8 @@ def stored_by_unit(rows: Sparse, scale: Floats, members: Integers, units: int, d
         rows = rows.copy()
         rows.sum_duplicates()
     (targets, households), entries = rows.shape, rows.nnz
-    index = np.int32 if max(entries, targets, households) < 2**31 else np.int64
-    columns = (_at_once if entries <= _SMALL else _by_pieces)(rows, scale, dtype, index)
+    index: type[np.signedinteger[Any]] = np.int32 if max(entries, targets, households) < 2**31 else np.int64
+    columns = (_at_once if entries <= _TRANSPOSED_AT_ONCE else _by_pieces)(rows, scale, dtype, index, entries_per_piece)
     if units == households:
         return columns
     inside = np.flatnonzero(members >= 0)
@@ -58,22 +69,27 @@ def stored_by_unit(rows: Sparse, scale: Floats, members: Integers, units: int, d
     return merged
 
 
-def _at_once(rows: Sparse, scale: Floats, dtype: np.dtype[Any], index: type[np.signedinteger[Any]]) -> Sparse:
-    """With a copy beside, and faster."""
+def _at_once(
+    rows: Sparse, scale: Floats, dtype: np.dtype[Any], index: type[np.signedinteger[Any]], piece: int
+) -> Sparse:
+    """Faster, with a copy of the matrix."""
     data = np.empty(rows.nnz, dtype)
-    for part, some in pieces(rows):
+    for part, some in pieces(rows, entries=piece):
         data[part] = rows.data[part] * np.repeat(scale[some], np.diff(rows.indptr[some.start : some.stop + 1]))
     entries = (data, rows.indices.astype(index, copy=False), rows.indptr.astype(index, copy=False))
     turned = sparse.csr_array(entries, shape=rows.shape).tocsc()
     return sparse.csr_array((turned.data, turned.indices, turned.indptr), shape=rows.shape[::-1])
 
 
-def _by_pieces(rows: Sparse, scale: Floats, dtype: np.dtype[Any], index: type[np.signedinteger[Any]]) -> Sparse:
+def _by_pieces(
+    rows: Sparse, scale: Floats, dtype: np.dtype[Any], index: type[np.signedinteger[Any]], piece: int
+) -> Sparse:
+    """With little memory beside the matrix, some rows at a time."""
     (targets, households), entries = rows.shape, rows.nnz
     ends = np.zeros(households + 1, index)
     np.cumsum(np.bincount(rows.indices, minlength=households), out=ends[1:])
     free, data, indices = ends[:-1].copy(), np.empty(entries, dtype), np.empty(entries, index)
-    for _, some in pieces(rows, most=entries // households):  # each takes some passes over all households
+    for _, some in pieces(rows, entries // households, entries=piece):  # each takes some passes over all households
         part = sparse.csc_array(rows[some])
         counts = np.diff(part.indptr)
         places = np.arange(part.nnz, dtype=index) + np.repeat(free - part.indptr[:-1].astype(index), counts)
@@ -83,7 +99,7 @@ def _by_pieces(rows: Sparse, scale: Floats, dtype: np.dtype[Any], index: type[np
     return sparse.csr_array((data, indices, ends), shape=(households, targets))
 
 
-def row_norms(block: Sparse) -> Floats:
+def row_norms(block: Sparse, *, entries_per_piece: int = _PIECE_ENTRIES) -> Floats:
     """The Euclidean norm of every row, in float64 sums.
 
     Examples
@@ -92,7 +108,7 @@ def row_norms(block: Sparse) -> Floats:
     array([5., 0.])
     """
     sums = np.zeros(block.shape[0])
-    for part, some in pieces(block):
+    for part, some in pieces(block, entries=entries_per_piece):
         starts = block.indptr[some.start : some.stop + 1]
         filled = np.diff(starts) > 0
         if filled.any():
@@ -137,7 +153,7 @@ def compacted(block: Sparse, stay: Integers) -> Sparse:
     """
     ends = np.zeros(len(stay) + 1, block.indptr.dtype)
     np.cumsum(np.diff(block.indptr)[stay], out=ends[1:])
-    first, step = 0, max(1, len(stay) // _PIECES)
+    first, step = 0, max(1, len(stay) // _MOST_PIECES)
     while first < len(stay):  # from the front: rows only move forward, over those that are done
         last = min(first + step, len(stay))
         part, place = block[stay[first:last]], slice(ends[first], ends[last])
@@ -163,7 +179,7 @@ def scale_rows(block: Sparse, factors: Floats) -> None:
         block.data[part] *= np.repeat(factors[some], np.diff(block.indptr[some.start : some.stop + 1]))
 
 
-def weighted_squares(block: Sparse, curvature: Floats) -> Floats:
+def weighted_squares(block: Sparse, curvature: Floats, *, entries_per_piece: int = _PIECE_ENTRIES) -> Floats:
     """Σᵢ curvatureᵢ·Bᵢ², what a normal matrix has on its diagonal: float64, shape (Q,).
 
     Examples
@@ -172,7 +188,7 @@ def weighted_squares(block: Sparse, curvature: Floats) -> Floats:
     array([19.,  4.])
     """
     sums = np.zeros(block.shape[1])
-    for part, some in pieces(block):
+    for part, some in pieces(block, entries=entries_per_piece):
         squares = np.square(block.data[part], dtype=np.float64)
         squares *= np.repeat(curvature[some], np.diff(block.indptr[some.start : some.stop + 1]))
         sums += np.bincount(block.indices[part], squares, minlength=len(sums))
@@ -190,15 +206,15 @@ def shared(values: Floats) -> Floats:
     return np.broadcast_to(values[0], values.shape) if len(values) and (values == values[0]).all() else values
 
 
-def pieces(block: Sparse, most: int = _PIECES) -> Iterator[tuple[slice, slice]]:
-    """The entries and the rows of a matrix, some at a time.
+def pieces(block: Sparse, most: int = _MOST_PIECES, *, entries: int = _PIECE_ENTRIES) -> Iterator[tuple[slice, slice]]:
+    """Slices of the entries and of the rows of a matrix, piece by piece: at most ``most``, of at least ``entries``.
 
     Examples
     --------
     >>> list(pieces(sparse.csr_array(np.eye(3))))
     [(slice(0, 3, None), slice(0, 3, None))]
     """
-    count, rows = max(_PIECE, block.nnz // min(_PIECES, max(_FEWEST, most))), block.shape[0]
+    count, rows = max(entries, block.nnz // min(_MOST_PIECES, max(_LEAST_PIECES, most))), block.shape[0]
     first = 0
     while first < rows:
         last = int(np.searchsorted(block.indptr, block.indptr[first] + count, side="right")) - 1

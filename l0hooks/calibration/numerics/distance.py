@@ -19,13 +19,16 @@ from dataclasses import dataclass
 import numpy as np
 
 from l0hooks.calibration.numerics.columns import Floats, Sparse
-from l0hooks.calibration.numerics.dual import Distance, ProximalDual
+from l0hooks.calibration.numerics.dual import NearestOptions, ProximalDual
 from l0hooks.calibration.numerics.margins import fit_margins
 
-_GAP = 1e-5  # relative, where targets are intervals
-_FIRST, _FACTOR, _LAST = 1e-2, 10.0, 1e6  # τ per unit of strength: first, from one to the next, last
-_OUTER, _LOST = 40, 6  # problems at the most; those whose minimum was not found
-_FALLING, _STALLED = 0.3, 0.97  # share of the misses that a tenfold τ leaves: they can be met; they cannot
+_INTERVAL_GAP = 1e-5  # relative duality gap at which weights within intervals count as nearest
+_FIRST_TAU, _LAST_TAU = 1e-2, 1e6  # per unit of strength
+_TAU_FACTOR = 10.0  # from one problem to the next
+_MOST_PROBLEMS = 40
+_MOST_FAILURES = 6  # problems whose minimum was not found
+_FALLING_SHARE = 0.3  # of the misses left by a tenfold τ, below which the targets can be met
+_STALLED_SHARE = 0.97  # of the misses left by a tenfold τ, above which they cannot be met
 
 
 @dataclass(frozen=True)
@@ -69,9 +72,7 @@ def nearest_weights(
     high: Floats,
     strength: Floats,
     factor: float = 1.0,
-    *,
-    distance: Distance = "chi_square",
-    tolerance: float = 1e-7,
+    options: NearestOptions | None = None,
 ) -> Nearest:
     """The g nearest to ``factor`` that meet the targets.
 
@@ -87,9 +88,7 @@ def nearest_weights(
         What each unit's distance counts.
     factor : float, > 0
         c.
-    distance : "chi_square" or "raking"
-    tolerance : float, > 0
-        Of every miss, in the units of the scaled targets.
+    options : NearestOptions, optional
 
     Returns
     -------
@@ -107,7 +106,7 @@ def nearest_weights(
     Deville & Särndal (1992), Calibration estimators in survey sampling, section 2; Rockafellar (1976), Augmented
     Lagrangians and applications of the proximal point algorithm in convex programming.
     """
-    return _Search(block, lower, upper, low, high, strength, factor, distance, tolerance).solve()
+    return _Search(block, lower, upper, low, high, strength, factor, options or NearestOptions()).solve()
 
 
 class _Search(ProximalDual):
@@ -132,32 +131,34 @@ class _Search(ProximalDual):
         return self.result(r, misses, True, t)
 
     def by_newton(self) -> Nearest:
-        self.tau = _FIRST * float(self.q.sum())
-        before, growth, lost, whole = np.inf, _FACTOR, 0, float(self.q.sum())
-        for _ in range(_OUTER):
+        self.tau = _FIRST_TAU * float(self.q.sum())
+        before, growth, lost, whole = np.inf, _TAU_FACTOR, 0, float(self.q.sum())
+        for _ in range(_MOST_PROBLEMS):
             r, arrived = self.minimise()
             estimates = self.factor * (self.block.T @ r)
             misses = self.misses(estimates)
             feasible = float(np.max(np.abs(misses), initial=0.0)) <= self.tolerance
             norm = float(np.linalg.norm(self.unbalanced(estimates)))
-            if (feasible and self.optimal(r, misses)) or lost == _LOST:
+            if (feasible and self.optimal(r, misses)) or lost == _MOST_FAILURES:
                 break
             if not arrived:  # from here with a smaller τ, which is easier
-                self.dual, before, growth, lost = self.u, np.inf, _FACTOR**0.5, lost + 1
-                self.tau /= _FACTOR
+                self.dual, before, growth, lost = self.u, np.inf, _TAU_FACTOR**0.5, lost + 1
+                self.tau /= _TAU_FACTOR
                 continue
-            last = self.tau >= _LAST * whole
-            stalled = norm > before if lost else norm > _STALLED * before  # after a smaller τ little moves at first
+            last = self.tau >= _LAST_TAU * whole
+            stalled = (
+                norm > before if lost else norm > _STALLED_SHARE * before
+            )  # after a smaller τ little moves at first
             if not feasible and stalled and (last or (self.tau >= whole and not lost)):
                 break
-            if feasible or last or (norm < _FALLING * before and np.isfinite(before)):
+            if feasible or last or (norm < _FALLING_SHARE * before and np.isfinite(before)):
                 self.dual = self.u
-            before, self.tau = norm, min(self.tau * growth, _LAST * whole)
+            before, self.tau = norm, min(self.tau * growth, _LAST_TAU * whole)
         return self.result(r, misses, feasible)
 
     def optimal(self, r: Floats, misses: Floats) -> bool:
         """Whether feasible weights are the nearest ones: always for points; within intervals others may be nearer."""
-        return not self.interval.any() or abs(self.result(r, misses, True).gap) <= _GAP
+        return not self.interval.any() or abs(self.result(r, misses, True).gap) <= _INTERVAL_GAP
 
     def misses(self, estimates: Floats) -> Floats:
         outside: Floats = estimates - np.clip(estimates, self.lower, self.upper)

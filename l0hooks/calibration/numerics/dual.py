@@ -22,14 +22,35 @@ from l0hooks.calibration.numerics.columns import Floats, Sparse, weighted_square
 from l0hooks.calibration.numerics.factor import Factor, conjugate_gradients, factorised
 
 Distance = Literal["chi_square", "raking"]
-_NEWTON = 60  # steps at the most
-_CHEAP, _INNER = 60, 500  # conjugate gradients: before a preconditioner is built; at the most
-_DENSE = 6000  # targets up to which one is built
-_LARGEST = 30.0  # exponent of a raking weight: F(t) is linear beyond
-_SHORTEST, _SHORT = 1e-10, 0.2  # share of a step that is tried; below which the next is damped
-_LEAST = 1e-6  # damping, against the diagonal
-_EDGE = 1e-3  # \|u\| up to which a number may count as being at its kink
-_APART = 1e8  # diagonal of numbers that stay, in a preconditioner: the others do not see them
+_MOST_NEWTON_STEPS = 60
+_MOST_CG_STEPS = 500
+_LARGEST_EXPONENT = 30.0  # of a raking weight: F(t) is linear beyond
+_SHORTEST_STEP = 1e-10  # share of a Newton step that is tried
+_SHORT_STEP = 0.2  # share of a Newton step below which the next is damped
+_LEAST_DAMPING = 1e-6  # as a share of the diagonal
+_NEAR_KINK = 1e-3  # \|u\| up to which a number may count as being at its kink
+_FIXED_DIAGONAL = 1e8  # of fixed numbers in a preconditioner, so that they do not affect the others
+
+
+@dataclass(frozen=True)
+class NearestOptions:
+    """How the nearest weights are searched for.
+
+    Attributes
+    ----------
+    distance : "chi_square" or "raking"
+    tolerance : float, > 0
+        Of every miss, in the units of the scaled targets.
+    plain_steps : int, >= 0
+        Conjugate gradient steps that are tried before a preconditioner is made.
+    preconditioned_targets : int, >= 0
+        Targets up to which a preconditioner is made.
+    """
+
+    distance: Distance = "chi_square"
+    tolerance: float = 1e-7
+    plain_steps: int = 60
+    preconditioned_targets: int = 6000
 
 
 @dataclass(frozen=True)
@@ -65,7 +86,7 @@ class ProximalDual:
     --------
     >>> from scipy import sparse
     >>> block, ends, ones = sparse.csr_array(np.ones((2, 1))), (np.array([3.0]), np.array([4.0])), np.ones(2)
-    >>> function = ProximalDual(block, *ends, 0 * ones, 9 * ones, ones, 1.0, "chi_square", 1e-9)
+    >>> function = ProximalDual(block, *ends, 0 * ones, 9 * ones, ones, 1.0, NearestOptions(tolerance=1e-9))
     >>> function.tau = 1e9
     >>> r, found = function.minimise()
     >>> r.round(6), function.u.round(6), found
@@ -81,13 +102,13 @@ class ProximalDual:
         high: Floats,
         strength: Floats,
         factor: float,
-        distance: Distance,
-        tolerance: float,
+        options: NearestOptions,
     ) -> None:
-        self.block, self.lower, self.upper, self.tolerance = block, lower, upper, tolerance
+        self.block, self.lower, self.upper = block, lower, upper
+        self.options, self.tolerance = options, options.tolerance
         self.rows, self.q, self.factor = len(lower), strength, factor
         self.low, self.high = low / factor, high / factor
-        self.raking = distance == "raking"
+        self.raking = options.distance == "raking"
         self.interval: NDArray[np.bool_] = lower < upper
         self.dual, self.u = np.zeros(self.rows), np.zeros(self.rows)
         self.tau = float(strength.sum())
@@ -98,8 +119,8 @@ class ProximalDual:
     def ratios(self, t: Floats) -> tuple[Floats, Floats]:
         """r and dr/dt for t = Aᵀu/q."""
         if self.raking:
-            bent = np.exp(np.minimum(t, _LARGEST))
-            raw = bent if t.max(initial=0.0) <= _LARGEST else bent * (1 + np.maximum(t - _LARGEST, 0))
+            bent = np.exp(np.minimum(t, _LARGEST_EXPONENT))
+            raw = bent if t.max(initial=0.0) <= _LARGEST_EXPONENT else bent * (1 + np.maximum(t - _LARGEST_EXPONENT, 0))
             slope = bent
         else:
             raw, slope = 1 + t, np.ones_like(t)
@@ -120,7 +141,7 @@ class ProximalDual:
         """Σ qᵢ φ*(tᵢ), r = r(t): without a logarithm where r is within its bounds."""
         if not self.raking:
             return float(self.q @ (t * r - self.distances(r)))
-        values, bent = r - 1, (r <= self.low) | (r >= self.high) | (t > _LARGEST)
+        values, bent = r - 1, (r <= self.low) | (r >= self.high) | (t > _LARGEST_EXPONENT)
         if bent.any():
             values[bent] = t[bent] * r[bent] - self.distances(r[bent])
         return float(self.q @ values)
@@ -147,7 +168,7 @@ class ProximalDual:
     def minimise(self) -> tuple[Floats, bool]:
         """Semismooth Newton on the proximal dual function; r at its minimum, and whether it was found."""
         point, self.damping = self.at(self.u), 0.0
-        for _ in range(_NEWTON):
+        for _ in range(_MOST_NEWTON_STEPS):
             norm = float(np.linalg.norm(point.pull))
             if norm <= max(0.1 * self.tolerance, 1e-2 * float(np.linalg.norm(self.u - self.dual)) / self.tau):
                 return point.r, True
@@ -164,7 +185,9 @@ class ProximalDual:
         diagonal = weighted_squares(self.block, point.curvature) + 1 / self.tau
         steepest = -point.pull / diagonal
         # those that are about to change their sign take a step of their own
-        nearly = self.interval & (point.u * steepest < 0) & (np.abs(point.u) <= np.minimum(np.abs(steepest), _EDGE))
+        nearly = (
+            self.interval & (point.u * steepest < 0) & (np.abs(point.u) <= np.minimum(np.abs(steepest), _NEAR_KINK))
+        )
         direction = self.newton(point, free & ~nearly, diagonal, accuracy)
         direction = np.where(nearly, steepest, direction)
         arriving = self.interval & (point.u == 0)
@@ -174,7 +197,7 @@ class ProximalDual:
     def search(self, point: Point, direction: Floats) -> Point | None:
         """A point along the direction at which the function has fallen; no number of an interval changes its sign."""
         length = 1.0
-        while length >= _SHORTEST:
+        while length >= _SHORTEST_STEP:
             u = point.u + length * direction
             u = np.where(self.interval & (u * point.u < 0), 0.0, u)
             slope = float(point.pull @ (u - point.u))
@@ -182,9 +205,9 @@ class ProximalDual:
                 tried = self.at(u)
                 if tried.value <= point.value + 1e-4 * slope + 1e-13 * abs(point.value):
                     # longer steps than the function's pieces allow are damped
-                    longer, shorter = self.damping / 10, max(10 * self.damping, _LEAST)
-                    self.damping = shorter if length < _SHORT else longer if length == 1.0 else self.damping
-                    self.damping = min(self.damping, 1.0) if self.damping >= _LEAST else 0.0
+                    longer, shorter = self.damping / 10, max(10 * self.damping, _LEAST_DAMPING)
+                    self.damping = shorter if length < _SHORT_STEP else longer if length == 1.0 else self.damping
+                    self.damping = min(self.damping, 1.0) if self.damping >= _LEAST_DAMPING else 0.0
                     return tried
             length /= 2
         return None
@@ -205,15 +228,17 @@ class ProximalDual:
 
         kept = self.preconditioner
         x, residual = np.zeros(self.rows), start
-        limit = _CHEAP if kept is None else kept.stale
+        limit = self.options.plain_steps if kept is None else kept.stale
         x, residual = conjugate_gradients(product, x, residual, self.masked(kept or cheap, free), goal, limit)
         if float(np.linalg.norm(residual)) > goal:
-            if self.rows <= _DENSE:
-                kept = self.preconditioner = None  # its memory is wanted
-                apart = np.where(free, ridge, _APART * diagonal)  # so that those that stay are not in the way
+            if self.rows <= self.options.preconditioned_targets:
+                kept = self.preconditioner = None  # frees its memory before the next is made
+                apart = np.where(
+                    free, ridge, _FIXED_DIAGONAL * diagonal
+                )  # so that fixed numbers do not slow the others
                 kept = factorised(self.block, curvature, apart, diagonal - ridge + apart)
                 self.preconditioner = kept
-            x, _ = conjugate_gradients(product, x, residual, self.masked(kept or cheap, free), goal, _INNER)
+            x, _ = conjugate_gradients(product, x, residual, self.masked(kept or cheap, free), goal, _MOST_CG_STEPS)
         return x
 
     def masked(self, precondition: Callable[[Floats], Floats], free: NDArray[np.bool_]) -> Callable[[Floats], Floats]:

@@ -17,10 +17,11 @@ from scipy.sparse.linalg import splu
 
 from l0hooks.calibration.numerics.columns import Floats, Integers, Sparse, pieces, scale_rows
 
-_RAISED = 1e-5  # what is added to a unit diagonal, so that float32 can factorise it
-_SPARSE_SPEED, _DENSE_SPEED, _CHUNK = 3e8, 4e10, 1000  # products a second of either kind; rows made dense at a time
-_SLAB, _SLABS = 256, 16  # rows of a sparse product made at a time, at the most; with this share of all entries
-_FILLED = 0.1  # share of entries from which a matrix counts as dense
+_ADDED_TO_DIAGONAL = 1e-5  # of the scaled matrix, so that float32 can factorise it
+_SPARSE_SPEED, _DENSE_SPEED = 3e8, 4e10  # products per second of a sparse and of a dense matrix
+_DENSE_ROWS = 1000  # of the block, made dense at a time
+_SLAB_ROWS, _LEAST_SLABS = 256, 16  # rows of a sparse product made at a time, at most; slabs that share all entries
+_DENSE_FROM = 0.1  # share of non-zero entries from which a matrix counts as dense
 _STALE_SPARSE, _STALE_DENSE = 30, 20  # iterations with an old factor, after which a new one costs less
 
 
@@ -29,7 +30,7 @@ class Factor(Protocol):
 
     @property
     def stale(self) -> int:
-        """So many conjugate gradients with the factor of an earlier matrix are worth a try before a new one is made."""
+        """Conjugate gradient steps to try with the factor of an earlier matrix, before a new one is made."""
         ...
 
     def __call__(self, v: Floats) -> Floats:
@@ -65,7 +66,7 @@ def factorised(block: Sparse, curvature: Floats, ridge: Floats, diagonal: Floats
     root = 1 / np.sqrt(diagonal)
     used = np.flatnonzero(curvature)
     entries = np.diff(block.indptr)[used].astype(np.float64)
-    rows, raised = block.shape[1], ridge * root**2 + _RAISED
+    rows, raised = block.shape[1], ridge * root**2 + _ADDED_TO_DIAGONAL
     if float(entries @ entries) / _SPARSE_SPEED < float(rows) ** 2 * len(used) / _DENSE_SPEED:
         matrix = _sparse_product(block, curvature, root, raised)
         return _dense_factor(matrix, root) if isinstance(matrix, np.ndarray) else _sparse_factor(matrix, root)
@@ -116,7 +117,7 @@ def _sparse_product(block: Sparse, curvature: Floats, root: Floats, ridge: Float
     A CSC array, or a NumPy array where more than a tenth is not zero.
     """
     count = block.shape[1]
-    most = int(_FILLED * count**2)
+    most = int(_DENSE_FROM * count**2)
     data, indices, ends = np.empty(most, np.float32), np.empty(most, np.int32), np.zeros(count + 1, np.int32)
     slabs = _slabs(block)
     for some in slabs:
@@ -142,8 +143,8 @@ def _slabs(block: Sparse) -> list[slice]:
         support += np.bincount(block.indices[part], minlength=len(support))
     found, start, entries = [], 0, np.concatenate([[0], np.cumsum(support)])
     while start < len(support):
-        stop = int(np.searchsorted(entries, entries[start] + block.nnz // _SLABS, side="right")) - 1
-        stop = min(max(stop, start + 1), start + _SLAB, len(support))
+        stop = int(np.searchsorted(entries, entries[start] + block.nnz // _LEAST_SLABS, side="right")) - 1
+        stop = min(max(stop, start + 1), start + _SLAB_ROWS, len(support))
         found.append(slice(start, stop))
         start = stop
     return found
@@ -164,8 +165,8 @@ def _slab(block: Sparse, curvature: Floats, root: Floats, ridge: Floats, some: s
 
 def _dense_product(block: Sparse, used: Integers, curvature: Floats, root: Floats) -> NDArray[np.float32]:
     matrix = np.zeros((block.shape[1],) * 2, np.float32)
-    for start in range(0, len(used), _CHUNK):
-        some = used[start : start + _CHUNK]
+    for start in range(0, len(used), _DENSE_ROWS):
+        some = used[start : start + _DENSE_ROWS]
         rows = block[some]
         scale_rows(rows, np.sqrt(curvature[some]))
         rows.data *= root[rows.indices]

@@ -15,8 +15,8 @@ import numpy as np
 
 from l0hooks.calibration.numerics.columns import Floats, Sparse, row_norms
 
-_PROPORTION = 1.0  # of the bound to the free gradient that is still no reason to change the face
-_REFRESH = 50  # steps after which the residual is computed anew: float32 products drift
+_FACE_PROPORTION = 1.0  # bound over free gradient, above which coordinates are released from their bounds
+_STEPS_TO_REFRESH = 50  # steps after which the residual is computed anew: float32 products drift
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,6 @@ def bounded_fit(
     *,
     iterations: int,
     tolerance: float = 1e-8,
-    norms: Floats | None = None,
     scale: float | None = None,
 ) -> Fit:
     r"""\(\min_g \tfrac12\|Bg - b\|^2\) within bounds, from ``start``; the best point after at most ``iterations``.
@@ -76,8 +75,6 @@ def bounded_fit(
         Each takes one or two products with B and with Bᵀ.
     tolerance : float, > 0
         Of the projected gradient, relative to ``scale``.
-    norms : float64, shape (n,), optional
-        ‖Bᵢ‖ where known.
     scale : float, > 0, optional
         ‖b‖ if not given.
 
@@ -93,7 +90,7 @@ def bounded_fit(
     >>> fit.g.round(6), fit.converged
     (array([0. , 1.5]), True)
     """
-    unit = column_norms(block) if norms is None else np.where(norms > 0, norms, 1.0)
+    unit = column_norms(block)
     fit = _Face(block, target, low * unit, high * unit, unit, tolerance, scale).run(start * unit, iterations)
     return replace(fit, g=np.clip(fit.g, low, high))  # g·‖Bᵢ‖ was within, g may have been rounded out
 
@@ -138,7 +135,7 @@ class _Face:
     def violation(self) -> float:
         return float(np.sqrt(self.free @ self.free + self.bound @ self.bound))
 
-    def room(self, direction: Floats) -> Floats:
+    def reach(self, direction: Floats) -> Floats:
         """The a for which each coordinate of x − a·direction reaches its bound."""
         with np.errstate(divide="ignore", invalid="ignore"):
             down = np.where(direction > 0, (self.x - self.low) / direction, np.inf)
@@ -152,9 +149,9 @@ class _Face:
         for step in range(1, iterations + 1):
             if self.violation() <= self.goal:
                 break
-            leaves = float(self.bound @ self.bound) > _PROPORTION * float(self.free @ self.free)
+            leaves = float(self.bound @ self.bound) > _FACE_PROPORTION * float(self.free @ self.free)
             direction = self.walk(self.bound if leaves else direction, leaves)
-            if not direction.any() or step % _REFRESH == 0:
+            if not direction.any() or step % _STEPS_TO_REFRESH == 0:
                 self.place(self.x)
                 direction = self.free
         self.place(self.x)  # what is reported is computed anew
@@ -168,8 +165,8 @@ class _Face:
         if curvature <= 0:
             return np.zeros_like(direction)
         length = float(direction @ self.gradient) / curvature
-        room = self.room(direction)
-        least = float(room.min(initial=np.inf))
+        reach = self.reach(direction)
+        least = float(reach.min(initial=np.inf))
         if length <= least:
             self.x = np.clip(self.x - length * direction, self.low, self.high)
             self.residual = self.residual - length * image
@@ -186,7 +183,7 @@ class _Face:
             self.x, self.residual = projected, residual
         else:
             ends = np.where(direction > 0, self.low, self.high)
-            self.x = np.where(room <= least, ends, np.clip(self.x - least * direction, self.low, self.high))
+            self.x = np.where(reach <= least, ends, np.clip(self.x - least * direction, self.low, self.high))
             self.residual = self.residual - least * image
         self.gradient = self.transposed(self.residual)
         self.split()

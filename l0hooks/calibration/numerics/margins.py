@@ -16,17 +16,18 @@ from numpy.typing import NDArray
 
 from l0hooks.calibration.numerics.columns import Floats, Sparse
 
-_SWEEPS, _INNER = 60, 60  # over the sample; over a table, at the most
-_CELLS = 8  # units a cell of a cross table, at least
-_ALIKE = 1e-6  # relative difference of numbers that are equal but for their storage in float32
-_SAMPLE = 1000  # units that are looked at for it, at least
-_ENOUGH, _ROUNDING = 1e-2, 1e-15  # what a table is fitted to, of its misses before; no nearer than this
-_CAUTION = 5.0  # times what the last sweep left is what the next is expected to leave, at the most
-_SLOW = 0.5  # share of the misses that a sweep leaves, from which Newton's method is faster
+_MOST_SAMPLE_SWEEPS, _MOST_TABLE_SWEEPS = 60, 60
+_UNITS_PER_CELL = 8  # of a cross table, at least
+_FLOAT32_DIFFERENCE = 1e-6  # relative, of numbers that are equal but for their storage in float32
+_LEAST_CHECKED = 1000  # units whose entries are compared first
+_TABLE_ACCURACY = 1e-2  # share of its misses to which a table is fitted
+_TABLE_ROUNDING = 1e-15  # per cell: misses below it are rounding
+_SAFETY_FACTOR = 5.0  # by which the next sweep may leave more than the last one
+_SLOW_SHARE = 0.5  # of the misses left by a sweep, above which Newton's method is faster
 
 
 def fit_margins(block: Sparse, target: Floats, strength: Floats, factor: float, tolerance: float) -> Floats | None:
-    r"""u with r(u) = exp(factor·Bᵀu/q) that meets the targets, if they are margins that soon can be met.
+    r"""u with r(u) = exp(factor·Bᵀu/q) that meets the targets, if they are margins and few sweeps suffice.
 
     Parameters
     ----------
@@ -67,7 +68,7 @@ def fit_margins(block: Sparse, target: Floats, strength: Floats, factor: float, 
         return None
     wanted = [(target / rates)[a:b] for a, b in itertools.pairwise(edges)]
     totals = [float(one.sum()) for one in wanted]
-    if max(totals) - min(totals) > _ALIKE * max(totals):
+    if max(totals) - min(totals) > _FLOAT32_DIFFERENCE * max(totals):
         return None
     logs = _sweeps(_tables(labels, edges, wanted), strength.copy(), tolerance / float(target.max()))
     if logs is None:
@@ -89,14 +90,14 @@ def _labels(block: Sparse) -> tuple[NDArray[Any], list[int]] | None:
 def _rates(block: Sparse, strength: Floats, factor: float) -> Floats | None:
     """factor·B/q of each category, from a sample; None if it differs among the units of one, or a category has none."""
     n = len(strength)
-    for step in (max(1, n // max(_SAMPLE, 20 * block.shape[1])), 1):
+    for step in (max(1, n // max(_LEAST_CHECKED, 20 * block.shape[1])), 1):
         some = slice(None, None, step)
         places = block.indices.reshape(n, -1)[some].ravel()
         each = (block.data.reshape(n, -1)[some] * (factor / strength[some])[:, None]).ravel()
         rates = np.full(block.shape[1], np.nan)
         rates[places] = each
         if not np.isnan(rates).any():
-            alike = (rates > 0).all() and (np.abs(each - rates[places]) <= _ALIKE * rates[places]).all()
+            alike = (rates > 0).all() and (np.abs(each - rates[places]) <= _FLOAT32_DIFFERENCE * rates[places]).all()
             return rates if alike else None
     return None
 
@@ -122,14 +123,14 @@ class _Table:
         table: Floats = np.bincount(self.cells, x, minlength=self.size).astype(np.float64).reshape(self.shape)
         worst = max(float(np.abs(w / self.sums(table, a) - 1).max()) for a, w in enumerate(self.wanted))
         scales = [np.ones(size) for size in self.shape]
-        for _ in range(_INNER):
+        for _ in range(_MOST_TABLE_SWEEPS):
             missed = 0.0
             for axis, wanted in enumerate(self.wanted):
                 ratio = wanted / self.sums(table, axis)
                 missed = max(missed, float(np.abs(ratio - 1).max()))
                 scales[axis] *= ratio
                 table *= ratio.reshape([-1 if other == axis else 1 for other in range(table.ndim)])
-            if table.ndim == 1 or not missed > max(_ENOUGH * worst, _ROUNDING * table.size):
+            if table.ndim == 1 or not missed > max(_TABLE_ACCURACY * worst, _TABLE_ROUNDING * table.size):
                 break
         if not np.isfinite(table).all():
             return None
@@ -141,13 +142,13 @@ class _Table:
 
 
 def _tables(labels: NDArray[Any], edges: list[int], wanted: list[Floats]) -> list[_Table]:
-    """Few tables, none with many cells."""
-    most, groups = labels.shape[1] // _CELLS, list[list[int]]()
+    """Margins grouped into as few tables as possible, none with too many cells."""
+    most, groups = labels.shape[1] // _UNITS_PER_CELL, list[list[int]]()
     sizes = [len(one) for one in wanted]
     for number in sorted(range(len(sizes)), key=lambda number: -sizes[number]):
-        room = [group for group in groups if math.prod(sizes[one] for one in group) * sizes[number] <= most]
-        if room:
-            min(room, key=lambda group: math.prod(sizes[one] for one in group)).append(number)
+        fitting = [group for group in groups if math.prod(sizes[one] for one in group) * sizes[number] <= most]
+        if fitting:
+            min(fitting, key=lambda group: math.prod(sizes[one] for one in group)).append(number)
         else:
             groups.append([number])
     tables = []
@@ -166,7 +167,7 @@ def _sweeps(tables: list[_Table], x: Floats, enough: float) -> dict[int, Floats]
         number: np.zeros(len(one)) for table in tables for number, one in zip(table.numbers, table.wanted, strict=True)
     }
     before = math.inf
-    for sweep in range(_SWEEPS):
+    for sweep in range(_MOST_SAMPLE_SWEEPS):
         missed = 0.0
         for table in tables:
             with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
@@ -176,10 +177,10 @@ def _sweeps(tables: list[_Table], x: Floats, enough: float) -> dict[int, Floats]
             missed = max(missed, done[0])
             for number, log in zip(table.numbers, done[1], strict=True):
                 logs[number] += log
-        share = min(1.0, _CAUTION * missed / before) if sweep > 1 else 1.0  # that the next sweep will find
+        share = min(1.0, _SAFETY_FACTOR * missed / before) if sweep > 1 else 1.0  # that the next sweep will find
         if missed * share <= enough:
             return logs
-        if sweep and missed > _SLOW * before:
+        if sweep and missed > _SLOW_SHARE * before:
             return logs if missed <= 1e-9 else None  # at the end of what rounding allows
         before = missed
     return None

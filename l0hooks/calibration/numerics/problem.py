@@ -11,25 +11,13 @@ rows of a few units are one slice.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
-from numpy.typing import ArrayLike
 from scipy import sparse
 
-from l0hooks.calibration.numerics.columns import (
-    Flags,
-    Floats,
-    Integers,
-    Sparse,
-    row_norms,
-    scale_rows,
-    shared,
-    stored_by_unit,
-)
-from l0hooks.errors import InvalidValueError, explain
+from l0hooks.calibration.numerics.columns import Flags, Floats, Integers, Sparse
 
 Loss = Literal["relative", "squared"]
 BoundsOn = Literal["ratio", "weight"]
@@ -38,7 +26,7 @@ Precision = Literal["float32", "float64"]
 
 @dataclass(frozen=True)
 class Problem:
-    """What is to be met by whom; :func:`prepare` makes it.
+    """What is to be met by whom; :func:`~l0hooks.calibration.numerics.preparation.prepare` makes it.
 
     Attributes
     ----------
@@ -131,114 +119,6 @@ class Problem:
         return spread
 
 
-def prepare(
-    matrix: Sparse,
-    lower: ArrayLike,
-    upper: ArrayLike | None = None,
-    *,
-    design_weights: ArrayLike | None = None,
-    importance: ArrayLike | None = None,
-    bounds: tuple[float, float] = (0.0, np.inf),
-    bounds_on: BoundsOn = "ratio",
-    loss: Loss = "relative",
-    offset: float = 1.0,
-    hierarchy: Sequence[tuple[int, Sequence[int]]] = (),
-    consistency: float = 1.0,
-    keep: ArrayLike = (),
-    leave_out: ArrayLike = (),
-    clusters: ArrayLike | None = None,
-    dtype: Precision = "float32",
-) -> Problem:
-    r"""Scale a problem: \(B = \operatorname{diag}(s)\,M\operatorname{diag}(d)\), stored unit by unit.
-
-    The arguments are taken as valid.
-
-    Parameters
-    ----------
-    matrix : scipy.sparse array or matrix, any format and dtype, shape (T, n_households)
-        What one household adds to each target.
-    lower, upper : array_like, shape (T,)
-        The targets; without ``upper`` points, else intervals, of which one end may be infinite.
-    design_weights : array_like, > 0, shape (n_households,), optional
-        One for all if not given. A cluster has the mean of its households'.
-    importance : array_like, >= 0, shape (T,), optional
-        What the squared error of each target counts.
-    bounds : (float, float), 0 <= lo <= hi
-        For households that are chosen.
-    bounds_on : "ratio" or "weight"
-        Whether they hold for weight / design weight, or for the weight.
-    loss : "relative" or "squared"
-        Relative: errors are divided by \|y\| + ``offset``, for an interval with the larger finite end. Squared: they
-        are divided by one number, the mean of that, which only makes figures comparable.
-    offset : float, > 0
-        In the units of the targets.
-    hierarchy : sequence of (parent, children)
-        Row numbers; the estimates of the children are to add up to the parent's.
-    consistency : float, >= 0
-        What the squared error of such a condition counts, against 1 for a target.
-    keep, leave_out : array_like of int
-        Households that must, and must not, be chosen. A cluster that holds one of them follows.
-    clusters : array_like of int, shape (n_households,), optional
-        Households with one number share one weight, and count as one unit.
-    dtype : "float32" or "float64"
-        Of B's values; sums over units for a result are always taken in float64.
-
-    Returns
-    -------
-    Problem
-
-    Examples
-    --------
-    >>> problem = prepare(sparse.csr_array([[1.0, 1.0], [0.0, 2.0]]), [9.0, 4.0], dtype="float64")
-    >>> problem.columns.toarray().round(3)
-    array([[0.325, 0.   ],
-           [0.325, 1.3  ]])
-    >>> problem.weights(np.ones(2), np.arange(2)).round(3)
-    array([3.25, 3.25])
-
-    References
-    ----------
-    Deville & Särndal (1992), Calibration estimators in survey sampling, section 1.
-    """
-    low_target = np.asarray(lower, np.float64)
-    high_target = low_target if upper is None else np.asarray(upper, np.float64)
-    rows = sparse.csr_array(matrix)
-    denominators = larger_ends(low_target, high_target) + offset
-    scale = 1 / denominators if loss == "relative" else np.full(len(denominators), 1 / denominators.mean())
-    if importance is not None:
-        given = np.asarray(importance, np.float64)
-        scale = scale * np.sqrt(given / given.mean())
-    if hierarchy:
-        rows, low_target, high_target, scale = _with_conditions(
-            rows, low_target, high_target, scale, denominators, hierarchy, consistency
-        )
-    households = rows.shape[1]
-    members = _members(households, clusters, np.asarray(leave_out, np.int64))
-    weights = np.ones(households) if design_weights is None else np.asarray(design_weights, np.float64)
-    base = _design_of_units(weights, members)
-    columns = stored_by_unit(rows, scale, members, len(base), np.dtype(dtype))
-    factor = _common_factor(columns, base, scale * low_target, scale * high_target)
-    design = base * factor
-    scale_rows(columns, design)
-    per_g = np.broadcast_to(factor, len(base)) if bounds_on == "ratio" else design
-    kept = np.zeros(len(base) + 1, np.bool_)
-    kept[members[np.asarray(keep, np.int64)]] = True
-    with np.errstate(over="ignore"):
-        return Problem(
-            columns=columns,
-            lower=scale * low_target,
-            upper=scale * high_target,
-            scale=scale,
-            denominators=denominators,
-            low=shared(bounds[0] / per_g),
-            high=shared(bounds[1] / per_g),
-            design=design,
-            norms=row_norms(columns),
-            kept=kept[:-1],
-            members=members,
-        )
-
-
 def larger_ends(lower: Floats, upper: Floats) -> Floats:
     """\\|y\\| of each target: that of the larger finite end of an interval."""
     ends = np.abs(np.stack([lower, upper]))
@@ -252,63 +132,3 @@ def median_factor(estimates: Floats, lower: Floats, upper: Floats) -> float | No
         ratios = (lower + upper) / 2 / estimates  # of an infinite end infinite or NaN
     usable = np.isfinite(ratios) & (ratios > 0)
     return float(np.median(ratios[usable])) if usable.any() else None
-
-
-def _with_conditions(
-    rows: Sparse,
-    lower: Floats,
-    upper: Floats,
-    scale: Floats,
-    denominators: Floats,
-    hierarchy: Sequence[tuple[int, Sequence[int]]],
-    consistency: float,
-) -> tuple[Sparse, Floats, Floats, Floats]:
-    """A row for each parent, its own less its children's, with the target 0."""
-    count = len(hierarchy)
-    difference = sparse.lil_array((count, rows.shape[0]))
-    for number, (parent, children) in enumerate(hierarchy):
-        difference[number, parent] = 1.0
-        for child in children:
-            difference[number, child] = -1.0
-    parents = [parent for parent, _ in hierarchy]
-    zeros = np.zeros(count)
-    return (
-        sparse.vstack([rows, sparse.csr_array(difference) @ rows], format="csr"),
-        np.concatenate([lower, zeros]),
-        np.concatenate([upper, zeros]),
-        np.concatenate([scale, np.sqrt(consistency) / denominators[parents]]),
-    )
-
-
-def _members(households: int, clusters: ArrayLike | None, leave_out: Integers) -> Integers:
-    """The unit of each household, numbered in the order of their first households; −1 for those left out."""
-    if clusters is None and not len(leave_out):
-        return np.arange(households)
-    labels = np.arange(households) if clusters is None else np.asarray(clusters)
-    _, first, inverse = np.unique(labels, return_index=True, return_inverse=True)
-    out = np.zeros(len(first), np.bool_)
-    out[inverse[leave_out]] = True
-    order = np.argsort(first, kind="stable")
-    order = order[~out[order]]
-    if not len(order):
-        raise InvalidValueError(explain("calibration", "some households must be left to choose from.", got="none"))
-    number = np.full(len(first), -1, np.int64)
-    number[order] = np.arange(len(order))
-    units: Integers = number[inverse]
-    return units
-
-
-def _design_of_units(weights: Floats, members: Integers) -> Floats:
-    inside = members >= 0
-    if inside.all() and members[-1] == len(members) - 1:  # every household is a unit of its own
-        return weights
-    count = np.bincount(members[inside])
-    mean: Floats = np.bincount(members[inside], weights[inside]) / count
-    return mean
-
-
-def _common_factor(columns: Sparse, design: Floats, lower: Floats, upper: Floats) -> float:
-    """What all design weights are multiplied by, so that they meet the targets in the median."""
-    estimates = np.asarray(columns.T @ design.astype(columns.dtype), np.float64)
-    factor = median_factor(estimates, lower, upper)
-    return 1.0 if factor is None else factor

@@ -17,10 +17,12 @@ from l0hooks.calibration.numerics.columns import Floats, Sparse, weighted_square
 from l0hooks.calibration.numerics.factor import Factor, conjugate_gradients, factorised
 from l0hooks.calibration.numerics.least_squares import Fit, column_norms
 
-_FIRST, _FACTOR = 5e-4, 0.25  # δ, against columns of norm 1: first, and from one point to the next
-_POINTS, _NEWTON, _QUICK = 25, 40, 20  # at the most; Newton steps after which δ may fall
-_ACCURACY, _SHARE = 0.1, 0.1  # a point is found to this much of the tolerance, or of the step that it is
-_INNER = 300  # conjugate gradients at the most
+_FIRST_DELTA = 5e-4  # δ of the first point, for columns of norm 1
+_DELTA_FACTOR = 0.25  # of δ, from one point to the next
+_MOST_NEWTON_STEPS = 40  # for one point
+_QUICK_NEWTON_STEPS = 20  # δ falls only after a point that took no more
+_POINT_ACCURACY = 0.1  # of a point, as a share of the tolerance or of the distance to the point before
+_MOST_CG_STEPS = 300
 
 
 def proximal_fit(
@@ -32,6 +34,7 @@ def proximal_fit(
     *,
     tolerance: float = 1e-8,
     scale: float | None = None,
+    points: int = 25,
 ) -> Fit:
     r"""\(\min_g \tfrac12\|Bg - b\|^2\) within bounds, from ``start``, by the proximal point method.
 
@@ -46,9 +49,12 @@ def proximal_fit(
     start : float64, shape (n,)
         Near the optimum, the nearer the better.
     tolerance : float, > 0
-        Of the projected gradient, relative to ``scale``. A point that does not come as near is told as not converged.
+        Of the projected gradient, relative to ``scale``. A point further
+        from the optimum is reported as not converged.
     scale : float, > 0, optional
         ‖b‖ if not given.
+    points : int, > 0
+        How many proximal points are tried at the most.
 
     Returns
     -------
@@ -69,24 +75,24 @@ def proximal_fit(
     efficient semismooth Newton augmented Lagrangian method for solving lasso problems, section 3.
     """
     norms = column_norms(block)
-    points = _Points(block, norms, target, low * norms, high * norms, tolerance, scale)
-    x = np.clip(start * norms, points.low, points.high)
-    best, least = x, points.violation(x)
-    for _ in range(_POINTS):
-        if least <= points.goal:
+    search = _Points(block, norms, target, low * norms, high * norms, tolerance, scale)
+    x = np.clip(start * norms, search.low, search.high)
+    best, least = x, search.violation(x)
+    for _ in range(points):
+        if least <= search.goal:
             break
-        before = points.steps
-        x = points.following(best)
-        violation = points.violation(x)
-        if violation >= least:  # not found within the steps: a nearer point is
-            points.delta /= _FACTOR
+        before = search.steps
+        x = search.following(best)
+        violation = search.violation(x)
+        if violation >= least:  # not found within the steps: try a nearer one
+            search.delta /= _DELTA_FACTOR
             continue
         best, least = x, violation
-        if points.steps - before <= _QUICK:  # one further off is within reach
-            points.delta *= _FACTOR
+        if search.steps - before <= _QUICK_NEWTON_STEPS:  # a point further away can be found, too
+            search.delta *= _DELTA_FACTOR
     g = np.clip(best / norms, low, high)
     residual = np.asarray(block.T @ g, np.float64) - target
-    return Fit(g, residual, least / points.scale, least <= points.goal, points.steps)
+    return Fit(g, residual, least / search.scale, least <= search.goal, search.steps)
 
 
 class _Points:
@@ -103,7 +109,7 @@ class _Points:
         self.block, self.norms, self.target, self.low, self.high = block, norms, target, low, high
         self.scale = max(float(np.linalg.norm(target)) if scale is None else scale, 1e-300)
         self.goal = tolerance * self.scale
-        self.delta, self.steps = _FIRST, 0
+        self.delta, self.steps = _FIRST_DELTA, 0
         self.solve: Factor | None = None
 
     def product(self, x: Floats) -> Floats:
@@ -139,8 +145,8 @@ class _Points:
         """The next proximal point."""
         u = self.target - self.product(x)
         value, gradient, y, curvature = self.at(x, u)
-        for _ in range(_NEWTON):
-            enough = max(_ACCURACY * self.goal, _SHARE * self.delta * float(np.linalg.norm(y - x)))
+        for _ in range(_MOST_NEWTON_STEPS):
+            enough = max(_POINT_ACCURACY * self.goal, _POINT_ACCURACY * self.delta * float(np.linalg.norm(y - x)))
             if float(np.linalg.norm(gradient)) <= enough:
                 break
             direction = self.newton(gradient, curvature)
@@ -165,11 +171,11 @@ class _Points:
         if self.solve is not None:
             x, residual = self.conjugate(x, residual, curvature, goal, self.solve.stale)
         if float(np.linalg.norm(residual)) > goal:
-            self.solve = None  # its memory is wanted
+            self.solve = None  # frees its memory before the next is made
             scaled = curvature / self.norms**2
             diagonal = 1 + weighted_squares(self.block, scaled)
             self.solve = factorised(self.block, scaled, np.ones(len(gradient)), diagonal)
-            x, residual = self.conjugate(x, residual, curvature, goal, _INNER)
+            x, residual = self.conjugate(x, residual, curvature, goal, _MOST_CG_STEPS)
         return x
 
     def conjugate(

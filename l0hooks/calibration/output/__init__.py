@@ -1,0 +1,1 @@
+"""What a calibration returns: the result, its tables, plots and HTML report."""

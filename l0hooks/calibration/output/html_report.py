@@ -12,14 +12,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from l0hooks.calibration.fit.progress import percent
+from l0hooks.calibration.output.group_errors import group_means
 from l0hooks.calibration.output.plots import history_plot
-from l0hooks.calibration.output.result import CalibrationResult, group_means
+from l0hooks.calibration.output.result import CalibrationResult
 from l0hooks.calibration.output.tables import replacing
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-_WORST = 50
+_WORST_SHOWN = 50
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
 h1 { font-size: 1.5rem; } h2 { font-size: 1.1rem; margin-top: 2.2rem; }
@@ -84,19 +85,19 @@ def report_html(
     pictures = [_picture(result.plot(), "errors by group, and weights")]
     if result.rows:
         pictures.append(_picture(history_plot(result.rows), "error and households over time"))
-    told = [*notes]
+    warnings = [*notes]
     if not result.converged:
-        told.insert(0, f"The fit did not converge: {result.reason}")
+        warnings.insert(0, f"The fit did not converge: {result.reason}")
     if result.unreachable:
         names = ", ".join(str(name) for name in result.unreachable[:20])
-        told.append(f"{len(result.unreachable):,} targets that no allowed weights can meet: {names}")
+        warnings.append(f"{len(result.unreachable):,} targets that no allowed weights can meet: {names}")
     parts = [
         f"<h1>{escape(title)}</h1>",
-        *(f'<p class="warn">{escape(note)}</p>' for note in told),
+        *(f'<p class="warn">{escape(note)}</p>' for note in warnings),
         _table(("", ""), _figures(result)),
         f"<h2>Errors and weights</h2>\n{pictures[0]}",
         *_groups(result),
-        f"<h2>The {min(_WORST, result.inputs.targets.count)} targets met worst</h2>",
+        f"<h2>The {min(_WORST_SHOWN, result.inputs.targets.count)} targets met worst</h2>",
         _worst(result),
         *(f"<h2>The way there</h2>\n{picture}" for picture in pictures[1:]),
     ]
@@ -155,7 +156,7 @@ def _groups(result: CalibrationResult) -> list[str]:
 
 def _worst(result: CalibrationResult) -> str:
     columns = result.columns("targets")
-    order = np.argsort(-np.abs(columns["relative_error"]), kind="stable")[:_WORST]
+    order = np.argsort(-np.abs(columns["relative_error"]), kind="stable")[:_WORST_SHOWN]
     numeric = [name for name in ("value", "lower", "upper", "estimate") if name in columns]
     header = ["target", *(["group"] if "group" in columns else []), *numeric, "relative error", "support", "chosen"]
     rows = []

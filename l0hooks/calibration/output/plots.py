@@ -15,9 +15,9 @@ from l0hooks.errors import import_extra
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-_MOST = 30  # groups shown, those with the largest errors
-_FLOOR, _DECADES = 1e-9, 1e-4  # errors below this, or this share of the largest, are drawn there
-_LONGEST = 28  # characters of a group's name
+_MOST_GROUPS = 30  # groups shown, those with the largest errors
+_SMALLEST_DRAWN, _SMALLEST_DRAWN_SHARE = 1e-9, 1e-4  # errors below this, or this share of the largest, are drawn there
+_LONGEST_NAME = 28  # characters of a group's name
 
 
 def calibration_plot(errors: Floats, groups: Sequence[Hashable] | None, ratios: Floats) -> Figure:
@@ -89,7 +89,7 @@ def history_plot(rows: Sequence[Mapping[str, Any]]) -> Figure:
         if len(run) == 1:
             style = {"marker": "*", "markersize": 9, "linewidth": 0}
         style["color"] = f"C{stages.index(stage) % 10}"
-        left.plot(seconds, [max(row["error"], _FLOOR) for row in run], label=label, **style)
+        left.plot(seconds, [max(row["error"], _SMALLEST_DRAWN) for row in run], label=label, **style)
         right.plot(seconds, [row["active"] for row in run], **style)
     left.set_yscale("log")
     left.yaxis.set_major_formatter(_matplotlib("ticker").FuncFormatter(_short_percent))
@@ -123,13 +123,13 @@ def _by_group(errors: Floats, groups: Sequence[Hashable] | None) -> list[tuple[s
     for place, label in enumerate(groups):
         members.setdefault(label, []).append(place)
     parts = [(f"{_short(str(label))} ({len(who):,})", errors[who]) for label, who in members.items()]
-    return sorted(parts, key=lambda part: -float(part[1].mean()))[:_MOST]
+    return sorted(parts, key=lambda part: -float(part[1].mean()))[:_MOST_GROUPS]
 
 
 def _draw_errors(axes: Any, parts: Sequence[tuple[str, Floats]], total: int) -> None:
     """A line from the median to the largest error of each group, with marks at the median, the mean and the largest."""
     places = list(range(len(parts)))
-    floor = max(_FLOOR, _DECADES * max(float(errors.max()) for _, errors in parts))
+    floor = max(_SMALLEST_DRAWN, _SMALLEST_DRAWN_SHARE * max(float(errors.max()) for _, errors in parts))
     shown = [np.maximum(errors, floor) for _, errors in parts]
     medians, largest = [float(np.median(part)) for part in shown], [float(part.max()) for part in shown]
     means = [max(float(errors.mean()), floor) for _, errors in parts]
@@ -192,7 +192,11 @@ def _plain(axes: Any) -> None:
 
 
 def _short(name: str) -> str:
-    cut = name if len(name) <= _LONGEST else f"{name[: _LONGEST // 3]}…{name[_LONGEST // 3 + 1 - _LONGEST :]}"
+    cut = (
+        name
+        if len(name) <= _LONGEST_NAME
+        else f"{name[: _LONGEST_NAME // 3]}…{name[_LONGEST_NAME // 3 + 1 - _LONGEST_NAME :]}"
+    )
     return cut.replace("$", r"\$")  # or it would be read as mathematics
 
 

@@ -9,13 +9,14 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
-from scipy import sparse
 
 from l0hooks.calibration.data.inputs import Inputs
 from l0hooks.calibration.data.names import few
 from l0hooks.calibration.fit.progress import percent
 from l0hooks.calibration.numerics.columns import Floats, Integers
 from l0hooks.calibration.numerics.problem import larger_ends
+from l0hooks.calibration.output.columns import target_columns, weight_columns
+from l0hooks.calibration.output.group_errors import group_lines
 from l0hooks.calibration.output.plots import calibration_plot
 from l0hooks.calibration.output.tables import to_frame, write_csv, write_parquet
 from l0hooks.errors import InvalidValueError, explain
@@ -25,8 +26,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Table = Literal["weights", "targets", "history"]
-_QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
-_GROUPS_SHOWN = 8
+_USUAL_SHARES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -120,7 +120,7 @@ class CalibrationResult:
         ratios: Floats = self.weights[self.chosen] / self.inputs.people.design[self.chosen]
         return ratios
 
-    def ratio_quantiles(self, shares: Sequence[float] = _QUANTILES) -> dict[float, float]:
+    def ratio_quantiles(self, shares: Sequence[float] = _USUAL_SHARES) -> dict[float, float]:
         """Quantiles of :attr:`ratios`.
 
         Parameters
@@ -153,7 +153,7 @@ class CalibrationResult:
             From name to values.
         """
         if table == "weights":
-            return {"household": list(self.inputs.households.labels), **self._weight_columns()}
+            return {"household": list(self.inputs.households.labels), **weight_columns(self.inputs, self.weights)}
         if table == "targets":
             return {"target": list(self.inputs.targets.labels), **self._target_columns()}
         if table == "history":
@@ -161,32 +161,13 @@ class CalibrationResult:
             return {name: [row[name] for row in self.rows] for name in names}
         raise InvalidValueError(explain("table", "it must be known.", expected=get_args(Table), got=repr(table)))
 
-    def _weight_columns(self) -> dict[str, Any]:
-        design = self.inputs.people.design
-        return {"weight": self.weights, "design_weight": design, "ratio": self.weights / design}
-
     def _target_columns(self) -> dict[str, Any]:
-        inputs = self.inputs
-        points = bool((inputs.lower == inputs.upper).all())
-        asked = {"value": inputs.lower} if points else {"lower": inputs.lower, "upper": inputs.upper}
-        matrix = inputs.matrix
-        filled = (matrix.data != 0).astype(np.int32)
-        pattern = sparse.csr_array((filled, matrix.indices, matrix.indptr), shape=matrix.shape)
-        group = {} if inputs.groups is None else {"group": list(inputs.groups)}
-        return {
-            **asked,
-            "estimate": self.estimates,
-            "relative_error": self.relative_errors,
-            **group,
-            "support": np.asarray(pattern.sum(axis=1)).ravel(),
-            "chosen": np.asarray(pattern @ (self.weights > 0).astype(np.int32)).ravel(),
-            "reachable": inputs.reachable,
-        }
+        return target_columns(self.inputs, self.weights, self.estimates, self.relative_errors)
 
     @property
     def weights_frame(self) -> pd.DataFrame:
         """All households by name: weight, design_weight, ratio. Needs pandas."""
-        return to_frame(self._weight_columns(), self.inputs.households)
+        return to_frame(weight_columns(self.inputs, self.weights), self.inputs.households)
 
     @property
     def target_report(self) -> pd.DataFrame:
@@ -276,7 +257,7 @@ class CalibrationResult:
             f"  error           {percent(self.error)} mean, {percent(float(np.median(errors)))} median, "
             f"{percent(float(errors[worst]))} largest ({inputs.targets.labels[worst]!r})",
             f"  within 1 %      {percent(float((errors <= 0.01).mean()))} of the targets",
-            *self._group_lines(errors),
+            *group_lines(errors, inputs.groups),
             f"  design effect   {self.deff:.3g} (as {self.effective_sample_size:,.0f} households of equal weight)",
             f"  weight ratios   {' / '.join(f'{ratio:.3g}' for ratio in ratios)} (0, 25, 50, 75, 100 %)",
         ]
@@ -286,26 +267,3 @@ class CalibrationResult:
         lines.append(f"  stage           {self.stage}" + (f" (others: {', '.join(others)})" if others else ""))
         lines.append(f"  converged       {'yes' if self.converged else 'no'}: {self.reason}")
         return "\n".join(lines)
-
-    def _group_lines(self, errors: Floats) -> list[str]:
-        if self.inputs.groups is None:
-            return []
-        means = group_means(errors, self.inputs.groups)
-        ranked = sorted(means, key=lambda label: -means[label])
-        lines = [f"  {'by group' if not n else '':<15} {percent(means[g])} {g!r}" for n, g in enumerate(ranked)]
-        more = len(lines) - _GROUPS_SHOWN
-        return lines if more <= 1 else [*lines[:_GROUPS_SHOWN], f"  {'':<15} and {more} groups with less"]
-
-
-def group_means(errors: Floats, groups: Sequence[Hashable]) -> dict[Hashable, float]:
-    r"""The mean \|relative error\| of each group.
-
-    Examples
-    --------
-    >>> group_means(np.array([0.1, -0.3, 0.0]), ["a", "a", "b"])
-    {'a': 0.2, 'b': 0.0}
-    """
-    place = {label: number for number, label in enumerate(dict.fromkeys(groups))}
-    numbers = np.array([place[label] for label in groups])
-    means = np.bincount(numbers, np.abs(errors)) / np.bincount(numbers)
-    return dict(zip(place, means.tolist(), strict=True))

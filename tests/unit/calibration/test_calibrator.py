@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -13,6 +14,7 @@ from scipy import sparse
 from scipy.optimize import lsq_linear, minimize
 
 from l0hooks.calibration import CalibrationWarning, Calibrator, NamedMatrix
+from l0hooks.calibration.fit.polish import PolishLimits
 from l0hooks.calibration.output.plots import history_plot
 from l0hooks.errors import InvalidValueError, MissingExtraError, StateError
 
@@ -292,15 +294,18 @@ def test_predictions_are_those_of_the_matrix_at_hand():
         calibrator.predict(frame.rename(columns={"h3": "x"}))
 
 
-def test_not_converged_is_told(monkeypatch):
-    from l0hooks.calibration.fit import polish
+class Unreachable(Calibrator):
+    """A calibrator whose last fit never counts as converged."""
 
-    monkeypatch.setattr(polish, "_ITERATIONS", 1)
-    monkeypatch.setattr(polish, "_VIOLATION", -1.0)  # cannot be reached
+    def solver_options(self):
+        return replace(super().solver_options(), polish=PolishLimits(iterations=1, violation=-1.0))
+
+
+def test_not_converged_is_told():
     matrix, y, _ = survey(targets=40, households=30)
     y = y * np.random.default_rng(0).uniform(0.5, 1.5, len(y))  # more than 30 weights can meet
     with pytest.warns(CalibrationWarning, match="did not converge"):
-        result = quick(objective="least_squares").fit(matrix, y)
+        result = Unreachable(max_epochs=20, progress=False, objective="least_squares").fit(matrix, y)
     assert not result.converged
     assert "converged       no: not converged" in str(result)
 

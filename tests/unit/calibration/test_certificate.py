@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 from scipy import optimize, sparse
 
-from l0hooks.calibration.fit.polish import polish
+from l0hooks.calibration.fit.polish import PolishLimits, polish
 from l0hooks.calibration.fit.stage import Selection
 from l0hooks.calibration.numerics.certificate import can_be_met, proves_impossible
-from l0hooks.calibration.numerics.problem import prepare
+from l0hooks.calibration.numerics.preparation import prepare
 
 TOLERANCE = 1e-6
 
@@ -94,20 +94,21 @@ def test_no_multipliers_prove_what_is_false(seed) -> None:
     assert not proves_impossible(dense, np.full(len(lower), np.nan), lower, upper, np.full(n, low), np.full(n, high))
 
 
-def test_large_problems_are_left_open(monkeypatch) -> None:
-    monkeypatch.setattr("l0hooks.calibration.numerics.certificate._ENTRIES", 0)
+def test_large_problems_are_left_open() -> None:
     block, ends, low, high = sparse.csr_array(np.eye(2)), np.array([1.0, 2.0]), np.zeros(2), np.ones(2)
-    answer = can_be_met(block, ends, ends, low, high, np.array([-1.0, 0.0]), 1e-9)
+    answer = can_be_met(block, ends, ends, low, high, np.array([-1.0, 0.0]), 1e-9, most_entries=0)
     assert (answer.g, answer.impossible) == (None, False)
-    assert can_be_met(block, ends, ends, low, high, np.array([0.0, -1.0]), 1e-9).impossible  # the misses say it
+    by_misses = can_be_met(block, ends, ends, low, high, np.array([0.0, -1.0]), 1e-9, most_entries=0)
+    assert by_misses.impossible  # the misses say it
 
 
 def test_a_fit_says_when_it_does_not_know(monkeypatch) -> None:
-    monkeypatch.setattr("l0hooks.calibration.numerics.certificate._ENTRIES", 0)
     monkeypatch.setattr("l0hooks.calibration.numerics.certificate.proves_impossible", lambda *_: False)
     problem = prepare(
         sparse.csr_array(np.ones((1, 4))), [100.0], bounds=(0.5, 0.6), bounds_on="weight", dtype="float64"
     )
-    done = polish(problem, Selection(np.arange(4), np.ones(4)), objective="distance")
+    done = polish(
+        problem, Selection(np.arange(4), np.ones(4)), objective="distance", limits=PolishLimits(programme_entries=0)
+    )
     assert not done.feasible
     assert "whether all targets can be met within the bounds is not known" in done.reason

@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import numpy as np
@@ -16,6 +17,7 @@ from scipy.io import mmwrite
 
 from l0hooks.calibration import Calibrator, cli
 from l0hooks.calibration.cli import main
+from l0hooks.calibration.fit.polish import PolishLimits
 from l0hooks.calibration.output.html_report import report_html
 
 T, N = 6, 40
@@ -153,10 +155,11 @@ def test_an_error_is_one_message_and_writes_nothing(folder, name, capsys):
 
 
 def test_not_converged_has_its_own_code_and_still_writes(folder, monkeypatch, capsys):
-    from l0hooks.calibration.fit import polish
+    class Unreachable(Calibrator):
+        def solver_options(self):
+            return replace(super().solver_options(), polish=PolishLimits(gap=-1.0, violation=-1.0))
 
-    for limit in ("_GAP", "_VIOLATION"):
-        monkeypatch.setattr(polish, limit, -1.0)  # cannot be reached
+    monkeypatch.setattr(cli, "Calibrator", Unreachable)
     (folder / "far.csv").write_text("target,value\n" + "".join(f"t{i},{-5 if i == 2 else 100}\n" for i in range(T)))
     assert call("M.csv", "far.csv", "--keep", "9", "--out", "out.csv", "--report", "r.html") == 3
     assert "warning: Calibrator.fit: the fit did not converge" in capsys.readouterr().err

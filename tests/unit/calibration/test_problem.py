@@ -4,8 +4,15 @@ import numpy as np
 import pytest
 from scipy import sparse
 
-from l0hooks.calibration.numerics.columns import compacted, row_norms, rows_of, weighted_squares
-from l0hooks.calibration.numerics.problem import prepare
+from l0hooks.calibration.numerics.columns import (
+    compacted,
+    row_norms,
+    rows_of,
+    scale_rows,
+    stored_by_unit,
+    weighted_squares,
+)
+from l0hooks.calibration.numerics.preparation import prepare
 
 RNG = np.random.default_rng(0)
 DENSE = RNG.random((5, 12)) * (RNG.random((5, 12)) < 0.6)
@@ -108,14 +115,13 @@ def test_rows_are_moved_together_in_their_own_memory(share, dtype) -> None:
     assert share < 0.5 or np.shares_memory(moved.data, memory)
 
 
-def test_sums_over_pieces_are_sums(monkeypatch) -> None:
-    monkeypatch.setattr("l0hooks.calibration.numerics.columns._PIECE", 7)
+def test_sums_over_pieces_are_sums() -> None:
     rng = np.random.default_rng(4)
     dense = rng.normal(size=(60, 9)) * (rng.random((60, 9)) < 0.4)
     curvature = rng.random(60)
     block = sparse.csr_array(dense)
-    np.testing.assert_allclose(row_norms(block), np.linalg.norm(dense, axis=1))
-    np.testing.assert_allclose(weighted_squares(block, curvature), curvature @ dense**2)
+    np.testing.assert_allclose(row_norms(block, entries_per_piece=7), np.linalg.norm(dense, axis=1))
+    np.testing.assert_allclose(weighted_squares(block, curvature, entries_per_piece=7), curvature @ dense**2)
 
 
 def test_rows_in_float64_are_those_of_the_stored_matrix() -> None:
@@ -126,8 +132,7 @@ def test_rows_in_float64_are_those_of_the_stored_matrix() -> None:
     np.testing.assert_array_equal(exact.toarray(), stored.toarray()[units])
 
 
-def test_matrices_are_turned_around_piece_by_piece(monkeypatch) -> None:
-    monkeypatch.setattr("l0hooks.calibration.numerics.columns._PIECE", 5)
+def test_matrices_are_turned_around_piece_by_piece() -> None:
     rng = np.random.default_rng(0)
     dense = rng.random((40, 30)) * (rng.random((40, 30)) < 0.3)
     dense[[0, 7, 39]] = dense[:, [0, 3, 29]] = 0
@@ -135,8 +140,15 @@ def test_matrices_are_turned_around_piece_by_piece(monkeypatch) -> None:
     dense[1, 2] = 2
     only = dense.copy()
     only[1, 2] = 0
-    problem = prepare(sparse.vstack([sparse.csr_array(only)]) + doubled, dense @ np.ones(30), dtype="float64")
+    matrix = sparse.vstack([sparse.csr_array(only)]) + doubled
+    problem = prepare(matrix, dense @ np.ones(30), dtype="float64")
     wanted = np.diag(problem.scale) @ dense @ np.diag(problem.design)
     np.testing.assert_allclose(problem.columns.toarray(), wanted.T)
     np.testing.assert_allclose(problem.norms, np.linalg.norm(wanted, axis=0))
     assert problem.columns.has_canonical_format
+    households = np.arange(30)
+    columns = stored_by_unit(matrix.tocsr(), problem.scale, households, 30, np.dtype("float64"), entries_per_piece=5)
+    scale_rows(columns, problem.design)
+    np.testing.assert_allclose(columns.toarray(), wanted.T)
+    np.testing.assert_allclose(row_norms(columns, entries_per_piece=5), np.linalg.norm(wanted, axis=0))
+    assert columns.has_canonical_format

@@ -5,6 +5,7 @@ import pytest
 from scipy import optimize, sparse
 
 from l0hooks.calibration.numerics.distance import nearest_weights
+from l0hooks.calibration.numerics.dual import NearestOptions
 from l0hooks.calibration.numerics.factor import factorised
 from l0hooks.calibration.numerics.least_squares import bounded_fit
 from l0hooks.calibration.numerics.proximal import proximal_fit
@@ -72,7 +73,14 @@ def test_nearest_weights_are_those_of_a_dense_solver(distance, width, factor) ->
     lower, upper = target - width, target + width
     low, high = np.full(30, 0.6 * factor), np.full(30, 1.4 * factor)
     found = nearest_weights(
-        sparse.csr_array(block), lower, upper, low, high, strength, factor, distance=distance, tolerance=1e-9
+        sparse.csr_array(block),
+        lower,
+        upper,
+        low,
+        high,
+        strength,
+        factor,
+        options=NearestOptions(distance=distance, tolerance=1e-9),
     )
     wanted = slsqp(block, lower, upper, low, high, strength, factor, distance == "raking")
     np.testing.assert_allclose(found.g, wanted, atol=2e-6)
@@ -113,7 +121,13 @@ def unexplained(gradient, block, g, u_signs, low, high):
 def test_nearest_weights_within_intervals_are_certified_and_have_multipliers(distance, seed) -> None:
     block, lower, upper, low, high, strength = interval_problem(seed)
     found = nearest_weights(
-        sparse.csr_array(block), lower, upper, low, high, strength, distance=distance, tolerance=1e-9
+        sparse.csr_array(block),
+        lower,
+        upper,
+        low,
+        high,
+        strength,
+        options=NearestOptions(distance=distance, tolerance=1e-9),
     )
     assert found.feasible
     assert abs(found.gap) < 1e-4
@@ -131,7 +145,13 @@ def test_nearest_weights_within_intervals_are_certified_and_have_multipliers(dis
 def test_nearest_weights_within_intervals_are_those_of_a_dense_solver(distance, seed) -> None:
     block, lower, upper, low, high, strength = interval_problem(seed)
     found = nearest_weights(
-        sparse.csr_array(block), lower, upper, low, high, strength, distance=distance, tolerance=1e-9
+        sparse.csr_array(block),
+        lower,
+        upper,
+        low,
+        high,
+        strength,
+        options=NearestOptions(distance=distance, tolerance=1e-9),
     )
     raking = distance == "raking"
     ends = [(block, lower), (-block, -upper)]
@@ -170,7 +190,13 @@ def test_raking_is_that_of_iterative_proportional_fitting() -> None:
         for part in (slice(0, 3), slice(3, 7)):
             g *= margins[:, part] @ (target[part] / (margins[:, part].T @ g))
     found = nearest_weights(
-        sparse.csr_array(margins), target, target, 0 * g, np.inf * g, 0 * g + 1, distance="raking", tolerance=1e-9
+        sparse.csr_array(margins),
+        target,
+        target,
+        0 * g,
+        np.inf * g,
+        0 * g + 1,
+        options=NearestOptions(distance="raking", tolerance=1e-9),
     )
     np.testing.assert_allclose(found.g, g, rtol=1e-6)
 
@@ -199,18 +225,17 @@ def test_targets_that_cannot_be_met_are_told_and_the_soft_optimum_is_certified()
     assert mine == pytest.approx(soft.fun, rel=1e-3)
 
 
-def test_the_dense_preconditioner_changes_nothing_but_the_work(monkeypatch) -> None:
+def test_the_dense_preconditioner_changes_nothing_but_the_work() -> None:
     rng = np.random.default_rng(3)
     block = random_block(rng, 300, 80) * np.geomspace(1e-3, 1e3, 80)
     target, ones = block.T @ rng.uniform(0.5, 1.5, 300), np.ones(300)
 
-    def solve():
-        return nearest_weights(sparse.csr_array(block), target, target, 0 * ones, 9 * ones, ones, tolerance=1e-7)
+    def solve(**limits):
+        options = NearestOptions(plain_steps=2, **limits)
+        return nearest_weights(sparse.csr_array(block), target, target, 0 * ones, 9 * ones, ones, options=options)
 
-    monkeypatch.setattr("l0hooks.calibration.numerics.dual._CHEAP", 2)
     dense = solve()
-    monkeypatch.setattr("l0hooks.calibration.numerics.dual._DENSE", 0)
-    plain = solve()
+    plain = solve(preconditioned_targets=0)
     assert dense.feasible
     assert dense.products < plain.products
     if plain.feasible:
@@ -254,12 +279,11 @@ def test_proximal_points_go_on_where_conjugate_gradients_stall() -> None:
     assert finished.residual @ finished.residual < stalled.residual @ stalled.residual
 
 
-def test_proximal_points_say_when_they_do_not_arrive(monkeypatch) -> None:
-    monkeypatch.setattr("l0hooks.calibration.numerics.proximal._POINTS", 1)
+def test_proximal_points_say_when_they_do_not_arrive() -> None:
     rng = np.random.default_rng(8)
     block = sparse.csr_array(ill_conditioned(rng, 150, 120))
     target = rng.random(120)
-    fit = proximal_fit(block, target, np.zeros(150), np.full(150, np.inf), np.ones(150), tolerance=1e-10)
+    fit = proximal_fit(block, target, np.zeros(150), np.full(150, np.inf), np.ones(150), tolerance=1e-10, points=1)
     assert not fit.converged
     assert fit.violation > 1e-10
 
@@ -348,7 +372,15 @@ def deming_stephan(labels, scales, strength, target):
 def test_raking_to_margins_is_proportional_fitting(sizes) -> None:
     labels, scales, strength, block, target = margins_problem(len(sizes), sizes)
     ones = np.ones(len(strength))
-    found = nearest_weights(block, target, target, 0 * ones, np.inf * ones, strength, distance="raking", tolerance=1e-9)
+    found = nearest_weights(
+        block,
+        target,
+        target,
+        0 * ones,
+        np.inf * ones,
+        strength,
+        options=NearestOptions(distance="raking", tolerance=1e-9),
+    )
     assert found.feasible
     assert found.steps == 0  # no Newton step
     assert abs(found.gap) < 1e-9
@@ -377,7 +409,9 @@ def test_raking_to_what_is_no_margin_is_newtons(how) -> None:
         block[3] = 0
         block = sparse.csr_array(block)
         target = upper = block.T @ np.random.default_rng(2).lognormal(0, 0.1, 400)
-    found = nearest_weights(block, target, upper, low, high, strength, distance="raking", tolerance=1e-8)
+    found = nearest_weights(
+        block, target, upper, low, high, strength, options=NearestOptions(distance="raking", tolerance=1e-8)
+    )
     assert found.steps > 0
     assert found.feasible == (how != "contradiction") or how == "bounds"
     assert np.all((found.g >= low) & (found.g <= high))

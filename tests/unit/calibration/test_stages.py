@@ -10,15 +10,16 @@ import torch
 from scipy import optimize, sparse
 
 from l0hooks.calibration import Calibrator
+from l0hooks.calibration.fit.candidates import Options, SearchLimits, random_selection
 from l0hooks.calibration.fit.gates import GateStage
 from l0hooks.calibration.fit.greedy import GreedyStage
 from l0hooks.calibration.fit.polish import polish
 from l0hooks.calibration.fit.priced import PricedSwapStage
-from l0hooks.calibration.fit.solver import Options, Solver, path, random_selection
+from l0hooks.calibration.fit.solver import Solver, path
 from l0hooks.calibration.fit.stage import Selection, largest, refit
 from l0hooks.calibration.fit.swaps import PruneStage, SwapStage
 from l0hooks.calibration.numerics.distance import nearest_weights
-from l0hooks.calibration.numerics.problem import prepare
+from l0hooks.calibration.numerics.preparation import prepare
 from l0hooks.gates import hard_concrete
 
 
@@ -112,11 +113,10 @@ def test_the_expected_size_follows_the_schedule() -> None:
     assert stage.gate.expected_l0().item() == pytest.approx(20, rel=1e-4)
 
 
-@pytest.mark.parametrize("few", [0.0, 2.0])
-def test_the_gradient_over_open_units_is_autograds(monkeypatch, few) -> None:
-    monkeypatch.setattr("l0hooks.calibration.fit.gates._SPARSE", few)
+@pytest.mark.parametrize("copied_share", [0.0, 2.0])
+def test_the_gradient_over_open_units_is_autograds(copied_share) -> None:
     problem = small(dtype="float64")
-    stage = GateStage(problem, 20, epochs=20)
+    stage = GateStage(problem, 20, epochs=20, copied_share=copied_share)
     x = np.where(np.arange(problem.size) % 3 == 0, 0.5, 0.0).astype(np.float32)
     open_units = np.flatnonzero(x)
     slope, misses, factor = stage._slope(open_units, x[open_units])
@@ -335,19 +335,17 @@ def test_of_selections_that_meet_all_targets_the_smallest_design_effect_wins() -
     assert best.polished.deff == min(one.polished.deff for one in solver.candidates if one.polished.feasible)
 
 
-def test_many_units_take_one_start_and_the_polish_is_certified(monkeypatch) -> None:
-    monkeypatch.setattr("l0hooks.calibration.fit.solver._CHEAP", 0)
-    monkeypatch.setattr("l0hooks.calibration.fit.solver._SOME", 1.6)  # 50 are 1.67 times as many as targets
-    solver = Solver(small(feasible=False), Options(keep=50))
+def test_many_units_take_one_start_and_the_polish_is_certified() -> None:
+    limits = SearchLimits(every_start=0, greedy=1.6)  # 50 are 1.67 times as many as targets
+    solver = Solver(small(feasible=False), Options(keep=50, search=limits))
     best = solver.run()
     assert [one.name for one in solver.candidates] == ["random+swaps"]
     assert best.polished.converged
     assert best.polished.certificate <= 1e-6
 
 
-def test_greedy_search_is_polished_too_where_its_error_is_near_though_its_loss_is_not(monkeypatch) -> None:
-    monkeypatch.setattr("l0hooks.calibration.fit.solver._CHEAP", 0)
-    solver = Solver(small(feasible=False), Options(keep=50))
+def test_greedy_search_is_polished_too_where_its_error_is_near_though_its_loss_is_not() -> None:
+    solver = Solver(small(feasible=False), Options(keep=50, search=SearchLimits(every_start=0)))
     while not solver._selected:
         solver.advance()
     first, other = solver._pending[0], solver._pending[1]
