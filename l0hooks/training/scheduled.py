@@ -46,6 +46,7 @@ def temperature_schedule(model: nn.Module, schedule: Schedule | Mapping[Pattern,
 
     Examples
     --------
+    >>> from l0hooks import Gate
     >>> from l0hooks.schedules import linear
     >>> gate = Gate(4)
     >>> temperature_schedule(gate, linear(1.0, 0.5, steps=10))
@@ -87,6 +88,7 @@ class Scheduled:
     Examples
     --------
     >>> from l0hooks import penalty
+    >>> from l0hooks import Gate
     >>> from l0hooks.schedules import linear
     >>> gate = Gate(4, init_keep_prob=0.5)
     >>> optimizer = torch.optim.SGD(gate.parameters(), lr=0.0)
