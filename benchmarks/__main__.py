@@ -1,8 +1,8 @@
 """The runner: ``python -m benchmarks [NAME ...] [--quick] [--large] [--json FILE] [--plot DIR] [--docs] [--list]``.
 
 Without names all benchmarks run that take minutes at the most; ``all`` adds the long ones. Each has a process of its
-own. ``--docs`` keeps the results in ``benchmarks/results`` and writes the documentation's tables and plots anew
-from all that is kept there; ``--docs --list`` only writes.
+own, but for a smoke run, which measures nothing. ``--docs`` keeps the results in ``benchmarks/results`` and writes the
+documentation's tables and plots anew from all that is kept there; ``--docs --list`` only writes.
 """
 
 from __future__ import annotations

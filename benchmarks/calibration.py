@@ -82,12 +82,12 @@ def baseline(given, keep, kind):
     from l0hooks.calibration.fit.candidates import Options, random_selection
     from l0hooks.calibration.fit.polish import polish
     from l0hooks.calibration.fit.solver import Solver
-    from l0hooks.calibration.numerics.preparation import prepare
+    from l0hooks.calibration.numerics.preparation import UnitOptions, prepare
 
     if kind != "random":
         return our_fit(given, keep, {"random+swaps": "dense", "greedy+swaps": "greedy"}[kind])
     begin = time.process_time()
-    solver = Solver(prepare(given.matrix, given.targets, design_weights=given.design), Options(keep=keep))
+    solver = Solver(prepare(given.matrix, given.targets, units=UnitOptions(given.design)), Options(keep=keep))
     done = polish(solver.problem, random_selection(solver.problem, keep, 0))
     weights = solver.problem.weights(done.selection.g, done.selection.units)
     return weights, {"seconds": time.process_time() - begin, "converged": done.converged}

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import l0hooks
 from l0hooks.gates import expected_count as counting
 from l0hooks.gates import random as streams
+from l0hooks.gates import sampling
 
 PEER = "l0-python" + (f" {version('l0-python')}" if importlib.util.find_spec("l0") else "")
 STRENGTH, TEMPERATURE, START = 1e-6, 2 / 3, 0.95
@@ -89,12 +90,14 @@ def without_kernels(step: Callable[[], None]) -> Callable[[], None]:
     """``step`` as it runs where Numba is not installed."""
 
     def plain() -> None:
-        before = streams.kernels_on
-        streams.kernels_on = counting.kernels_on = lambda device: None
+        before = streams.kernels_for, counting.kernels_on
+        streams.kernels_for = sampling.kernels_for = lambda count, device: None
+        counting.kernels_on = lambda device: None
         try:
             step()
         finally:
-            streams.kernels_on = counting.kernels_on = before
+            streams.kernels_for, counting.kernels_on = before
+            sampling.kernels_for = before[0]
 
     return plain
 

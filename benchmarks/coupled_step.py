@@ -18,20 +18,20 @@ from benchmarks.timing import ratio, rounds
 NAMES = {"step": "coupled, noise a step", "example": "coupled, noise an example"}
 
 
-def resnet(side: int) -> tuple[Callable[[], nn.Module], tuple[Tensor, ...]]:
+def resnet(side: int, width: int, depth: int) -> tuple[Callable[[], nn.Module], tuple[Tensor, ...]]:
     """A maker of networks, and 16 images."""
     from transformers import ResNetConfig, ResNetForImageClassification
 
-    widths = [64, 128, 256, 512]
-    config = ResNetConfig(hidden_sizes=widths, depths=[2] * 4, layer_type="basic", num_labels=10)
+    sizes = {"embedding_size": width, "hidden_sizes": [width, 2 * width, 4 * width, 8 * width], "depths": [depth] * 4}
+    config = ResNetConfig(**sizes, layer_type="basic", num_labels=10)
     return functools.partial(ResNetForImageClassification, config), (torch.randn(16, 3, side, side),)
 
 
-def bert(length: int) -> tuple[Callable[[], nn.Module], tuple[Tensor, ...]]:
+def bert(length: int, width: int, depth: int) -> tuple[Callable[[], nn.Module], tuple[Tensor, ...]]:
     """A maker of networks, and 8 sentences."""
     from transformers import BertConfig, BertForSequenceClassification
 
-    sizes = {"hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 1024}
+    sizes = {"hidden_size": width, "num_hidden_layers": depth, "intermediate_size": 4 * width, "num_attention_heads": 4}
     config = BertConfig(**sizes, num_labels=10, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
     return functools.partial(BertForSequenceClassification, config), (torch.randint(30_000, (8, length)),)
 
@@ -62,8 +62,8 @@ def measure(scale: Scale) -> list[Table]:
     rows: list[Row] = []
     aims = []
     for name, (make, inputs) in {
-        "ResNet-18-like": resnet(32 if scale.quick else 64),
-        "BERT, 4 layers of 256": bert(16 if scale.quick else 64),
+        "ResNet-18-like": resnet(32, 8, 1) if scale.quick else resnet(64, 64, 2),
+        "BERT, 4 layers of 256": bert(16, 32, 1) if scale.quick else bert(64, 256, 4),
     }.items():
         models = {"dense": make(), "dense again": make()}
         for noise, called in NAMES.items():

@@ -11,11 +11,12 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from benchmarks.contenders import PEER, Contender, has_peer, notes, ours, peers
+from benchmarks.contenders import PEER, Contender, has_peer, notes, ours, peers, without_kernels
 from benchmarks.registry import Aim, Panel, Row, Scale, Table, register
 from benchmarks.timing import medians, ratio, rounds
-from l0hooks.gates.random import Native, Stream, kernels_on, stream
-from l0hooks.gates.sampling import Constants, gated_weight
+from l0hooks.gates.constants import Constants
+from l0hooks.gates.random import kernels_on
+from l0hooks.gates.sampling import gated_weight
 
 SIDE, BATCH = 4096, 8192
 DTYPES = {"bfloat16 weights": torch.bfloat16, "float32 weights under autocast": torch.float32}
@@ -53,16 +54,14 @@ def ideal_bytes(dtype: torch.dtype) -> int:
     return (w + 4 + w) + (w + 4 + w + w + 4)
 
 
-def gating_of(
-    noise: Callable[[int], Stream], side: int, dtype: torch.dtype, device: torch.device
-) -> Callable[[], None]:
+def gating_of(side: int, dtype: torch.dtype, device: torch.device) -> Callable[[], None]:
     """Gating a square weight and both its gradients, nothing else, waited for."""
     weight, cotangent = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
     log_alpha = torch.randn(side, side, device=device).requires_grad_()
     weight.requires_grad_()
 
     def step() -> None:
-        gated = gated_weight(weight, log_alpha, noise(random.getrandbits(64)), Constants())
+        gated = gated_weight(weight, log_alpha, random.getrandbits(64), Constants())
         torch.autograd.grad(gated, (weight, log_alpha), cotangent)
         wait(device)
 
@@ -89,13 +88,11 @@ def wait(device: torch.device) -> None:
 def traffic(scale: Scale, device: torch.device, side: int = SIDE) -> Table:
     """Gating alone, in the bytes that a copy moves in the same time, beside those that must be moved."""
     copied = side * side * 16
-    ways: dict[str, Callable[[int], Stream]] = {
-        "as it runs": lambda seed: stream(seed, side * side, device),
-        "torch operations": lambda seed: Native(seed, device),
-    }
     rows: list[Row] = []
     for title, dtype in DTYPES.items():
-        steps = {name: gating_of(noise, side, dtype, device) for name, noise in ways.items()}
+        step = gating_of(side, dtype, device)
+        ways = {"as it runs": step, "torch operations": without_kernels(step)}
+        steps = dict(ways)
         steps["copy"] = copying(device, copied)
         seconds = medians(steps, repeats=scale.repeats(50), warmup=5)
         for name in ways:

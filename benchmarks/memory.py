@@ -57,9 +57,12 @@ def saved_bytes(contender: Contender, x: Tensor) -> int:
 def peak_bytes(contender: Contender, x: Tensor) -> int:
     """The most that is allocated at once in a step."""
     contender.model.zero_grad()
-    memory._LARGE = sys.maxsize
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        loss_of(contender, x).backward()
+    usual, memory._MIN_REUSED = memory._MIN_REUSED, sys.maxsize
+    try:
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+            loss_of(contender, x).backward()
+    finally:
+        memory._MIN_REUSED = usual
     contender.model.zero_grad()
     events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
     events.sort(key=lambda event: event.start_ns())

@@ -32,20 +32,25 @@ def measured(name: str, scale: Scale, threads: int) -> list[Table]:
     return tables
 
 
+def measured_alone(name: str, scale: Scale, threads: int) -> list[Table]:
+    """``measured`` in a new process."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+        return process.submit(measured, name, scale, threads).result()
+
+
 def run(name: str, scale: Scale, threads: int) -> dict[str, Any]:
-    """One benchmark in a process of its own: what it found, or why there is nothing."""
+    """One benchmark: what it found, or why there is nothing. Its process is its own, but for a smoke run."""
     told = {"about": REGISTRY[name].about, "seconds": None, "tables": [], "skipped": None, "failed": None}
     reason = REGISTRY[name].missing()
     print(f"\n== {name}: {REGISTRY[name].about}" + (f"\nskipped: {reason}" if reason else ""), flush=True)
     if reason:
         return told | {"skipped": reason}
     start = time.perf_counter()
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
-        try:
-            tables = process.submit(measured, name, scale, threads).result()
-        except Exception as error:  # noqa: BLE001  # the others still run; it is told, and in the exit status
-            traceback.print_exc()
-            return told | {"failed": f"{type(error).__name__}: {error}"}
+    try:
+        tables = (measured if scale.quick else measured_alone)(name, scale, threads)
+    except Exception as error:  # noqa: BLE001  # the others still run; it is told, and in the exit status
+        traceback.print_exc()
+        return told | {"failed": f"{type(error).__name__}: {error}"}
     return told | {"seconds": round(time.perf_counter() - start, 1), "tables": [table.to_json() for table in tables]}
 
 

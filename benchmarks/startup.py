@@ -50,11 +50,12 @@ def sparsify_bert(repeats: int, *, small: bool) -> tuple[Seconds, Seconds]:
 def measure(scale: Scale) -> list[Table]:
     """Seconds of both clocks."""
     modules = {"l0hooks": "l0hooks"} | ({PEER: "l0"} if has_peer() else {})
-    found = {f"import {name}, over torch": import_seconds(module, scale.repeats(9)) for name, module in modules.items()}
+    imports, models = (1, 1) if scale.quick else (9, 5)
+    found = {f"import {name}, over torch": import_seconds(module, imports) for name, module in modules.items()}
     aims = [Aim("import l0hooks over torch, CPU seconds", found["import l0hooks, over torch"][1], 0.3)]
     if importlib.util.find_spec("transformers"):
         name = "a small BERT" if scale.quick else "BERT-base"
-        first, usual = sparsify_bert(scale.repeats(5), small=scale.quick)
+        first, usual = sparsify_bert(models, small=scale.quick)
         found |= {f"sparsify {name}, coupled, first": first, f"sparsify {name}, coupled, median": usual}
         aims.append(Aim(f"sparsify {name} with coupled gates, the first time, CPU seconds", first[1], 3))
     rows: list[Row] = [{"what": what, "wall s": wall, "CPU s": cpu} for what, (wall, cpu) in found.items()]

@@ -13,7 +13,11 @@ from l0hooks.gates.gate import Gate, iter_gates, set_temperature
 from l0hooks.select.gates import FeatureGate, SampleGate
 from l0hooks.select.hybrid import HybridGate
 from l0hooks.structure import channel_groups
+from l0hooks.training._finish_budget import finish_budget
+from l0hooks.training._keep_zeros import keep_zeros
 from l0hooks.training._param_groups import param_groups
+from l0hooks.training._recover import recover
+from l0hooks.training._score import score
 from l0hooks.training._set_budget import set_budget
 from l0hooks.training.budget import Budget
 from l0hooks.training.penalties import penalty, register_penalty
@@ -34,13 +38,17 @@ __all__ = [
     "Scheduled",
     "Tracker",
     "channel_groups",
+    "finish_budget",
     "iter_gates",
+    "keep_zeros",
     "load_pruned",
     "param_groups",
     "penalty",
     "prune",
+    "recover",
     "register_penalty",
     "save_pruned",
+    "score",
     "set_budget",
     "set_temperature",
     "sparsify",

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from l0hooks._torch.modules import tensors_of
@@ -20,12 +20,15 @@ from l0hooks.attach.gated_weight import (
     iter_sites,
 )
 from l0hooks.attach.groups import build_readers, hook_inputs
-from l0hooks.attach.install import install_gates, remove_gates
-from l0hooks.attach.plan import Spec, WeightPlan, every_reader, plan_gates
+from l0hooks.attach.install import install_gates, refuse_other_budgets, remove_gates
+from l0hooks.attach.plan import Spec, every_reader, plan_gates
+from l0hooks.attach.pretrained import SavesBoth, save_both
 from l0hooks.attach.spec import GateSpec, Pattern, named_modules
 from l0hooks.attach.summary_table import Summary
+from l0hooks.attach.weight_plan import WeightPlan
+from l0hooks.errors import SpecError, explain
 from l0hooks.gates.gate import Gate
-from l0hooks.gates.noise import Door, NoiseSource
+from l0hooks.gates.noise import EntryPoint, GateNoise, NoiseSource
 from l0hooks.structure import ChannelGroup
 from l0hooks.structure.macs import count_positions
 from l0hooks.training._set_budget import set_budget
@@ -40,6 +43,7 @@ def sparsify(
     exclude: Pattern | Sequence[Pattern] = (),
     groups: Sequence[ChannelGroup] | None = None,
     budget: Budget | Mapping[Pattern, Budget] | None = None,
+    scores: Callable[[nn.Module], Mapping[str, Tensor]] | Mapping[str, Tensor] | None = None,
 ) -> Summary:
     """Attach Hard Concrete gates to weights of ``model``, **in place**; all of them or, on any error, none.
 
@@ -54,7 +58,8 @@ def sparsify(
         (``"layer*.conv?"``, ``*`` crosses dots), compiled regular expressions, module types, ``"all"``,
         ``"all-linear"`` or ``"all-conv"``.
     example_inputs : sequence, optional
-        Positional arguments of ``model``. The model runs on them once, in evaluation mode, to count multiply-adds.
+        Positional arguments of ``model``. The model runs on them once, in evaluation mode, to count
+        multiply-adds for one example (one index along the first axis of the first tensor).
     exclude : pattern or sequence of patterns
         Modules to leave alone; a name stands for the modules below it too.
     groups : sequence of ChannelGroup, optional
@@ -62,11 +67,20 @@ def sparsify(
         :func:`l0hooks.structure.declare_group`, or a part of :func:`l0hooks.channel_groups`.
     budget : Budget, or mapping from pattern to Budget, optional
         The size to reach, in place of a penalty: see :func:`l0hooks.set_budget`.
+    scores : callable from the gated model to scores, or scores of the shape of each gate, optional
+        What closing each gate would cost, from which the budget's gates start:
+        ``scores=lambda gated: l0hooks.score(gated, batches)``.
 
     Returns
     -------
     Summary
         What was gated; prints as a table.
+
+    Warns
+    -----
+    L0HooksWarning
+        If weights are left out because they are tied to others that get other gates, or none; if a group is left out
+        because a weight reads it along another axis than the group before.
 
     Notes
     -----
@@ -77,13 +91,14 @@ def sparsify(
     Raises
     ------
     SpecError
-        If a pattern matches nothing, a weight is gated already, tied to one that is left out, not finite, or not
-        divisible into the blocks asked for; if ``groups`` overlap, do not fit the model, or nothing is coupled.
+        If a pattern matches nothing, or only weights tied to others that are left out; if a weight is gated already,
+        not finite, or not divisible into the blocks asked for; if ``groups`` overlap or do not fit the model, or no
+        channels are coupled; if ``scores`` do not fit the gates, or there is no budget that they could start.
     UnsupportedModuleError
         If a pattern names a module without a weight that can carry gates, or coupled groups are to be found in a
         model that ``torch.export`` cannot trace.
     InvalidValueError
-        If the budget cannot be reached.
+        If the budget cannot be reached, or ``scores`` are negative or not finite.
     StateError
         If there is to be a budget on the meta device.
 
@@ -100,14 +115,24 @@ def sparsify(
     ----------
     Louizos, Welling & Kingma (2018), equation 9.
     """
+    if scores is not None and budget is None:
+        raise SpecError(
+            explain(
+                "sparsify",
+                "scores start the gates of a budget.",
+                got="scores without a budget",
+                hint="budget=Budget(sparsity=...)",
+            )
+        )
     plans, chosen = plan_gates(model, spec, exclude, example_inputs, groups)
     positions = None if example_inputs is None else count_positions(model, example_inputs)
     before = {id(site.gating) for site in iter_sites(model)}
     handles = _attach(model, plans, chosen, positions, declared=groups is not None)
     if budget is not None:
         try:
-            set_budget(model, budget, example_inputs=example_inputs)
-        except BaseException:  # a schedule of the user's own may raise anything
+            known = scores(model) if callable(scores) else scores
+            set_budget(model, budget, example_inputs=example_inputs, scores=known)
+        except BaseException:  # the user's own schedule may raise anything
             _detach(model, before, handles)
             raise
     return summary(model)
@@ -120,14 +145,14 @@ def _attach(
     positions: Mapping[tuple[int, str], float] | None,
     *,
     declared: bool,
-) -> list[RemovableHandle]:
-    """Build every gate, then install them; nothing here can fail for the user's input. The hooks' handles."""
+) -> list[RemovableHandle | SavesBoth]:
+    """Build every gate, then install them; the user's input cannot make this fail. Returns the hooks' handles."""
     readers_of = {model.get_submodule(s.module) for group, _ in groups for s in every_reader(group)}
-    doors = _doors(model, NoiseSource(), {id(p.module) for p in plans} | {id(m) for m in readers_of})
+    entries = _entry_points(model, NoiseSource(), {id(p.module) for p in plans} | {id(m) for m in readers_of})
     numbers = itertools.count()
 
     def make(shape: Sequence[int], spec: GateSpec, module: nn.Module, device: torch.device) -> Gate:
-        return Gate(
+        gate = Gate(
             shape,
             family=spec.family,
             init_mean=spec.init_mean,
@@ -137,9 +162,9 @@ def _attach(
             zeta=spec.zeta,
             estimator=spec.estimator,
             device=device,
-            door=doors[id(module)][1],
-            index=next(numbers),
         )
+        gate.noise_source = GateNoise(entries[id(module)][1], next(numbers))
+        return gate
 
     gates: dict[tuple[Any, ...], Gate] = {}
     gatings: list[tuple[nn.Module, str, Gating]] = []
@@ -160,17 +185,19 @@ def _attach(
     )
     gatings += [(reader.module, reader.tensor_name, reader.gating) for reader in readers]
     install_gates(gatings)
-    handles = [handle for module, door in doors.values() for handle in door.attach(module)]
-    return handles + hook_inputs(readers)
+    handles = [handle for module, entry in entries.values() for handle in entry.attach(module)]
+    for module, _ in entries.values():
+        handles.append(module.register_load_state_dict_pre_hook(refuse_other_budgets))  # type: ignore[no-untyped-call]
+    return [*handles, *hook_inputs(readers), *save_both(model)]
 
 
-def _detach(model: nn.Module, before: AbstractSet[int], handles: Sequence[RemovableHandle]) -> None:
+def _detach(model: nn.Module, before: AbstractSet[int], handles: Sequence[RemovableHandle | SavesBoth]) -> None:
     """Take back all gates but those of ``before``, by their id, and the hooks that came with them."""
     for handle in handles:
         handle.remove()
     for site in list(iter_sites(model)):
         if id(site.gating) not in before:
-            remove_gates(site, folded=True)
+            remove_gates(site)
 
 
 def _named_positions(model: nn.Module, positions: Mapping[tuple[int, str], float]) -> dict[str, float]:
@@ -187,8 +214,8 @@ def _device(module: nn.Module) -> torch.device:
     return next(tensor for _, tensor in tensors_of(module)).device
 
 
-def _doors(model: nn.Module, source: NoiseSource, gated: set[int]) -> dict[int, tuple[nn.Module, Door]]:
-    """A door for every gated module and everything that contains one, by the module's id."""
+def _entry_points(model: nn.Module, source: NoiseSource, gated: set[int]) -> dict[int, tuple[nn.Module, EntryPoint]]:
+    """An entry point for every gated module and everything that contains one, by the module's id."""
     modules = dict(named_modules(model))
     above: dict[int, list[str]] = {}
     for name, module in modules.items():
@@ -202,6 +229,6 @@ def _doors(model: nn.Module, source: NoiseSource, gated: set[int]) -> dict[int, 
         names.setdefault(id(module), name)
     first = {names[key]: modules[names[key]] for key in above}
     return {
-        id(module): (module, source.add_door(name, {names[id(modules[n])] for n in above[id(module)]}))
+        id(module): (module, source.add_entry(name, {names[id(modules[n])] for n in above[id(module)]}))
         for name, module in first.items()
     }

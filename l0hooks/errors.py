@@ -1,4 +1,4 @@
-"""The exceptions a user can catch; every one is also the built-in exception it resembles."""
+"""The exceptions that l0hooks raises. Each is also a built-in exception, such as ``ValueError``."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class InvalidValueError(L0HooksError, ValueError):
 
 
 class SpecError(L0HooksError, ValueError):
-    """A gate specification or pattern does not fit the model it is given for.
+    """A gate specification or pattern does not fit the model.
 
     Examples
     --------
@@ -67,7 +67,7 @@ class UnsupportedModuleError(L0HooksError, TypeError):
 
 
 class StateError(L0HooksError, RuntimeError):
-    """The operation does not fit what happened to the model before.
+    """The operation does not fit the present state of the model.
 
     Examples
     --------
@@ -77,6 +77,24 @@ class StateError(L0HooksError, RuntimeError):
     l0hooks.errors.StateError: penalty: the model must hold gates.
       got: none
       try: sparsify(model, ...) first
+    """
+
+
+class L0HooksWarning(UserWarning):
+    """Something ended otherwise than was asked for; the message names both.
+
+    Examples
+    --------
+    >>> import warnings
+    >>> from l0hooks import Budget, prune, sparsify
+    >>> from torch import nn
+    >>> model = nn.Sequential(nn.Linear(8, 4))
+    >>> _ = sparsify(model, "weight", budget=Budget(keep=5, steps=100))
+    >>> with warnings.catch_warnings(record=True) as caught:
+    ...     warnings.simplefilter("always")
+    ...     _ = prune(model)
+    >>> str(caught[0].message).splitlines()[:2]  # then the size and the step it has come to, and what to do
+    ['prune: the schedule of a budget has not ended.', '  expected: 5 gates after 100 steps']
     """
 
 
@@ -91,14 +109,14 @@ class MissingExtraError(L0HooksError, ImportError):
 
 
 def explain(where: str, must: str, *, expected: object = None, got: object = None, hint: str | None = None) -> str:
-    """One message in the house's form: where, what must hold, expected, got, what to try.
+    """The text of an error: where, what must hold, what was expected, what was given, and what to try.
 
     Parameters
     ----------
     where, must : str
         The call or argument, and what must hold of it.
     expected, got : object, optional
-        Their ``str`` gets a line each.
+        Each adds a line with its ``str``.
     hint : str, optional
         What to try instead.
 
@@ -123,15 +141,34 @@ def explain(where: str, must: str, *, expected: object = None, got: object = Non
     return "\n".join(lines)
 
 
+def in_one_line(error: BaseException) -> str:
+    """The type of an error and the first line of its message.
+
+    Parameters
+    ----------
+    error : BaseException
+
+    Returns
+    -------
+    str
+
+    Examples
+    --------
+    >>> in_one_line(ValueError("no such size\\nlook closer"))
+    'ValueError: no such size'
+    """
+    return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
+
+
 def near_names(name: str, known: Iterable[str], *, limit: int = 4) -> str:
-    """The known names that look most like ``name``, ready for the ``try:`` line of a message.
+    """The known names most similar to ``name``, as the ``try:`` line of a message.
 
     Parameters
     ----------
     name : str
     known : iterable of str
     limit : int, > 0
-        How many to name at the most.
+        The largest number of names.
 
     Returns
     -------
@@ -153,7 +190,7 @@ def near_names(name: str, known: Iterable[str], *, limit: int = 4) -> str:
 
 
 def import_extra(package: str, *, extra: str, where: str) -> ModuleType:
-    """An optional package, or a module of one, imported when it is needed.
+    """Import an optional package, or a module of one.
 
     Parameters
     ----------
@@ -183,7 +220,7 @@ def import_extra(package: str, *, extra: str, where: str) -> ModuleType:
         importlib.import_module(name)
         return importlib.import_module(package)
     except ModuleNotFoundError as error:
-        if error.name != name:  # installed, but something it needs is not
+        if error.name != name:  # the package is installed, but one of its dependencies is not
             raise
         raise MissingExtraError(
             explain(where, f"the package {name!r} must be installed.", hint=f'pip install "l0hooks[{extra}]"')

@@ -1,4 +1,4 @@
-"""Pictures of gates: how they spread, what each layer keeps, and how a model shrank. They need matplotlib."""
+"""Plots of keep probabilities, of the share that each layer keeps, and of a training history. They need matplotlib."""
 
 from __future__ import annotations
 
@@ -21,25 +21,25 @@ if TYPE_CHECKING:
 
     from l0hooks.attach.measured_size import Unit
 
-_BINS = 40  # one border is ½
-_LONGEST = 36  # characters of a layer's name
-_ALIKE = 5  # largest ratio of two metrics that share a panel
-_HIGHEST = 300.0  # inches
-_LINE = 110  # characters of a legend
-_LABELS: dict[Unit, str] = {"params": "parameters", "gates": "gates", "macs": "multiply-adds"}
-_TAKEN = ("step", "expected", "evaluated", "exported", "target", "temperature")
+_HISTOGRAM_BINS = 40  # even, so that one border is ½
+_MAX_NAME = 36  # characters of a layer's name
+_MAX_PANEL_RATIO = 5  # largest ratio of two metrics that share a panel
+_MAX_HEIGHT = 300.0  # inches of a figure
+_LEGEND_WIDTH = 110  # characters of a line of the legend
+_UNIT_LABELS: dict[Unit, str] = {"params": "parameters", "gates": "gates", "macs": "multiply-adds"}
+_NOT_METRICS = ("step", "expected", "evaluated", "exported", "target", "temperature")
 
 
 @torch.no_grad()
 def gate_histogram(model: nn.Module, *, by_layer: bool = False) -> Figure:
-    """How the keep probabilities of a model's gates spread: well trained ones lie at both ends.
+    """The distribution of the keep probabilities of a model's gates. After training most lie near 0 or 1.
 
     Parameters
     ----------
     model : nn.Module
         With gates; not changed.
     by_layer : bool
-        One line for each layer, shares as colours, rather than one histogram.
+        Draw a row for each layer, with shares as colours, instead of one histogram.
 
     Returns
     -------
@@ -64,11 +64,11 @@ def gate_histogram(model: nn.Module, *, by_layer: bool = False) -> Figure:
     figure = _figure(7.0, 3.6)
     axes = figure.subplots()
     total = torch.stack(counts).sum(0)
-    axes.stairs(total.tolist(), torch.linspace(0, 1, _BINS + 1).tolist(), fill=True, color="C0")
+    axes.stairs(total.tolist(), torch.linspace(0, 1, _HISTOGRAM_BINS + 1).tolist(), fill=True, color="C0")
     if float(total.max()) > 100 * float(total[total > 0].min()):
         axes.set_yscale("log")
     kept = sum(int(gate.support().sum()) for _, gate in iter_gates(model))
-    axes.axvline(0.5, color="C3", linestyle="--", linewidth=1, label="½: evaluation keeps what lies to the right")
+    axes.axvline(0.5, color="C3", linestyle="--", linewidth=1, label="½: evaluation keeps the gates right of it")
     axes.set(xlabel="keep probability", ylabel="gates", xlim=(0, 1))
     axes.set_title(f"{kept:,} of {report.gates:,} gates stay", loc="left", fontsize=10)
     _legend_above(axes, anchor="right")
@@ -76,7 +76,7 @@ def gate_histogram(model: nn.Module, *, by_layer: bool = False) -> Figure:
 
 
 def sparsity_plot(model_or_summary: nn.Module | Summary) -> Figure:
-    """What each layer keeps: a bar for evaluation, a mark for the expectation.
+    """The share that each layer keeps: a bar for evaluation, a mark for the expectation.
 
     Parameters
     ----------
@@ -85,7 +85,7 @@ def sparsity_plot(model_or_summary: nn.Module | Summary) -> Figure:
     Returns
     -------
     matplotlib.figure.Figure
-        As high as the layers need.
+        Its height grows with the number of layers.
 
     Raises
     ------
@@ -106,14 +106,14 @@ def sparsity_plot(model_or_summary: nn.Module | Summary) -> Figure:
     rows = _with_rows(report, "sparsity_plot").rows
     figure = _figure(8.0, 1.1 + 0.24 * len(rows))
     axes = figure.subplots()
-    places = list(range(len(rows)))
-    axes.barh(places, [1.0] * len(rows), color="0.92")
-    axes.barh(places, [1 - row.sparsity for row in rows], color="C0", label="evaluated")
+    heights = list(range(len(rows)))
+    axes.barh(heights, [1.0] * len(rows), color="0.92")
+    axes.barh(heights, [1 - row.sparsity for row in rows], color="C0", label="evaluated")
     expected = [1 - row.expected_sparsity for row in rows]
-    axes.plot(expected, places, "|", color="C1", markersize=9, markeredgewidth=2, label="expected", clip_on=False)
-    for place, row in enumerate(rows):
-        axes.text(1.015, place, _kept(row), va="center", fontsize=8, transform=axes.get_yaxis_transform())
-    axes.set_yticks(places, _names(report), fontsize=8)
+    axes.plot(expected, heights, "|", color="C1", markersize=9, markeredgewidth=2, label="expected", clip_on=False)
+    for height, row in enumerate(rows):
+        axes.text(1.015, height, _kept(row), va="center", fontsize=8, transform=axes.get_yaxis_transform())
+    axes.set_yticks(heights, _names(report), fontsize=8)
     axes.set(xlabel="share kept", xlim=(0, 1), ylim=(len(rows) - 0.4, -0.6))
     axes.xaxis.set_major_formatter("{x:.0%}")
     axes.spines[["top", "right", "left"]].set_visible(False)
@@ -123,7 +123,7 @@ def sparsity_plot(model_or_summary: nn.Module | Summary) -> Figure:
 
 
 def history_plot(rows: Sequence[Mapping[str, int | float]], *, unit: Unit = "params") -> Figure:
-    """The rows of a :class:`~l0hooks.Tracker`: sizes above, metrics beneath on the same steps.
+    """The rows of a :class:`~l0hooks.Tracker`: sizes above, metrics below, over the same steps.
 
     Parameters
     ----------
@@ -149,7 +149,7 @@ def history_plot(rows: Sequence[Mapping[str, int | float]], *, unit: Unit = "par
     ['parameters', 'loss']
     """
     if not rows:
-        raise StateError(explain("history_plot", "something must be recorded.", got="no rows", hint="tracker.log()"))
+        raise StateError(explain("history_plot", "there must be rows.", got="no rows", hint="tracker.log()"))
     panels = _panels(rows)
     figure = _figure(8.0, 3.4 + 1.8 * len(panels))
     axes = figure.subplots(
@@ -172,27 +172,27 @@ def history_plot(rows: Sequence[Mapping[str, int | float]], *, unit: Unit = "par
 
 def _sizes(axes: Any, rows: Sequence[Mapping[str, int | float]], unit: Unit) -> None:
     axes.yaxis.set_major_formatter(_matplotlib("ticker").EngFormatter(sep=" "))
-    styles = {"expected": "C1-", "evaluated": "C0-", "target": "k:"}
+    styles = {"evaluated": "C0-", "expected": "C1--", "target": "k:"}  # where both agree, both are seen
     for name, style in styles.items():
         _curve(axes, rows, name, style)
     steps, sizes = _series([row for row in rows if "exported" in row], "exported")
     if steps:
         axes.plot(steps, sizes, "*", color="C3", markersize=13, label="exported", clip_on=False, zorder=3)
-    axes.set(ylabel=_LABELS[unit])
+    axes.set(ylabel=_UNIT_LABELS[unit])
     axes.set_ylim(bottom=0)
 
 
 def _curve(axes: Any, rows: Sequence[Mapping[str, int | float]], name: str, style: str, *, final: bool = True) -> None:
-    """One column over the steps; values of pruned models, which are other models, as stars."""
+    """One column over the steps; values of pruned models are stars."""
     steps, values = _series([row for row in rows if "exported" not in row], name)
     marker = "o" if len(steps) <= 40 else ""
-    label = _shorten(name, 24) + (f" ({values[-1]:,.0f} at last)" if final and values else "")
+    label = _shorten(name, 24) + (f" ({values[-1]:,.0f} at the end)" if final and values else "")
     if steps:
         axes.plot(steps, values, style + marker, markersize=3, linewidth=1.5, label=label)
     pruned = _series([row for row in rows if "exported" in row], name)
     if pruned[0]:
         label = f"{_shorten(name, 24)}, pruned"
-        axes.plot(*pruned, "*", color=style[:-1], markersize=11, label=label, clip_on=False, zorder=3)
+        axes.plot(*pruned, "*", color=style.rstrip("-:"), markersize=11, label=label, clip_on=False, zorder=3)
 
 
 def _series(rows: Sequence[Mapping[str, int | float]], name: str) -> tuple[list[int | float], list[int | float]]:
@@ -201,16 +201,16 @@ def _series(rows: Sequence[Mapping[str, int | float]], name: str) -> tuple[list[
 
 
 def _panels(rows: Sequence[Mapping[str, int | float]]) -> list[list[str]]:
-    """The names of the metrics, those of like scale together."""
+    """The names of the metrics in each panel; metrics of similar scale share one."""
     scales: dict[str, float] = {}
     for row in rows:
         for name, value in row.items():
-            if name not in _TAKEN and not name.startswith("penalty_"):
+            if name not in _NOT_METRICS and not name.startswith("penalty_"):
                 scales[name] = max(scales.get(name, 0.0), abs(value) if math.isfinite(value) else 0.0)
     panels: list[list[str]] = []
     for name in sorted(scales, key=lambda name: scales[name] or 1.0):
         smallest = (scales[panels[-1][0]] or 1.0) if panels else 0.0
-        if panels and (scales[name] or 1.0) <= _ALIKE * smallest:
+        if panels and (scales[name] or 1.0) <= _MAX_PANEL_RATIO * smallest:
             panels[-1].append(name)
         else:
             panels.append([name])
@@ -227,12 +227,12 @@ def _heatmap(names: list[str], counts: Tensor) -> Figure:
         aspect="auto",
         interpolation="nearest",
         cmap="Blues",
-        norm=colours.PowerNorm(0.4, 0, 1),  # few gates between the ends are what one looks for
+        norm=colours.PowerNorm(0.4, 0, 1),  # makes small shares visible
         extent=(0, 1, len(names) - 0.5, -0.5),
     )
     axes.axvline(0.5, color="C3", linestyle="--", linewidth=1)
     axes.set_yticks(range(len(names)), names, fontsize=8)
-    axes.set(xlabel="keep probability; evaluation keeps what lies right of ½")
+    axes.set(xlabel="keep probability; evaluation keeps the gates right of ½")
     thin = figure.get_figheight() / 0.15
     bar = figure.colorbar(image, ax=axes, format="{x:.0%}", ticks=[0, 0.01, 0.1, 0.25, 0.5, 1], aspect=thin, pad=0.02)
     bar.set_label("share of the layer's gates")
@@ -240,12 +240,12 @@ def _heatmap(names: list[str], counts: Tensor) -> Figure:
 
 
 def _counts(gate: Gate) -> Tensor:
-    return torch.histc(gate.keep_prob().float(), _BINS, 0.0, 1.0).cpu()
+    return torch.histc(gate.keep_prob().float(), _HISTOGRAM_BINS, 0.0, 1.0).cpu()
 
 
 def _figure(width: float, height: float) -> Figure:
-    """Not pyplot's: no global state, no display."""
-    size = (width, min(height, _HIGHEST))
+    """A figure without pyplot, which has global state and may need a display."""
+    size = (width, min(height, _MAX_HEIGHT))
     figure: Figure = _matplotlib("figure").Figure(figsize=size, layout="constrained")
     return figure
 
@@ -255,11 +255,11 @@ def _matplotlib(part: str) -> ModuleType:
 
 
 def _legend_above(axes: Any, anchor: str = "left") -> None:
-    """A legend outside the axes, where it hides nothing, in as many columns as are sure to fit."""
+    """A legend above the axes, in as many columns as fit."""
     lengths = sorted((len(label) + 6 for label in axes.get_legend_handles_labels()[1]), reverse=True)
     if not lengths:
         return
-    columns = next((n for n in (4, 3, 2) if sum(lengths[:n]) <= _LINE), 1)
+    columns = next((n for n in (4, 3, 2) if sum(lengths[:n]) <= _LEGEND_WIDTH), 1)
     loc, corner = {"left": ("lower left", (0, 1)), "right": ("lower right", (1, 1))}[anchor]
     spaces = {"borderaxespad": 0.2, "handlelength": 1.5, "columnspacing": 1.4}
     axes.legend(loc=loc, bbox_to_anchor=corner, ncols=columns, frameon=False, fontsize=9, **spaces)
@@ -278,9 +278,9 @@ def _kept(row: SummaryRow) -> str:
 
 
 def _names(report: Summary) -> list[str]:
-    """The layers' names, all cut at the place nearest a third that leaves them different."""
+    """The names of the layers, shortened at one position that keeps different names different."""
     names = [row.name for row in report.rows]
-    for longest in (_LONGEST, _LONGEST * 2):
+    for longest in (_MAX_NAME, _MAX_NAME * 2):
         for head in sorted(range(4, longest - 4), key=lambda n: abs(n - longest // 3)):
             short = [_shorten(name, longest, head) for name in names]
             if len(set(short)) == len(set(names)):
@@ -289,7 +289,7 @@ def _names(report: Summary) -> list[str]:
 
 
 def _shorten(name: str, longest: int, head: int | None = None) -> str:
-    """``name``, its middle left out if it is long: both ends say more."""
+    """``name``, without its middle if it is long."""
     if len(name) <= longest:
         return name or "(root)"
     front = longest // 3 if head is None else head

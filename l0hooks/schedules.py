@@ -1,4 +1,4 @@
-"""Schedules as pure functions ``step -> value``, for temperatures, penalties and budgets."""
+"""Schedules for temperatures, penalties and budgets: pure functions ``step -> value``."""
 
 from __future__ import annotations
 
@@ -130,7 +130,7 @@ def cubic(start: float, stop: float, steps: int) -> Schedule:
 NAMED: dict[str, MakeSchedule] = {"cubic": cubic, "linear": linear, "cosine": cosine, "exponential": exponential}
 
 
-# Named functions, not lambdas: a schedule is stored in the pickle of a model whose gates follow it.
+# Named functions, not lambdas, because a schedule is pickled with the model whose gates follow it.
 
 
 def _linear(start: float, stop: float, steps: int, step: int) -> float:

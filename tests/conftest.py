@@ -4,13 +4,27 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from heavy_structures import mark_heavy
 from torch import nn
 
 from l0hooks import iter_gates
 from l0hooks.gates import expected_count as counting
 from l0hooks.gates import random as streams
+from l0hooks.gates import sampling
 
+for _helper in (
+    *("coupled_models", "family_laws", "granularity_laws", "penalty_laws", "structure_oracle", "traced_models"),
+    *("estimator_laws", "item_gate_laws", "interpreted_kernels"),
+):
+    pytest.register_assert_rewrite(_helper)  # their asserts explain themselves, too
 torch.set_num_threads(1)
+pytest.register_assert_rewrite("calibration_stages")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Slow tests come first, so that no process is left with one when the others have ended."""
+    mark_heavy(items)
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 
 
 @pytest.fixture(autouse=True)
@@ -21,8 +35,9 @@ def _reproducible() -> None:
 @pytest.fixture
 def no_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if Numba were not installed."""
-    for room in (streams, counting):
-        monkeypatch.setattr(room, "kernels_on", lambda device: None)
+    for module in (streams, sampling):
+        monkeypatch.setattr(module, "kernels_for", lambda count, device: None)
+    monkeypatch.setattr(counting, "kernels_on", lambda device: None)
 
 
 @pytest.fixture(params=["by Numba", "by torch"])

@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 
 from l0hooks import Budget, Gate, HardConcrete, set_budget
 from l0hooks.gates import hard_concrete as hc
+from l0hooks.gates import moments
 
 INK = {"light": "#37474f", "dark": "#cfd8dc"}
 BLUE, ORANGE, GREEN, RED = "#2196c9", "#ef8a17", "#3fa34d", "#d1495b"
@@ -62,7 +63,7 @@ def test_time_gates(figure: Figure) -> None:
     left.text(-4.8, 0.93, "keep probability ≤ ½", color=RED, fontsize=9)
     left.plot(location, hc.median(location), color=BLUE, label="median (default)")
     left.plot(location, hc.paper_estimate(location), color=ORANGE, label="paper")
-    left.plot(location, hc.mean(location), color=GREEN, label="mean")
+    left.plot(location, moments.mean(location), color=GREEN, label="mean")
     left.set(xlabel="log α, at β = ⅔", ylabel="gate in evaluation", xlim=(-5, 5))
     left.legend(frameon=False, loc="lower right")
     temperature = torch.linspace(0.05, 2, 300)
@@ -70,7 +71,7 @@ def test_time_gates(figure: Figure) -> None:
         at = torch.full_like(temperature, value)
         right.plot(temperature, hc.median(at, temperature), style, color=BLUE)
         right.plot(temperature, hc.paper_estimate(at), style, color=ORANGE)
-        right.plot(temperature, hc.mean(at, temperature), style, color=GREEN)
+        right.plot(temperature, moments.mean(at, temperature), style, color=GREEN)
     right.axvline(2 / 3, color="0.6", linewidth=0.8)
     right.set(xlabel="temperature β, at log α = −1 (solid) and +1 (dashed)", xlim=(0, 2))
 
@@ -86,7 +87,7 @@ def start(figure: Figure) -> None:
     left.set(xlabel="keep probability asked for, p", ylabel="P(z ≠ 0) at the start", xlim=(0, 1), ylim=(0, 1))
     left.legend(frameon=False, fontsize=8, loc="lower right")
     locations = torch.tensor([hc.log_alpha_from_keep_prob(float(p)) for p in asked])
-    right.plot(asked, hc.mean(locations), color=GREEN)
+    right.plot(asked, moments.mean(locations), color=GREEN)
     right.plot([0.9, 0.9, 0], [0, 0.63, 0.63], ":", color=RED)
     right.text(0.04, 0.66, "0.9 leaves 0.63 of each weight", color=RED, fontsize=9)
     right.set(xlabel="keep probability", ylabel="E[z]: what a weight is multiplied by", xlim=(0, 1), ylim=(0, 1))

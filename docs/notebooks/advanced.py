@@ -1,7 +1,7 @@
 # %% [markdown]
 # # Advanced: temperatures, budgets, hybrid selection, penalties of your own
 #
-# Five short pieces, each of which stands alone.
+# Five short parts, each of which can be read alone.
 
 # %%
 import matplotlib.pyplot as plt
@@ -58,8 +58,8 @@ def perceptron() -> nn.Sequential:
 # ## 1. Temperature schedules
 #
 # The temperature $\beta$ says how much of a gate's distribution lies strictly between 0 and 1. A warm gate has useful
-# gradients, a cold one is nearly binary, so that training sees what evaluation will. `temperature_schedule` goes from
-# one to the other; it counts steps of the optimiser.
+# gradients. A cold one is nearly binary, so that training sees nearly what evaluation does. `temperature_schedule`
+# goes from warm to cold; it counts steps of the optimiser.
 
 # %%
 between, warm_or_cold = {}, {}
@@ -125,9 +125,9 @@ for unit in ("params", "macs"):
 # ## 3. Budgets: how they are met
 #
 # By default all gates move by one common shift after every step, so that the expected size is what the schedule says.
-# `method="lagrangian"` learns a price instead, as much of the literature does: it is paid in the loss, and the
-# multiplier climbs while the size is too large. It comes late and overshoots, as the picture at the end shows, and
-# has a rate to choose. Either way exactly what was asked for stays in the end.
+# `method="lagrangian"` learns a price instead, as much of the literature does: the price is a term of the loss, and
+# its multiplier grows while the size is too large. It acts late and overshoots, as the picture at the end shows, and
+# its learning rate has to be chosen. Either way exactly the number asked for stays in the end.
 
 # %%
 traces, exactly = {}, {}
@@ -151,9 +151,9 @@ for method, options in (
 # %% [markdown]
 # ## 4. Hybrid selection
 #
-# A subsample of a survey is to stand for all of it, and yet hold people whom nobody picked. `HybridGate` chooses a
-# part by gates and draws the rest at random. The data are 944 respondents of the American National Election Study of
-# 1996; the gates are to keep the means of seven answers.
+# A subsample of a survey shall represent all of it, and yet also contain people drawn at random. `HybridGate` chooses
+# a part by gates and draws the rest at random. The data are 944 respondents of the American National Election Study
+# of 1996; the gates are to keep the means of seven answers.
 
 # %%
 survey = anes96.load_pandas().data[["age", "educ", "income", "PID", "selfLR", "TVnews", "logpopul"]]
@@ -192,7 +192,7 @@ for name, miss in misses.items():
 # ## 5. A gate of your own, and a penalty of your own
 #
 # `Gate(shape)` is a module for any place in any model. Here an 8 × 8 array of gates lies over the pixels, under a
-# budget of 16: the network may read a quarter of the picture. Left to itself it picks pixels all over. Suppose that a
+# budget of 16: the network may read a quarter of the picture. By itself it chooses pixels everywhere. Suppose that a
 # sensor is cheaper when its pixels lie together. That is a penalty on borders between open and closed pixels, in
 # expectation
 #

@@ -1,13 +1,13 @@
 # %% [markdown]
 # # Basic L0: sparse linear regression
 #
-# A linear model that reads few of its inputs. Best subset selection minimises the squared error plus a price
-# $\lambda$ for every coefficient that is not zero,
+# This notebook trains a linear model that reads few of its inputs. Best subset selection minimises the squared error
+# plus a price $\lambda$ for every coefficient that is not zero,
 #
 # $$\min_w\ \frac1{2n}\lVert y - Xw\rVert^2 + \lambda\,\lVert w\rVert_0,$$
 #
-# and has no gradient: the count jumps. With a random gate $z_j \in [0, 1]$ in front of each coefficient, the expected
-# count $\sum_j\,P(z_j \ne 0)$ is smooth in the gates' log-odds, so that any optimiser can lower it:
+# which has no gradient, because the count jumps. With a random gate $z_j \in [0, 1]$ in front of each coefficient,
+# the expected count $\sum_j\,P(z_j \ne 0)$ is smooth in the gates' log-odds, so that any optimiser can lower it:
 #
 # $$\min_{w,\,\log\alpha}\ \mathbb E_z\,\frac1{2n}\lVert y - X(w\odot z)\rVert^2
 #   + \lambda \sum_j P(z_j \ne 0).$$
@@ -92,8 +92,9 @@ for name, error in errors.items():
 # %% [markdown]
 # ## The price sets the size
 #
-# One price buys one size, and what size is known afterwards. Too low, and inputs without an effect stay; too high,
-# and the weakest of the true ones go. If you know the size you want, ask for it instead: `Budget(keep=8)`, as below.
+# Each price leads to one size, which you only know afterwards. If the price is too low, inputs without an effect
+# stay. If it is too high, the weakest true ones go. If you know the size you want, set it instead: `Budget(keep=8)`,
+# as below.
 
 # %%
 sizes, false = {}, {}
@@ -106,9 +107,9 @@ for price in (0.005, 0.02, 0.05, 0.5):
 # ## Plain SGD, real data, and a check against all subsets
 #
 # Nothing above needs Adam. Here is minibatch SGD without momentum on scikit-learn's diabetes data (442 patients, ten
-# measurements), on a single gated `nn.Linear`. A budget says how many inputs stay; `prior=0` tells it that the size
-# of weights not yet trained means nothing. With ten inputs all subsets can be tried, so we know what the answer
-# should be.
+# measurements), on a single gated `nn.Linear`. A budget says how many inputs stay; `prior=0` is right here, because
+# the size of weights that are not yet trained means nothing. With ten inputs all subsets can be tried, so we know
+# what the answer should be.
 
 # %%
 data, target = load_diabetes(return_X_y=True, as_frame=True)
@@ -151,14 +152,14 @@ for k in (2, 3, 4):
 
 # %% [markdown]
 # Gates trained by gradients find good subsets, not provably the best: the six blood measurements `s1` … `s6` nearly
-# determine each other, and of two inputs that say the same either may stay. For linear models
+# determine each other, and of two inputs with the same information either may stay. For linear models
 # [`L0Regressor`](../sklearn.md) searches subsets directly; gates are for models where that cannot be done.
 
 # %% [markdown]
 # ## The picture
 #
-# Above, how the gates of the first model part: every line is the keep probability of one input. Below, what remains
-# of its coefficients.
+# Above, the gates of the first model during training: every line is the keep probability of one input. Below, its
+# coefficients that remain.
 
 # %%
 figure, (above, below) = plt.subplots(2, figsize=(6, 5.6), height_ratios=(1, 1.2))

@@ -6,7 +6,7 @@
 # * **L0**: a price on each coefficient's presence, by gates or by a search over subsets.
 # * **L1**: a price on its absolute value; makes zeros, and shrinks what stays.
 # * **L2**: a price on its square; makes things small, never zero. To be sparse it needs a threshold.
-# * **Magnitude**: no price; the smallest weights are set to zero, at once or bit by bit during training.
+# * **Magnitude**: no price; the smallest weights are set to zero, at once or gradually during training.
 #
 # None of them always wins, and the two experiments below are chosen to show that.
 
@@ -32,7 +32,7 @@ torch.set_num_threads(1)
 # ## Linear regression, from noise to signal
 #
 # Thirty correlated inputs, five of which have an effect; 100 observations. What changes is the ratio of signal to
-# noise, the variance of $x^\top\beta$ over that of the error. Each method chooses its own strength by
+# noise: the variance of $x^\top\beta$ over that of the error. Each method chooses its own strength by
 # cross-validation: `L0Regressor` the number of inputs, `LassoCV` and `RidgeCV` their penalties. The score is the
 # relative risk,
 # $(\hat\beta-\beta)^\top\Sigma(\hat\beta-\beta)\,/\,\beta^\top\Sigma\beta$: 0 is perfect, 1 is what predicting the mean
@@ -65,8 +65,8 @@ for name, risk in risks.items():
 
 # %% [markdown]
 # Where the signal is strong, L0 is several times closer to the truth than the others: it finds the five and estimates
-# them without shrinking. Where noise dominates ridge is the best, and with a ratio of 0.1 L0 is the worst of the
-# three. No method can tell then which inputs matter; choosing some adds variance, and shrinking all removes it.
+# them without shrinking. Where noise dominates, ridge is the best, and at a ratio of 0.1 L0 is the worst of the
+# three. No method can then tell which inputs matter; choosing some adds variance, and shrinking all removes it.
 #
 # ## A network, at equal numbers of weights
 #
@@ -195,12 +195,12 @@ for name, score in scores.items():
 # %% [markdown]
 # What this says:
 #
-# * At 50 % all are about equal, and the dense network's largest weights, cut at once, are enough: no reason for
-#   anything dearer.
-# * The sparser, the more it matters *how* the weights were chosen. At 95 % magnitude pruning has lost many points, L0
-#   few.
-# * L1 with a strength that suits it keeps up with L0, and its steps cost less. But the strength has to be searched
-#   for, and the number of zeros comes from a threshold. The budget of L0 has a size where L1 has a strength.
+# * At 50 % all are about equal, and magnitude pruning at once is enough: there is no reason for anything that costs
+#   more.
+# * The sparser the network, the more it matters *how* the weights were chosen. At 95 % magnitude pruning has lost
+#   many points, L0 few.
+# * L1 with a good strength does about as well as L0, and its steps cost less. But the strength has to be searched
+#   for, and the number of zeros comes from a threshold. With the budget of L0 you set a size, with L1 a strength.
 #
 # Two seeds and 719 test digits: differences of less than a point mean nothing.
 #

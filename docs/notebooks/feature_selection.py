@@ -1,8 +1,8 @@
 # %% [markdown]
 # # Feature selection
 #
-# A doctor can take five measurements, not thirty. Which five? The question has a size in it, and L0 answers it at
-# that size: exactly $k$ features, none of them shrunk. Three ways, from the most general to the fastest:
+# A doctor can take five measurements, not thirty. Which five? L0 answers the question at the size that it asks for:
+# exactly $k$ features, none of them shrunk. There are three ways, from the most general to the fastest:
 #
 # | | the model that uses the features | how |
 # | --- | --- | --- |
@@ -34,8 +34,8 @@ torch.set_num_threads(1)
 #
 # Breast cancer data: 569 tumours, 30 measurements, benign or malignant. A `FeatureGate` is one more layer in front of
 # a small network. While it trains, the expected number of open gates falls from 30 to 5; then exactly five are fixed
-# and the network trains on with those. `noise="example"` draws a mask for each tumour, which tells the gates more per
-# step than one mask for all.
+# and the network trains on with those. `noise="example"` draws a mask for each tumour, so that the gates learn more
+# in a step than from one mask for all.
 
 # %%
 frame, benign = load_breast_cancer(return_X_y=True, as_frame=True)
@@ -75,7 +75,7 @@ print(f"right: {with_five:.1%} with five measurements, {with_all:.1%} with thirt
 # ## In a pipeline
 #
 # `L0FeatureSelector` is a scikit-learn selector. With `estimator="linear"` it takes the best features of a logistic
-# regression, with `"mlp"` (the default) those that small networks need, whatever stands behind it.
+# regression, with `"mlp"` (the default) those that small networks need, whatever estimator comes after it.
 
 # %%
 pipeline = make_pipeline(StandardScaler(), L0FeatureSelector(5, "linear", random_state=0), SVC())
@@ -91,9 +91,9 @@ print(f"right: {in_pipeline:.1%} with an SVC on five measurements")
 #
 # $$\min_\beta\ \text{loss}(\beta) + \lambda \sum_j |\beta_j|,$$
 #
-# so a price high enough to leave five features pulls those five towards zero as well. L0 charges for the presence of
-# a coefficient and not for its size. We compare both at equal numbers of features, on held-out tumours: for each $k$,
-# the weakest L1 penalty that leaves at most $k$.
+# so a price high enough to leave five features pulls those five towards zero as well. L0 penalises the presence of a
+# coefficient, not its size. We compare both at equal numbers of features, on held-out tumours: for each $k$, the
+# weakest L1 penalty that leaves at most $k$.
 
 # %%
 counts = [1, 2, 3, 4, 5, 6, 8, 10, 14]

@@ -1,13 +1,14 @@
 # %% [markdown]
 # # Neural networks: sparse, and smaller
 #
-# Two ways to thin out a trained network, on scikit-learn's 1,797 handwritten digits (8 × 8 pixels):
+# There are two ways to make a trained network sparse. Both are shown on scikit-learn's 1,797 handwritten digits (8 ×
+# 8 pixels):
 #
 # * **Unstructured**: a gate on every *weight*. Most can go, and the layers keep their shapes.
 # * **Structured**: a gate on every *channel*, through all layers that share it. Fewer can go, and the network that
 #   remains is an ordinary smaller one, which needs less memory and time anywhere.
 #
-# Both start from a trained network, and both are told how large the result shall be.
+# Both start from a trained network, and for both we set the size of the result.
 
 # %%
 import copy
@@ -51,7 +52,7 @@ def accuracy(network: nn.Module, images: torch.Tensor) -> float:
 # %% [markdown]
 # ## A multilayer perceptron, weight by weight
 #
-# First the dense network. It has 6,464 weights.
+# First we train the dense network. It has 6,464 weights.
 
 # %%
 mlp = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10))
@@ -60,7 +61,7 @@ mlp_dense = accuracy(mlp, x_test)
 print(f"dense: {mlp_dense:.1%} of the test digits right")
 
 # %% [markdown]
-# A budget of 10 % of the gates. At every step the expected number of open gates follows a cubic schedule, here for
+# The budget is 10 % of the gates. At every step the expected number of open gates follows a cubic schedule, here for
 # 500 steps; then the support is fixed and the weights train on. Which gates stay is decided by the loss: a gate whose
 # weight helps rises against the others.
 
@@ -76,8 +77,8 @@ for name, weight in weights.items():
 print(f"{1 - sum(kept.values()) / 6464:.1%} zeros, {mlp_sparse:.1%} right")
 
 # %% [markdown]
-# `sparse` is a plain `nn.Sequential` with exact zeros. The budget is over all layers together: nobody said how it is
-# to be shared. The first layer gives most, for many pixels at the border are always blank.
+# `sparse` is a plain `nn.Sequential` with exact zeros. The budget is for all layers together, and the loss
+# decides how it is shared. The first layer loses most, because many pixels at the border are always blank.
 #
 # ## A convolutional network, channel by channel
 #
@@ -128,8 +129,8 @@ for sparsity, network in smaller.items():
     print(f"{parameters(network):6,} parameters, {channels}: {cnn_accuracy[sparsity]:.1%} right")
 
 # %% [markdown]
-# A fifth of the parameters, at a cost of about one digit in a hundred. `smaller[0.8]` needs no sparse kernels: its
-# layers are smaller `nn.Conv2d` and `nn.Linear`.
+# A fifth of the parameters is left, at a cost of about one digit in a hundred. `smaller[0.8]` needs no sparse
+# kernels: its layers are smaller `nn.Conv2d` and `nn.Linear`.
 
 # %%
 print(smaller[0.8])
@@ -137,8 +138,8 @@ print(smaller[0.8])
 # %% [markdown]
 # ## The picture
 #
-# What the sparse perceptron still looks at. Left, the average digit; right, for each pixel the number of weights that
-# still read it (64 in the dense network). Below, the convolutional networks.
+# What the sparse perceptron still reads. Left is the average digit; right, for each pixel, the number of weights that
+# still read it (64 in the dense network). Below are the convolutional networks.
 
 # %%
 read_by = weights["0.weight"].detach().count_nonzero(0).reshape(8, 8).numpy()

@@ -1,1 +1,1 @@
-"""The one place that touches private names of torch."""
+"""The only package that uses private names of torch."""

@@ -1,26 +1,28 @@
-"""What autograd and torch's tracers are doing now, and what one node of a graph leaves to another.
+"""The present state of autograd and of torch's tracers, and gradients that one node of a graph passes to another.
 
-Each private name is looked up once, on import. Without it the fallback costs speed, or raises an error where the
-answer decides which noise a forward gets.
+Each private name is looked up once, on import. If it is missing, a fallback is slower, or raises an error where the
+noise of a forward depends on the answer.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from l0hooks._torch.attributes import without_modes
 from l0hooks._torch.names import lookup, refuse
 
-_NO_PASS = -1
+_NO_PASS = -1  # the id of the backward pass while none is running
 
 
 def _read_flag() -> bool:
-    return bool(lookup("fx._symbolic_trace._is_fx_tracing_flag", True))  # without it, as if always: slower
+    # if it is missing, assume tracing, which is slower
+    return bool(lookup("fx._symbolic_trace._is_fx_tracing_flag", True))
 
 
 def _no_state() -> object:
@@ -29,16 +31,16 @@ def _no_state() -> object:
 
 
 def _no_level() -> int | None:
-    return None  # torch itself refuses our autograd functions under torch.func then
+    return None  # torch itself then raises an error for our autograd functions under torch.func
 
 
 def _pass_by_node() -> int:
-    """0 in a backward pass, -1 outside: without ids of its passes, autograd still knows which node runs."""
+    """0 in a backward pass, -1 outside, from the node that autograd runs; such passes have no ids."""
     return _NO_PASS if current_node() is None else 0
 
 
 def _pass_by_callback() -> int:
-    """The same by the engine, which takes callbacks only during a backward pass."""
+    """0 in a backward pass, -1 outside, from the engine, which accepts callbacks only during a pass."""
     engine: Any = torch.autograd.Variable._execution_engine
     try:
         engine.queue_callback(_nothing)
@@ -97,9 +99,8 @@ def _forward_level() -> int:
     return torch.autograd.forward_ad._current_level
 
 
-forward_level: Callable[[], int] = (
-    _forward_level if "_current_level" in vars(torch.autograd.forward_ad) else lambda: -1  # torch refuses it then
-)
+# without the name, torch raises an error for our autograd functions in forward mode
+forward_level: Callable[[], int] = _forward_level if "_current_level" in vars(torch.autograd.forward_ad) else lambda: -1
 
 
 def is_recorded() -> bool:
@@ -115,20 +116,20 @@ def is_traced() -> bool:
 
 def wants_plain(grad: Tensor) -> bool:
     """Whether a backward pass must consist of ordinary operations: a graph of it is wanted, or ``grad`` is batched."""
-    # the last is what torch.autograd.grad(is_grads_batched=True) hands out
+    # torch.autograd.grad(is_grads_batched=True) passes legacy batched tensors
     return torch.is_grad_enabled() or is_traced() or _is_legacy_batched(grad)
 
 
 def is_batched(tensor: Tensor) -> bool:
     """Whether ``torch.vmap`` has given ``tensor`` another value for each example."""
-    # where the inside of a tensor cannot be seen, torch refuses to read one number of a batched one
+    # if wrappers cannot be removed, torch raises an error when a number of a batched tensor is read
     while _unwrapped is not None and _is_tracked(tensor):
         tensor = _unwrapped(tensor)
     return _is_batched(tensor)
 
 
 def is_recorded_once() -> bool:
-    """Whether what autograd records now is recorded once and saved as it is: no hook for saved tensors, no backward."""
+    """Whether autograd records once and saves tensors as they are: no saved-tensor hooks, no backward pass."""
     return not _saved_tensor_hooks(False) and current_pass() == _NO_PASS
 
 
@@ -147,8 +148,20 @@ def outside_transforms() -> AbstractContextManager[object]:
     return context
 
 
+@contextmanager
+def apart() -> Iterator[None]:
+    """A context that no running transform, mode or graph of torch's reaches, for computations of the library's own."""
+    with ExitStack() as stack:
+        if transform_level() is not None:
+            stack.enter_context(outside_transforms())
+        stack.enter_context(without_modes())
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.no_grad())
+        yield
+
+
 class LastSample:
-    """The autograd node that sampled a gate last, for as long as its graph lives; a copy of the gate has none."""
+    """The autograd node of a gate's last sample while its graph exists; copies of the gate start without one."""
 
     def __init__(self) -> None:
         self._node: weakref.ref[Any] | None = None
@@ -161,37 +174,37 @@ class LastSample:
 
     @property
     def node(self) -> weakref.ref[Any] | None:
-        """The node."""
+        """A weak reference to the node, or None."""
         return self._node
 
     def note(self, gated: Tensor) -> None:
-        """``gated`` was sampled now."""
+        """Remember the node of ``gated``, the last sample."""
         self._node = None if gated.grad_fn is None else weakref.ref(gated.grad_fn)
 
 
 class DeferredGradients:
-    """Gradients of expected counts, which the node that samples the gates adds to its own in the same pass."""
+    """Gradients of expected counts, which the node that samples the gates adds to its own in the same backward pass."""
 
     def __init__(self) -> None:
         self._pass = _NO_PASS
-        self._taken = _NO_PASS
-        self._waiting: list[tuple[Tensor, float]] = []
+        self._last_taken = _NO_PASS
+        self._gradients: list[tuple[Tensor, float]] = []
 
     def add(self, node: torch.autograd.graph.Node, grad: Tensor, shift: float) -> bool:
-        """Leave ``grad`` to ``node``, if that is still to come in this backward pass; whether it is."""
-        if _pass_id is None:  # one pass cannot be told from the next
+        """Pass ``grad`` to ``node`` if that will still run in this backward pass. Returns whether it will."""
+        if _pass_id is None:  # without ids one pass cannot be distinguished from the next
             return False
         now = _pass_id()
-        if self._taken == now or not _will_run(node):
+        if self._last_taken == now or not _will_run(node):
             return False
-        if self._pass != now:  # what a pass that failed has left
-            self._pass, self._waiting = now, []
-        self._waiting.append((grad, shift))
+        if self._pass != now:  # discards gradients of a pass that failed
+            self._pass, self._gradients = now, []
+        self._gradients.append((grad, shift))
         return True
 
     def take(self) -> list[tuple[Tensor, float]]:
-        """What waits in this backward pass."""
+        """Remove and return the gradients that were added in this backward pass."""
         now = current_pass()
-        waiting = self._waiting if self._pass == now else []
-        self._taken, self._pass, self._waiting = now, _NO_PASS, []
-        return waiting
+        gradients = self._gradients if self._pass == now else []
+        self._last_taken, self._pass, self._gradients = now, _NO_PASS, []
+        return gradients

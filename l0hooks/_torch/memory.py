@@ -1,4 +1,4 @@
-"""Large arrays: fresh memory that costs little to touch first, and passes that stay in the cache."""
+"""Large arrays: memory that is reused, and passes over pieces that fit the cache."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import itertools
 import math
 import weakref
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,10 +14,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-PIECE = 2**17  # elements: a few arrays of them lie in a processor's cache
-_LARGE = 2**20  # bytes
-_KEPT = 2**26  # bytes that are kept for the next array of the same size; larger ones lie on huge pages
-# forward-mode derivatives that are zero and hold no memory; without the name nothing counts as plain memory
+PIECE = 2**17  # elements; a few arrays of this length fit a processor's cache
+_MIN_REUSED = 2**20  # bytes; torch allocates smaller arrays
+_MAX_RETAINED = 2**26  # bytes of free blocks that are retained; larger arrays use huge pages
+# true for zero derivatives of forward mode, which have no memory; if it is missing, for all tensors
 _is_zero: Callable[[Tensor], bool] = vars(torch._C.TensorBase).get("_is_zerotensor", lambda tensor: True)
 _free: dict[int, list[npt.NDArray[np.uint8]]] = {}
 
@@ -24,8 +25,8 @@ _free: dict[int, list[npt.NDArray[np.uint8]]] = {}
 def fresh(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Uninitialised memory.
 
-    The first touch of a page of 4 KiB costs more than several passes over it, and torch's allocator on the CPU hands
-    pages back as soon as they are free. Here 64 MiB are kept, and NumPy asks Linux for pages of 2 MiB.
+    The first access to a page of 4 KiB costs more than several passes over it, and torch's allocator on the CPU
+    returns pages as soon as they are free. This function retains 64 MiB, and NumPy asks Linux for pages of 2 MiB.
 
     Parameters
     ----------
@@ -43,41 +44,41 @@ def fresh(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Ten
     torch.Size([2, 3])
     """
     size = math.prod(shape) * dtype.itemsize
-    if device.type != "cpu" or size < _LARGE:
+    if device.type != "cpu" or size < _MIN_REUSED:
         return torch.empty(tuple(shape), dtype=dtype, device=device)
-    # reshaped by resize_: autograd forbids to change some views in place, and to add to memory that others may see
-    return torch.frombuffer(_lend(size), dtype=dtype).resize_(tuple(shape))
+    # resize_, not view: autograd forbids some changes in place of views and of memory that others may use
+    return torch.frombuffer(_reused_block(size), dtype=dtype).resize_(tuple(shape))
 
 
-def _lend(size: int) -> npt.NDArray[np.uint8]:
-    """Memory that comes back when the last tensor that uses it has gone."""
+def _reused_block(size: int) -> npt.NDArray[np.uint8]:
+    """A block of memory that is returned when the last tensor that uses it is deleted."""
     try:
-        block = _free[size].pop()  # without a look first: another thread may take the last one
+        block = _free[size].pop()  # not tested first: another thread may take the last one
     except (KeyError, IndexError):
         block = np.empty(size, np.uint8)
-    lent = block[:]  # the tensor's storage holds this view alone
-    weakref.finalize(lent, _take_back, block).atexit = False
+    lent = block[:]  # only the tensor's storage holds this view
+    weakref.finalize(lent, _return_block, block).atexit = False
     return lent
 
 
-def _take_back(block: npt.NDArray[np.uint8]) -> None:
-    if block.size > _KEPT // 4:
+def _return_block(block: npt.NDArray[np.uint8]) -> None:
+    if block.size > _MAX_RETAINED // 4:
         return
-    kept = list(_free.items())  # the collector may run this function at any time
-    if sum(size * len(blocks) for size, blocks in kept) + block.size > _KEPT:
-        _free.clear()  # of a model that is no longer trained, perhaps
+    kept = list(_free.items())  # a copy: garbage collection may call this function at any time
+    if sum(size * len(blocks) for size, blocks in kept) + block.size > _MAX_RETAINED:
+        _free.clear()  # perhaps of a model that is no longer trained
     _free.setdefault(block.size, []).append(block)
 
 
 def fresh_like(tensor: Tensor) -> Tensor:
     """Uninitialised memory of the dtype, shape, device and strides of ``tensor``, like :func:`fresh` if contiguous."""
-    if tensor.nbytes >= _LARGE and tensor.is_contiguous():
+    if tensor.nbytes >= _MIN_REUSED and tensor.is_contiguous():
         return fresh(tensor.shape, tensor.dtype, tensor.device)
     return torch.empty_like(tensor)
 
 
 def has_address(tensor: Tensor, dtype: torch.dtype = torch.float32) -> bool:
-    """Whether all of ``tensor`` lies at its ``data_ptr()``, element after element, as ``dtype``.
+    """Whether all elements of ``tensor`` are stored at its ``data_ptr()``, contiguous and as ``dtype``.
 
     Parameters
     ----------
@@ -94,7 +95,7 @@ def has_address(tensor: Tensor, dtype: torch.dtype = torch.float32) -> bool:
     (True, False, False)
     """
     return (
-        type(tensor) in (Tensor, nn.Parameter)  # others hold no memory, or that of something else
+        type(tensor) in (Tensor, nn.Parameter)  # subclasses have no memory or use that of another tensor
         and tensor.dtype == dtype
         and tensor.device.type != "meta"
         and tensor.layout == torch.strided
@@ -105,7 +106,7 @@ def has_address(tensor: Tensor, dtype: torch.dtype = torch.float32) -> bool:
 
 
 def lie_alike(weight: Tensor, log_alpha: Tensor) -> bool:
-    """Whether a kernel can go through a weight and its float32 log-odds side by side.
+    """Whether a kernel can process a weight and its float32 log-odds element by element.
 
     Parameters
     ----------
@@ -125,7 +126,7 @@ def lie_alike(weight: Tensor, log_alpha: Tensor) -> bool:
 
 
 def pieces(first: Tensor, *others: Tensor | None) -> Iterator[tuple[Any, ...]]:
-    """Corresponding pieces of arrays of one shape, small enough for the cache; whole where strides or device forbid.
+    """Corresponding pieces of arrays of one shape that fit the cache; whole arrays if strides or device forbid that.
 
     Parameters
     ----------
@@ -148,3 +149,17 @@ def pieces(first: Tensor, *others: Tensor | None) -> Iterator[tuple[Any, ...]]:
         count = -(-first.numel() // PIECE)
         flat = (itertools.repeat(None, count) if t is None else torch.split(t.view(-1), PIECE) for t in arrays)
         yield from zip(*flat, strict=True)
+
+
+def has_room(count: int, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether ``count`` numbers of ``dtype`` fit into what is free on ``device``; true where that is not known."""
+    size = count * dtype.itemsize
+    if device.type == "cuda":
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # by torch's allocator, unused
+        return size <= torch.cuda.mem_get_info(device)[0] + kept
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines() if device.type == "cpu" else []
+    except OSError:  # no Linux
+        return True
+    available = [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")]
+    return not available or size <= available[0]

@@ -1,7 +1,7 @@
-"""What modules hold: their own tensors, children, hooks and parametrizations.
+"""Access to the tensors, children, hooks and parametrizations of modules.
 
-``nn.Module`` keeps these in private tables that no public method reads as fast, or writes. Without one of them the
-feature that needs it is refused.
+``nn.Module`` has these in private tables, which public methods read more slowly or cannot write. If a table is missing,
+the feature that needs it raises an error.
 """
 
 from __future__ import annotations
@@ -19,14 +19,16 @@ from l0hooks._torch.autograd import is_recorded
 from l0hooks._torch.names import lookup, refuse
 from l0hooks._torch.tensors import is_meta, same_tensor
 
-# without the first two, as if there were hooks and a cache: torch's own way serves those, and is slower
+# if this is missing, assume hooks: torch's own code, which is slower, runs them
 _has_global_hook: Callable[[], bool] = lookup("nn.modules.module._has_any_global_hook", lambda: True)
 _PUBLIC_NORMS = (
     *(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm),
     *(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d),
 )
 _norm_base: type[nn.Module] | None = lookup("nn.modules.batchnorm._NormBase", None)
-NORMS: tuple[type[nn.Module], ...] = _PUBLIC_NORMS if _norm_base is None else (_norm_base,)  # with statistics
+NORMS: tuple[type[nn.Module], ...] = (
+    _PUBLIC_NORMS if _norm_base is None else (_norm_base,)
+)  # norms with running statistics
 
 
 def _is_caching() -> bool:
@@ -55,7 +57,7 @@ def buffers_of(module: nn.Module) -> dict[str, Tensor | None]:
 
 
 def reorder_parameters(module: nn.Module, order: Sequence[str]) -> None:
-    """Put the parameters of ``module`` into this order, **in place**; others come after them."""
+    """Put the parameters of ``module`` into this order, **in place**; others follow."""
     own = parameters_of(module)
     module._parameters = {name: own[name] for name in (*order, *own) if name in own}
 
@@ -70,7 +72,7 @@ def parametrization_lists(module: nn.Module) -> dict[str, parametrize.Parametriz
 
 
 def drop_parametrization(module: nn.Module, tensor_name: str) -> None:
-    """Take the parametrization of one tensor away, **in place**; with the last one, the class that came with it."""
+    """Remove the parametrization of one tensor, **in place**; with the last one restore the module's plain class."""
     plain: type[nn.Module] = type(module).__bases__[0]
     del module.parametrizations[tensor_name]  # type: ignore[operator, union-attr]  # torch types it as Module
     if parametrization_lists(module):
@@ -90,7 +92,7 @@ def tensors_of(module: nn.Module) -> list[tuple[str, Tensor]]:
 
 
 def own_class(module: nn.Module, *, without: str = "") -> None:
-    """Give a parametrized module a class of its own: its deepcopies share the one that holds the properties."""
+    """Give a parametrized module a class of its own; otherwise deepcopies share the class with the properties."""
     shared: type[nn.Module] = type(module)
     namespace = {k: v for k, v in vars(shared).items() if k not in (without, "__dict__", "__weakref__")}
     module.__class__ = type(shared.__name__, shared.__bases__, namespace)
@@ -123,7 +125,7 @@ def drop_load_hooks(module: nn.Module, *hooks: Callable[..., object]) -> None:
 
 
 def is_hooked(module: nn.Module) -> bool:
-    """Whether a call of ``module`` runs hooks of its own; yes where torch's tables of hooks are not known."""
+    """Whether a call of ``module`` runs hooks of its own; true if torch's tables of hooks are missing."""
     try:
         forward = module._forward_hooks or module._forward_pre_hooks
         return bool(forward or module._backward_hooks or module._backward_pre_hooks)
@@ -132,11 +134,10 @@ def is_hooked(module: nn.Module) -> bool:
 
 
 def read_directly(module: nn.Module, tensor_name: str) -> None:
-    """Let the property that parametrizes a tensor of ``module`` ask its gates before anything else.
+    """Make the property of a parametrized tensor of ``module`` call its gates directly.
 
-    The way through torch's list of parametrizations takes 30 µs when it is warm, and 200 after a product of large
-    matrices has emptied the caches. It is left to what needs it: graphs that are recorded, torch's own cache, further
-    parametrizations, and hooks of any kind on them.
+    torch's list of parametrizations takes 30 µs, and 200 µs after a product of large matrices has emptied the caches.
+    It is still used for recorded graphs, torch's own cache, further parametrizations, and hooks on any of them.
     """
     cls = type(module)
     whole: property = vars(cls)[tensor_name]
@@ -157,7 +158,7 @@ def read_directly(module: nn.Module, tensor_name: str) -> None:
 
 
 class Traversal:
-    """Which function ``Module._apply`` carries through a model: a module that hangs at two places meets it twice."""
+    """The function that ``Module._apply`` is applying to a model; a module with two parents meets it twice."""
 
     def __init__(self) -> None:
         self._function: weakref.ref[Callable[[Tensor], Tensor]] | None = None
@@ -166,17 +167,17 @@ class Traversal:
         return Traversal, ()
 
     def again(self, function: Callable[[Tensor], Tensor]) -> bool:
-        """Whether ``function`` was noted before."""
+        """Whether :meth:`note` was called with ``function``."""
         return self._function is not None and self._function() is function
 
     def note(self, function: Callable[[Tensor], Tensor]) -> None:
-        """Remember ``function`` for as long as it lives."""
+        """Remember ``function`` by a weak reference."""
         self._function = weakref.ref(function)
 
     def fills(self, function: Callable[[Tensor], Tensor], tensor: Tensor, start: float | None = None) -> bool:
-        """Whether ``function`` finds ``tensor`` without data, or did so at another place that is the same module.
+        """Whether ``function`` finds ``tensor`` without data, or found it so earlier in the same traversal.
 
-        With ``start``, what ``tensor`` was filled with then: once its values have moved, this is a later traversal.
+        ``start`` is the value that ``tensor`` was filled with then; if that has changed, this is a later traversal.
         """
         if is_meta(tensor):
             self.note(function)
@@ -185,7 +186,7 @@ class Traversal:
 
 
 class Tie:
-    """One weight beneath the parametrizations of several layers; torch forgets that when it comes from the meta device.
+    """One weight under the parametrizations of several layers; torch separates it when it leaves the meta device.
 
     Parameters
     ----------
@@ -196,10 +197,10 @@ class Tie:
         self._chains = tuple(chains)
         self._first = self._chains[0]
         self._traversal = Traversal()
-        self._is_one = len({id(chain.original) for chain in chains}) == 1  # else several parameters over one memory
+        self._is_one = len({id(chain.original) for chain in chains}) == 1  # else several parameters with one memory
 
     def meet(self, gating: nn.Module, function: Callable[[Tensor], Tensor]) -> None:
-        """Before ``function`` moves the weight beneath ``gating``: if it has moved that of another layer, take that."""
+        """Prepare to move the weight under ``gating``: if ``function`` has moved that of another layer, share it."""
         if self._traversal.again(function):
             self.rejoin(self._first)
         else:
@@ -207,7 +208,7 @@ class Tie:
             self._traversal.note(function)
 
     def rejoin(self, chain: parametrize.ParametrizationList) -> None:
-        """Give all layers the parameter of ``chain``, or, if that has no data, of the first that has some."""
+        """Give all layers the parameter of ``chain`` or, if that has no data, the first one with data."""
         own = [one.original for one in self._chains if isinstance(one.original, nn.Parameter)]
         found = next((p for p in (chain.original, *own) if isinstance(p, nn.Parameter) and not is_meta(p)), own[0])
         for one in self._chains:

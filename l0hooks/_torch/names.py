@@ -1,4 +1,4 @@
-"""Looking up a private name of torch, with something to do without it."""
+"""Look up private names of torch, with a fallback for missing ones."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ T = TypeVar("T")
 
 
 class MissingTorchNameError(RuntimeError):
-    """This version of torch lacks a private name, and with it one feature."""
+    """This version of torch lacks a private name that a feature needs."""
 
 
 def lookup(path: str, fallback: T) -> T:
@@ -21,7 +21,7 @@ def lookup(path: str, fallback: T) -> T:
     path : str
         Dotted, below ``torch``.
     fallback : object
-        What serves in its place, more slowly or for fewer uses.
+        Used in its place; slower, or for fewer cases.
 
     Examples
     --------
@@ -33,11 +33,11 @@ def lookup(path: str, fallback: T) -> T:
         if name not in vars(found):
             return fallback
         found = vars(found)[name]
-    return found  # type: ignore[return-value]  # of the fallback's type, by the caller's word
+    return found  # type: ignore[return-value]  # the caller gives the type by the fallback
 
 
 def refuse(path: str, feature: str) -> NoReturn:
-    """Say that ``feature`` needs ``torch.<path>``.
+    """Raise the error that ``feature`` needs ``torch.<path>``.
 
     Raises
     ------

@@ -1,4 +1,4 @@
-"""How models and functions are run: in evaluation, on shapes alone, out of the compiler's reach."""
+"""Contexts that run models in evaluation mode or on shapes only, and functions that the compiler skips."""
 
 from __future__ import annotations
 
@@ -6,35 +6,100 @@ import importlib
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from types import ModuleType
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.torch_version import TorchVersion
 
+from l0hooks._torch.attributes import Attributes
 from l0hooks._torch.names import lookup
 
-OUT_OF_MEMORY = (MemoryError, torch.OutOfMemoryError)  # no reason to believe that a model is wrong
+OUT_OF_MEMORY = (MemoryError, torch.OutOfMemoryError)  # no sign of a fault in the model
 
 
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; every module's own mode and the random state come back afterwards."""
+def evaluating(model: nn.Module, *, afresh: bool = False) -> Iterator[None]:
+    """Evaluation mode without gradients; modes, attributes and the random state are restored afterwards.
+
+    A model may keep what it computes in attributes: under tracing these are tensors without data. It returns no caches
+    of keys and values, which no graph can return and which are smaller once heads are cut.
+
+    Parameters
+    ----------
+    model : nn.Module
+    afresh : bool
+        Go through training mode first, in which models drop what they keep in evaluation.
+    """
+    before = Attributes(model)
     modes = [(module, module.training) for module in model.modules()]
     gpus = {p.device.index for p in model.parameters() if p.device.type == "cuda"}
-    if any(training for _, training in modes):  # else what evaluation has kept stays kept
-        model.eval()
     try:
-        with torch.random.fork_rng(gpus), torch.no_grad():
+        if afresh:
+            model.train()
+        if afresh or any(training for _, training in modes):  # a needless eval() would discard cached weights
+            model.eval()
+        with torch.random.fork_rng(gpus), torch.no_grad(), _without_caches(model):
             yield
     finally:
+        before.restore()
         for module, training in modes:
             module.training = training
 
 
 @contextmanager
+def as_in_training(model: nn.Module) -> Iterator[None]:
+    """Training mode without gradients; everything is restored afterwards, as by :func:`evaluating`."""
+    with evaluating(model):
+        model.train()
+        yield
+
+
+@contextmanager
+def _without_caches(model: nn.Module) -> Iterator[None]:
+    """Switch ``use_cache`` off wherever it is on."""
+    switched = [table for table in _settings(model) if table.get("use_cache") is True]
+    for table in switched:
+        table["use_cache"] = False
+    try:
+        yield
+    finally:
+        for table in switched:
+            table["use_cache"] = True
+
+
+def _settings(model: nn.Module) -> Iterator[dict[str, Any]]:
+    """The attributes of all modules and of their configurations: an encoder and a decoder may have copies of one."""
+    seen: set[int] = set()
+    found: list[object] = [value for module in model.modules() for value in (module, *vars(module).values())]
+    while found:
+        value = found.pop()
+        table = getattr(value, "__dict__", None)
+        if not isinstance(table, dict) or isinstance(value, (Tensor, type, ModuleType)) or id(value) in seen:
+            continue
+        seen.add(id(value))
+        yield table
+        if not isinstance(value, nn.Module):  # a configuration may hold those of its parts
+            found += [part for name, part in table.items() if "config" in name]
+
+
+@torch.no_grad()
+def refresh(model: nn.Module) -> None:
+    """Let ``model`` drop, **in place**, what it keeps in evaluation, and compute it again if its modes say so.
+
+    It goes through training mode, and every module back into its own.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    model.train()
+    for module, training in modes:  # from the outside in
+        if module.training != training:
+            module.train(training)
+
+
+@contextmanager
 def slow_attention() -> Iterator[None]:
-    """torch's fused encoder path calls no submodule, so no hook would see it."""
+    """Disable torch's fused encoder path, which calls no submodule and therefore runs no hooks."""
     enabled = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
@@ -44,20 +109,20 @@ def slow_attention() -> Iterator[None]:
 
 
 def shapes_alone() -> AbstractContextManager[object]:
-    """A context in which code that asks whether it is traced, before it looks at data, learns that it is."""
+    """A context for models on the meta device, where code that skips checks of data under tracing skips them."""
     try:
-        from torch._subclasses.fake_tensor import FakeTensorMode  # imported here, for it takes a while
+        from torch._subclasses.fake_tensor import FakeTensorMode  # slow to import
     except ImportError:
-        return nullcontext()  # such code then looks at data that a meta tensor does not have, and says so
+        return nullcontext()  # such code then raises its own error about meta tensors
     mode: AbstractContextManager[object] = FakeTensorMode(allow_non_fake_inputs=True)
     return mode
 
 
 def run_eagerly(*functions: Callable[..., object]) -> None:
-    """Keep the compiler from turning a hook of the compiled model itself, which it calls eagerly, into a graph.
+    """Keep the compiler from tracing hooks of the compiled model itself, which it calls eagerly.
 
-    Hooks inside a graph are still traced. This is ``skip_code`` of ``torch._dynamo`` without the second that importing
-    it takes; where its parts are missing, it is called after all. Without that, the compiler traces the hooks: slower.
+    Hooks inside a graph are still traced. This does the work of ``skip_code`` of ``torch._dynamo``, whose import takes
+    a second. If private names are missing, ``skip_code`` is used; without it the compiler traces the hooks, slowly.
     """
     frames: Any = lookup("_C._dynamo.eval_frame", None)
     names: set[str] = set() if frames is None else set(vars(frames))

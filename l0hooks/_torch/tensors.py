@@ -1,4 +1,4 @@
-"""Where tensors lie: which of them are one, which are spread over processes, and which have no data yet."""
+"""Where tensors are stored: which share memory, which are sharded over processes, and which have no data."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def has_meta(model: nn.Module) -> bool:
 
 
 def beside(model: nn.Module, example_inputs: Sequence[Any]) -> tuple[Any, ...]:
-    """``example_inputs`` where ``model`` can take them: on the meta device if that is where its parameters are.
+    """``example_inputs``, moved to the meta device if parameters of ``model`` are there.
 
     Examples
     --------
@@ -43,8 +43,8 @@ def beside(model: nn.Module, example_inputs: Sequence[Any]) -> tuple[Any, ...]:
 
 
 def same_tensor(tensor: Tensor) -> tuple[Any, ...]:
-    """A key that is equal for tensors that are one: the same memory (on the meta device: storage), seen alike."""
-    if tensor.numel() == 0 or not (tensor.is_meta or tensor.data_ptr()):  # nothing to share, or spread over processes
+    """A key that is equal for tensors of the same memory (on the meta device: storage), shape and strides."""
+    if tensor.numel() == 0 or not (tensor.is_meta or tensor.data_ptr()):  # empty, or sharded over processes
         return (id(tensor),)
     if tensor.is_meta:
         return tensor.device, *storage_of(tensor), tensor.storage_offset(), tensor.shape, tensor.stride()
@@ -52,7 +52,7 @@ def same_tensor(tensor: Tensor) -> tuple[Any, ...]:
 
 
 def storage_of(tensor: Tensor) -> tuple[bool, int]:
-    """What is equal for tensors in one memory: its address, or on the meta device the storage's own."""
+    """A key that is equal for tensors in one storage: its address, or on the meta device a number."""
     storage = tensor.untyped_storage()
     address = storage.data_ptr()
     return (True, address) if address else (False, _storage_number(storage))
@@ -62,7 +62,7 @@ def _number_of(storage: torch.UntypedStorage) -> int:
     return int(storage._cdata)
 
 
-# torch keeps one Python object for each storage that lives
+# torch has one Python object for each storage in use
 _storage_number = _number_of if "_cdata" in dir(torch.UntypedStorage) else id
 
 
@@ -71,36 +71,36 @@ def _read_version(tensor: Tensor) -> object:
 
 
 def _never_the_same(tensor: Tensor) -> object:
-    return object()  # nothing is used twice then
+    return object()  # then nothing is reused
 
 
-# equal as long as nothing has changed the tensor in place, but for fused optimisers and changes through .data
+# equal while nothing changes the tensor in place; misses fused optimisers and changes through .data
 version: Callable[[Tensor], object] = _read_version if "_version" in dir(Tensor) else _never_the_same
 
 
 def is_sharded(tensor: Tensor) -> bool:
-    """Whether ``fully_shard`` has spread ``tensor`` over processes."""
-    return hasattr(tensor, "full_tensor")  # importing DTensor, to ask for its type, takes a second
+    """Whether ``fully_shard`` has sharded ``tensor`` over processes."""
+    return hasattr(tensor, "full_tensor")  # importing DTensor for isinstance takes a second
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """``tensor``, or all of one that is sharded; a collective call then."""
+    """``tensor``, gathered by a collective call if it is sharded."""
     gathered: Tensor = tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
     return gathered
 
 
 def is_placed(tensor: Tensor) -> bool:
-    """Whether a tensor has memory of its own to be known by: not if it is empty, or a meta tensor."""
+    """Whether a tensor has memory: not if it is empty or on the meta device."""
     return tensor.numel() > 0 and not tensor.is_meta
 
 
 def memory_of(tensor: Tensor) -> tuple[int, int]:
-    """The first address of a tensor, and the first one after it."""
+    """The first address of a tensor, and the first address after it."""
     return tensor.data_ptr(), tensor.data_ptr() + _bytes_spanned(tensor)
 
 
 def overlap(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors in one storage share an element: whether their ranges of bytes meet."""
+    """Whether two tensors in one storage overlap: whether their ranges of bytes do."""
     a_start, b_start = (int(t.storage_offset()) * t.element_size() for t in (a, b))
     return a_start < b_start + _bytes_spanned(b) and b_start < a_start + _bytes_spanned(a)
 

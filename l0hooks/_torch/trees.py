@@ -1,4 +1,4 @@
-"""Nested arguments and outputs as torch sees them: tuples, lists, mappings, and classes registered with it."""
+"""Nested arguments and outputs: tuples, lists, mappings, and classes registered with torch."""
 
 from __future__ import annotations
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -15,12 +16,13 @@ from l0hooks._torch.tensors import same_tensor
 from l0hooks.attach.spec import named_modules
 from l0hooks.attach.summary_table import CoupledTotals, Summary, SummaryRow
 from l0hooks.attach.walk import Coupled, Gated, iter_gated
-from l0hooks.gates.gate import Gate
+from l0hooks.errors import L0HooksWarning
+from l0hooks.gates.progress import unfinished, warn_if_tied
+from l0hooks.gates.registry import rules_over
 from l0hooks.structure import ChannelGroup
 from l0hooks.structure.macs import count_positions, total_macs
 
 
-@torch.no_grad()
 def summary(model: nn.Module, *, example_inputs: Sequence[Any] | None = None) -> Summary:
     """How sparse ``model`` is now.
 
@@ -30,6 +32,8 @@ def summary(model: nn.Module, *, example_inputs: Sequence[Any] | None = None) ->
         Not changed.
     example_inputs : sequence, optional
         Positional arguments of ``model``, to count multiply-adds; those of ``sparsify`` serve if not given.
+        Counts are those of one example: one index along the first axis of the first tensor, or all of it where the
+        layer that reads it takes it without a batch.
 
     Returns
     -------
@@ -48,29 +52,80 @@ def summary(model: nn.Module, *, example_inputs: Sequence[Any] | None = None) ->
     """
     positions = None if example_inputs is None else count_positions(model, example_inputs)
     every = list(iter_gated(model))
-    rows = tuple(_row(gated, positions) for gated in every)
+    return summarise(model, every, gates_kept(every), positions)
+
+
+def gates_kept(every: Iterable[Gated]) -> dict[int, int]:
+    """How many gates stay, by the id of the gate; one member of a coupled group at least."""
+    return {id(one.gate): max(one.gate.kept(), int(one.coupled is not None)) for one in every}
+
+
+@torch.no_grad()
+def summarise(
+    model: nn.Module,
+    every: Sequence[Gated],
+    kept: Mapping[int, int],
+    positions: Mapping[tuple[int, str], float] | None,
+) -> Summary:
+    """:func:`summary` from what is known already.
+
+    Parameters
+    ----------
+    model : nn.Module
+    every : sequence of Gated
+        All its gates.
+    kept : mapping from the id of a gate to int
+        From :func:`gates_kept`.
+    positions : mapping, optional
+        From :func:`l0hooks.structure.macs.count_positions`.
+    """
+    rows = tuple(_row(gated, kept[id(gated.gate)], positions) for gated in every)
     own = {id(p) for gated in every for p in gated.gate.parameters()}
     plain = {same_tensor(p): p for p in _initialised(model.parameters()) if id(p) not in own}
     total = sum(p.numel() for p in plain.values())
     firsts = (one.coupled for one in every if one.coupled and one.coupled.number == 0)
-    coupled = tuple(_totals(one, model, positions) for one in firsts)
+    coupled = tuple(_totals(one, model, kept, positions) for one in firsts)
     macs = None if positions is None else round(total_macs(model, positions))
-    return Summary(rows, total, tuple(_ungated(model, every)), coupled, model_macs=macs)
+    budgets = tuple(rule.progress() for rule in rules_over(one.gate for one in every))
+    return Summary(rows, total, tuple(_ungated(model, every)), coupled, model_macs=macs, budgets=budgets)
 
 
-def _totals(coupled: Coupled, model: nn.Module, positions: dict[tuple[int, str], float] | None) -> CoupledTotals:
+def warn_unfinished(where: str, report: Summary) -> None:
+    """Warn if the schedule of a budget has not ended, with target, size and step.
+
+    Parameters
+    ----------
+    where : str
+        The call that was made, for the message.
+    report : Summary
+        Of the gated model.
+    """
+    text = unfinished(where, report.budgets)
+    if text is not None:
+        warnings.warn(text, L0HooksWarning, stacklevel=3)
+
+
+def warn_tied(where: str, every: Iterable[Gated]) -> None:
+    """Warn if the order of equal log-odds has decided which gates of a budget stay at its target."""
+    for rule in rules_over(one.gate for one in every):
+        if not rule.progress().missed:
+            warn_if_tied(where, rule.ties())
+
+
+def _totals(
+    coupled: Coupled, model: nn.Module, kept: Mapping[int, int], positions: Mapping[tuple[int, str], float] | None
+) -> CoupledTotals:
     """The totals of the plan that a coupled gate belongs to; weights that are gated otherwise have rows."""
     plan, without = coupled.plan, coupled.otherwise
     if positions is not None:
         plan = replace(plan, positions=_named(positions, model, coupled.prefix))
-    kept = [_kept(gate) for gate in coupled.gates]
-    sizes = [group.size for group in plan.groups]
-    parameters = (plan.parameters(c.__getitem__, without) for c in (sizes, kept))
-    macs = (round(plan.macs(c.__getitem__, without)) for c in (sizes, kept)) if plan.positions else (None, None)
+    counts = [group.size for group in plan.groups], [kept[id(gate)] for gate in coupled.gates]
+    parameters = (plan.parameters(c.__getitem__, without) for c in counts)
+    macs = (round(plan.macs(c.__getitem__, without)) for c in counts) if plan.positions else (None, None)
     return CoupledTotals(*parameters, *macs)
 
 
-def _named(positions: dict[tuple[int, str], float], model: nn.Module, prefix: str) -> dict[str, float]:
+def _named(positions: Mapping[tuple[int, str], float], model: nn.Module, prefix: str) -> dict[str, float]:
     """By a parameter's name instead of its module; a module with several names under one of them."""
     return {
         f"{name}.{tensor_name}".removeprefix(prefix).removeprefix("."): positions[id(module), tensor_name]
@@ -80,14 +135,8 @@ def _named(positions: dict[tuple[int, str], float], model: nn.Module, prefix: st
     }
 
 
-def _kept(gate: Gate) -> int:
-    """How many members of a coupled group stay: one at least."""
-    return max(1, gate.kept())
-
-
-def _coupled_row(gated: Gated, group: ChannelGroup) -> SummaryRow:
+def _coupled_row(gated: Gated, group: ChannelGroup, kept: int) -> SummaryRow:
     """One group as if the others were kept whole."""
-    kept = _kept(gated.gate)
     each = group.parameters_each
     return SummaryRow(
         name=group.name,
@@ -103,11 +152,10 @@ def _coupled_row(gated: Gated, group: ChannelGroup) -> SummaryRow:
     )
 
 
-def _row(gated: Gated, positions: dict[tuple[int, str], float] | None) -> SummaryRow:
+def _row(gated: Gated, kept: int, positions: Mapping[tuple[int, str], float] | None) -> SummaryRow:
     if gated.coupled is not None:
-        return _coupled_row(gated, gated.coupled.plan.groups[gated.coupled.number])
-    gate = gated.gate
-    gates, kept, keep_prob = gate.log_alpha.numel(), gate.kept(), gate.mean_keep_prob()
+        return _coupled_row(gated, gated.coupled.plan.groups[gated.coupled.number], kept)
+    gates, keep_prob = gated.gate.log_alpha.numel(), gated.gate.mean_keep_prob()
     parameters = sum(site.weight.numel() for site in gated.weights())
     macs = _macs(gated, positions)
     first = gated.sites[0] if gated.sites else None
@@ -128,7 +176,7 @@ def _row(gated: Gated, positions: dict[tuple[int, str], float] | None) -> Summar
     )
 
 
-def _macs(gated: Gated, positions: dict[tuple[int, str], float] | None) -> int | None:
+def _macs(gated: Gated, positions: Mapping[tuple[int, str], float] | None) -> int | None:
     total = 0
     for site in gated.sites:
         count = site.gating.positions if positions is None else positions.get((id(site.module), site.tensor_name), 0)

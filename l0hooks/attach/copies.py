@@ -1,12 +1,15 @@
-"""Copies of a gated model that take no more memory than they are for."""
+"""Copies of a gated model that take no more memory than needed."""
 
 from __future__ import annotations
 
 import copy
+import warnings
+from collections.abc import Mapping, Sequence
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from l0hooks.attach.gated_weight import iter_sites
+from l0hooks.attach.gated_weight import Site, iter_sites
 from l0hooks.gates.gate import iter_gates
 
 
@@ -19,26 +22,49 @@ def run_copy(model: nn.Module) -> nn.Module:
     >>> run_copy(model).weight is model.weight
     True
     """
-    shared = [*model.parameters(), *(site.gating.kept for site in iter_sites(model)), *_of_gates(model)]
-    return copy.deepcopy(model, {id(one): one for one in shared})
+    gates = [gate for _, gate in iter_gates(model)]
+    states = [tensor for gate in gates for tensor in (gate.log_alpha, gate.mask, gate.held) if tensor is not None]
+    shared = [*model.parameters(), *(site.gating.kept for site in iter_sites(model)), *states]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of torch, when it copies a graph
+        return copy.deepcopy(model, {id(one): one for one in shared})
 
 
-def fold_copy(model: nn.Module) -> nn.Module:
-    """A copy whose gates are to be folded into its weights: all of its own, but what the gates hold.
+@torch.no_grad()
+def folded_weights(sites: Sequence[Site]) -> dict[int, Tensor]:
+    """The gated weights times their test-time gates, by the id of the weight; a tied one once."""
+    folded: dict[int, Tensor] = {}
+    for site in sites:
+        if id(site.weight) not in folded:
+            folded[id(site.weight)] = site.gating.fold_into(site.weight, out=torch.empty_like(site.weight))
+    return folded
+
+
+def folded_copy(model: nn.Module, sites: Sequence[Site], folded: Mapping[int, Tensor]) -> nn.Module:
+    """A copy that shares the gates of ``model`` and has the tensors of ``folded`` beneath them.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Not changed.
+    sites : sequence of Site
+        All gated weights of ``model``.
+    folded : mapping from the id of a weight to Tensor
+        From :func:`folded_weights`.
 
     Examples
     --------
     >>> from l0hooks import iter_gates, sparsify
     >>> model = nn.Linear(2, 2)
     >>> _ = sparsify(model)
-    >>> twin = fold_copy(model)
-    >>> (_, gate), (_, other) = *iter_gates(model), *iter_gates(twin)
-    >>> gate is other, gate.log_alpha is other.log_alpha
-    (False, True)
+    >>> sites = list(iter_sites(model))
+    >>> (twin,) = iter_sites(folded_copy(model, sites, folded_weights(sites)))
+    >>> twin.gating is sites[0].gating, twin.weight is sites[0].weight
+    (True, False)
     """
-    return copy.deepcopy(model, {id(one): one for one in _of_gates(model)})
-
-
-def _of_gates(model: nn.Module) -> list[object]:
-    gates = [gate for _, gate in iter_gates(model)]
-    return [tensor for gate in gates for tensor in (gate.log_alpha, gate.mask, gate.held) if tensor is not None]
+    gatings: dict[int, object] = {id(site.gating): site.gating for site in sites}
+    weights = {
+        id(site.weight): nn.Parameter(folded[id(site.weight)], requires_grad=site.weight.requires_grad)
+        for site in sites
+    }
+    return copy.deepcopy(model, {**gatings, **weights})

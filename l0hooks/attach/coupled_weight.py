@@ -17,7 +17,7 @@ from l0hooks._torch.modules import Traversal
 from l0hooks._torch.tensors import is_meta
 from l0hooks.attach.gated_weight import Gating
 from l0hooks.gates.gate import Gate
-from l0hooks.gates.shared_sampling import Team
+from l0hooks.gates.shared_sampling import SharedSampling
 from l0hooks.structure.group_costs import CoupledPlan
 
 
@@ -40,8 +40,8 @@ class CoupledWeight(Gating):
         The parameter's name in the plan.
     shape : tuple of int
         The weight's.
-    team : Team, optional
-        All gates of the plan, to be sampled together; those of ``members`` if not given.
+    shared : SharedSampling, optional
+        All gates of the plan, which are sampled together; those of ``members`` if not given.
     example_noise : bool
         Draw one mask for each example and multiply it into the layer's input, rather than one for each step.
 
@@ -60,12 +60,12 @@ class CoupledWeight(Gating):
         name: str,
         shape: tuple[int, ...],
         *,
-        team: Team | None = None,
+        shared: SharedSampling | None = None,
         positions: float | None = None,
         example_noise: bool = False,
     ) -> None:
         super().__init__("coupled", positions, tuple(members.values()))
-        self._team = Team(tuple(members.values())) if team is None else team
+        self._shared = SharedSampling(tuple(members.values())) if shared is None else shared
         self.plan = plan
         self.name = name
         self.numbers = tuple(members)
@@ -86,7 +86,7 @@ class CoupledWeight(Gating):
 
     def mask(self, examples: int | None = None) -> Tensor:
         """Sampled gates of the input channels: float32, shape (channels,), or (examples, channels)."""
-        return self._assemble([self._team.sample(gate, examples) for gate in self.gates], 1.0)
+        return self._assemble([self._shared.sample(gate, examples) for gate in self.gates], 1.0)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CoupledWeight:
         without_data = self.index is not None and self._traversal.fills(fn, self.index)
@@ -107,8 +107,9 @@ class CoupledWeight(Gating):
         return torch.cat([ungated, *values], dim=-1).index_select(-1, self.index)
 
     def sampled(self, weight: Tensor) -> Tensor:
-        if self.example_noise or self.call.on_input:
+        if self.call.on_input:
             return weight
+        # also with a draw for each example, where the model's own code uses the weight without calling its layer
         return weight * self.mask().view(self._view).to(weight.dtype)
 
 
@@ -130,8 +131,8 @@ def _index_of(plan: CoupledPlan, numbers: Sequence[int], name: str) -> tuple[npt
 class MaskInput:
     """A pair of forward hooks that multiply a reader's input with its gates, where that is asked for or cheaper.
 
-    With one draw for each example the mask has to lie on the input. With one for a step it may lie on the weight as
-    well, with the same outputs and gradients: the smaller of the two arrays is chosen at every call.
+    With one draw for each example the mask must multiply the input. With one for a step it may multiply the weight as
+    well, with the same outputs and gradients: at every call the smaller of the two arrays is multiplied.
 
     Parameters
     ----------
@@ -152,7 +153,7 @@ class MaskInput:
     def enter(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        """Mask the input, and tell the weight."""
+        """Mask the input, and note for the weight that it is masked."""
         if not self.gating.training:
             return None
         name = "input" if "input" in kwargs else "x"  # transformers' name in Conv1D
@@ -164,7 +165,7 @@ class MaskInput:
         return ((masked, *args[1:]), kwargs) if args else (args, {**kwargs, name: masked})
 
     def leave(self, module: nn.Module, args: object, output: object) -> None:
-        """The call has ended: who looks at the weight from now on sees it with its gates."""
+        """The call has ended: from now on the weight is read with its gates."""
         self.gating.call.on_input = False
 
     def _masked(self, x: Tensor) -> Tensor:

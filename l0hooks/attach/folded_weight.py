@@ -1,4 +1,4 @@
-"""The folded weight of a gated layer in evaluation: kept while nothing has changed, and read without detours."""
+"""The folded weight of a gated layer in evaluation: kept while nothing has changed."""
 
 from __future__ import annotations
 
@@ -33,6 +33,7 @@ class Kept:
     """The folded weight, kept while neither weight, gates nor settings have changed."""
 
     def __init__(self) -> None:
+        self.held: Tensor | None = None  # the product to use without asking what has changed
         self._product: Tensor | None = None
         self._gates: tuple[list[Tensor], list[Tensor]] | None = None
         self._of: tuple[weakref.ref[Tensor], ...] = ()
@@ -79,14 +80,18 @@ class Kept:
                 self._gates[1].append(slope)
         return self._gates
 
+    def hold(self, product: Tensor) -> None:
+        """Use ``product`` in evaluation without gradients until :meth:`drop`, whatever changes."""
+        self.held = product
+
     def drop(self) -> None:
-        """Forget everything."""
-        self._product = self._gates = None
+        """Forget the product."""
+        self._product = self._gates = self.held = None
 
 
 def _key_of(owner: Foldable, of: tuple[Tensor, ...], product: Tensor) -> list[object]:
     """All that the product depends on, besides which tensors it is made of."""
-    # the caller was handed this very product; fused optimisers change tensors without a new version
+    # callers have this tensor and may change it; fused optimisers change tensors without a new version
     key: list[object] = [version(product), steps_taken()]
     for tensor in of:
         key += (version(tensor), tensor.data_ptr(), tensor.dtype)

@@ -17,9 +17,8 @@ from l0hooks._torch.modules import (
 )
 from l0hooks._torch.tensors import is_meta
 from l0hooks.attach.folded_weight import Folded, Kept
-from l0hooks.gates.families import HardConcreteFamily
 from l0hooks.gates.gate import Gate
-from l0hooks.gates.sampling import Constants, gated_weight, held_weight
+from l0hooks.gates.sampling import gated_weight, held_weight
 from l0hooks.structure.layers import GateLayout, Granularity
 
 
@@ -29,9 +28,9 @@ class Gating(nn.Module):
     Attributes
     ----------
     granularity : str or (int, int)
-        The name that the shape of the gates goes by.
+        The name of the shape of the gates.
     positions : float or None
-        How often each weight is used in one pass over the example inputs: multiply-adds per weight.
+        How often each weight is used for one of the example inputs: multiply-adds per weight.
     order : tuple of str
         The layer's parameters as they stood before, for pruning.
     gates : tuple of Gate
@@ -39,12 +38,12 @@ class Gating(nn.Module):
     kept : Kept
         The product in evaluation.
     tie : Tie or None
-        With the other layers that have the same weight.
+        The tie with the other layers that have the same weight.
     """
 
     def __init__(self, granularity: Granularity, positions: float | None, gates: tuple[Gate, ...]) -> None:
         super().__init__()
-        self.gates = gates  # children of a module under their own names, too: these are read without asking it
+        self.gates = gates  # also children under their own names; a tuple is faster to read
         self.granularity = granularity
         self.positions = positions
         self.order: tuple[str, ...] = ()
@@ -70,16 +69,18 @@ class Gating(nn.Module):
         return kept
 
     def read(self, weight: Tensor) -> Tensor | None:
-        """The gated weight, if it takes no more than a sample or what is kept."""
+        """The gated weight, if a sample or the kept product is enough; else None."""
         if self.training:
             return self.sampled(weight)
         if torch.is_grad_enabled():
             return None
+        if self.kept.held is not None:
+            return self.kept.held
         locations: Any = [parameters_of(gate)["log_alpha"] for gate in self.gates]  # attributes of modules take longer
         return self.kept.known(self, (weight, *locations))
 
     def right_inverse(self, weight: Tensor) -> Tensor:
-        """Assigning a tensor (torch takes no Parameter here) to the layer's weight replaces it beneath the gates."""
+        """Assigning a tensor (torch refuses a Parameter here) to the layer's weight puts it under the gates."""
         return weight
 
     def fold(self, weight: Tensor) -> Tensor:
@@ -99,7 +100,7 @@ class Gating(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Gating:
         self.kept.drop()  # a move to another dtype and back may put other values at the same address
-        if self.tie is not None:  # torch moves the weight next: the one that another layer has got already
+        if self.tie is not None:  # torch moves the weight next, perhaps to the one that another layer has already
             self.tie.meet(self, fn)
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
@@ -154,15 +155,16 @@ class GatedWeight(Gating):
         return super().fold_into(weight, out)
 
     def sampled(self, weight: Tensor) -> Tensor:
-        gate, family = self.gate, self.gate.family
-        if gate.rule is not None and gate.rule.finished and self.layout.pattern is None and not is_traced():
+        gate = self.gate
+        if self.layout.pattern is not None or is_traced():
+            return super().sampled(weight)
+        if gate.rule is not None and gate.rule.finished:
             return held_weight(weight, gate.log_alpha, gate.final())
-        if self.layout.pattern is None and type(family) is HardConcreteFamily and not is_traced():
-            constants = Constants(gate.temperature, family.gamma, family.zeta)
-            gated = gated_weight(weight, gate.log_alpha, gate.stream(), constants)
-            gate.last_sample.note(gated)
-            return gated
-        return super().sampled(weight)
+        if gate.constants is None:
+            return super().sampled(weight)
+        gated = gated_weight(weight, gate.log_alpha, gate.noise_source.seed(), gate.constants)
+        gate.last_sample.note(gated)
+        return gated
 
 
 class Site(NamedTuple):

@@ -1,23 +1,25 @@
-"""Choose the coupled groups that a specification means, and hang their gates into every reader."""
+"""The coupled groups that a specification selects, and a gate parametrization for each weight that reads one."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from l0hooks.attach.coupled_weight import CoupledWeight, MaskInput
 from l0hooks.attach.spec import GateSpec, Pattern, is_excluded
-from l0hooks.errors import SpecError, StateError, explain
+from l0hooks.errors import L0HooksWarning, SpecError, StateError, explain
 from l0hooks.gates.gate import Gate, iter_gates
-from l0hooks.gates.shared_sampling import Team
+from l0hooks.gates.shared_sampling import SharedSampling
 from l0hooks.structure import ChannelGroup, GroupSite, channel_groups
+from l0hooks.structure.example_inputs import check_examples
 from l0hooks.structure.group_costs import CoupledPlan
 from l0hooks.structure.layers import CONVOLUTIONS, TRANSPOSED, is_hugging_face_conv1d
 from l0hooks.structure.named_tensors import Tensors
@@ -48,22 +50,23 @@ def choose_groups(
     Raises
     ------
     SpecError
-        If there are no example inputs, nothing is left to gate, a weight reads along two axes, or ``groups`` do not
-        fit the model.
+        If there are no example inputs, no group is left to gate, or ``groups`` do not fit the model or read a weight
+        along two axes.
     StateError
         If the model holds gates already.
     UnsupportedModuleError
         If ``torch.export`` cannot trace the model.
     """
-    if example_inputs is None or isinstance(example_inputs, Tensor):
+    if example_inputs is None:
         raise SpecError(
             explain(
                 "sparsify",
                 "coupled groups are found, or their cost is, by running the model.",
-                got="no example_inputs" if example_inputs is None else "a Tensor, not a tuple of arguments",
+                got="no example_inputs",
                 hint='sparsify(model, "coupled", example_inputs=(x,))',
             )
         )
+    check_examples(model, example_inputs)
     if next(iter_gates(model), None) is not None:
         raise StateError(
             explain(
@@ -74,7 +77,8 @@ def choose_groups(
             )
         )
     chosen = []
-    for group in channel_groups(model, example_inputs) if groups is None else check_groups(model, groups):
+    found = channel_groups(model, example_inputs) if groups is None else check_groups(model, groups)
+    for group in found:
         modules = list(dict.fromkeys(site.module for site in (*group.writers, *group.readers)))
         specs = [assigned[m] for m in modules if m in assigned and assigned[m].granularity == "coupled"]
         wanted = [s for s in specs if s.kinds is None or group.kind in s.kinds]
@@ -85,14 +89,13 @@ def choose_groups(
             explain(
                 "sparsify",
                 "at least one coupled group must match.",
-                got="none",
+                got=f"none of {len(found)}" if len(found) else "none",
                 hint="print(l0hooks.channel_groups(model, example_inputs)) shows the groups and what is frozen"
                 if groups is None
                 else "a specification that means a writer or reader of the groups given",
             )
         )
-    _check_axes(group for group, _ in chosen)
-    return chosen
+    return _along_one_axis(chosen, given=groups is not None)
 
 
 def check_groups(model: nn.Module, groups: object) -> tuple[ChannelGroup, ...]:
@@ -154,19 +157,36 @@ def _misfit(tensors: Tensors, group: ChannelGroup, site: GroupSite) -> str:
     return "" if len(np.unique(site.indices)) == site.indices.size else f"an index of {name!r} twice"
 
 
-def _check_axes(groups: Iterable[ChannelGroup]) -> None:
-    """A weight that is used both as it is and transposed reads along two axes: one parametrization cannot gate both."""
+def _along_one_axis(
+    chosen: Sequence[tuple[ChannelGroup, GateSpec]], *, given: bool
+) -> list[tuple[ChannelGroup, GateSpec]]:
+    """``chosen`` without groups that read a weight along another axis than an earlier group; a warning names them.
+
+    A weight that is used both as it is and transposed reads along two axes: one parametrization cannot gate both.
+    Groups that were ``given`` by hand are refused.
+    """
     axes: dict[str, int] = {}
-    for site in (site for group in groups for site in group.readers):
-        if axes.setdefault(site.names[0], site.axis) != site.axis:
-            raise SpecError(
-                explain(
-                    repr(site.names[0]),
-                    "coupled gates lie along one axis of a weight.",
-                    got="a weight that is used transposed, too",
-                    hint=f"exclude={site.module!r}",
-                )
-            )
+    stay, left = [], []
+    for group, spec in chosen:
+        clash = next((s for s in group.readers if axes.get(s.names[0], s.axis) != s.axis), None)
+        if clash is None:
+            stay.append((group, spec))
+            axes |= {site.names[0]: site.axis for site in group.readers}
+        else:
+            left.append((group, clash))
+    if left:
+        group, clash = left[0]
+        text = explain(
+            repr(clash.names[0]),
+            "coupled gates lie along one axis of a weight.",
+            got="a weight that is used transposed, too",
+            hint=f"exclude={clash.module!r}" if given else None,
+        )
+        if given:
+            raise SpecError(text)
+        more = f" and {len(left) - 1} more" if len(left) > 1 else ""
+        warnings.warn(f"sparsify: without gates stays the group {group}{more}. {text}", L0HooksWarning, stacklevel=5)
+    return stay
 
 
 def build_readers(
@@ -182,14 +202,16 @@ def build_readers(
     counted = {name: value for name, value in positions.items() if name.rpartition(".")[0] in once}
     plan = CoupledPlan(tuple(group for group, _ in chosen), counted, declared)
     members: dict[str, dict[int, Gate]] = {}
+    axes: dict[str, int] = {}
     for number, (group, spec) in enumerate(chosen):
         gate = make_gate(group, spec, model.get_submodule(group.readers[0].module))
         for site in group.readers:
             for name in site.names:
                 members.setdefault(name, {})[number] = gate
+                axes[name] = site.axis
     gates_of_plan: dict[int, Gate] = {n: gate for gates in members.values() for n, gate in gates.items()}
-    team = Team(tuple(gates_of_plan.values()))
-    called = {name for name in members if _takes_mask(model, name, positions)}
+    shared = SharedSampling(tuple(gates_of_plan.values()))
+    called = {name for name in members if name in positions and _takes_mask(model, name, axes[name])}
     by_example = _drawn_by_example(chosen, members, called)
     readers = []
     done = set()
@@ -205,7 +227,7 @@ def build_readers(
             gates,
             name,
             weight.shape,
-            team=team,
+            shared=shared,
             positions=positions.get(name),
             example_noise=name in by_example,
         )
@@ -229,18 +251,25 @@ def _drawn_by_example(
         by_step = more
 
 
-def _takes_mask(model: nn.Module, name: str, positions: Mapping[str, float]) -> bool:
-    """Whether a weight belongs to a layer that is called with the channels it reads.
+def _takes_mask(model: nn.Module, name: str, axis: int) -> bool:
+    """Whether a weight belongs to a layer whose call reads channels along ``axis``, and only multiplies them.
 
-    Attention reads its projections without calling them, and a tied embedding writes what it is said to read.
+    Attention reads its projections without calling them, and a tied embedding writes what it is said to read. So does a
+    layer whose weight is used transposed elsewhere, as in tied autoencoders. A subclass with a forward of its own may
+    use its input for more than the product.
     """
     module = model.get_submodule(name.rpartition(".")[0])
-    layer = isinstance(module, (nn.Linear, *CONVOLUTIONS, *TRANSPOSED)) or is_hugging_face_conv1d(module)
-    return layer and type(module) is not nn.modules.linear.NonDynamicallyQuantizableLinear and name in positions
+    plain = any(type(module).forward is kind.forward for kind in (nn.Linear, *CONVOLUTIONS, *TRANSPOSED))
+    if (
+        not (plain or is_hugging_face_conv1d(module))
+        or type(module) is nn.modules.linear.NonDynamicallyQuantizableLinear
+    ):
+        return False
+    return axis == (1 if isinstance(module, (nn.Linear, *CONVOLUTIONS)) else 0)
 
 
 def hook_inputs(readers: Sequence[Reader]) -> list[RemovableHandle]:
-    """Let the gates of readers that can take it lie on their input."""
+    """Multiply gates into the input of the readers that allow it."""
     handles: list[RemovableHandle] = []
     for reader in readers:
         if reader.takes_mask:

@@ -1,4 +1,4 @@
-"""Gates that are built already: hang them into the layers of a model, and take them out again."""
+"""Install gates in the layers of a model, and remove them."""
 
 from __future__ import annotations
 
@@ -22,6 +22,8 @@ from l0hooks._torch.modules import (
 from l0hooks._torch.tensors import same_tensor
 from l0hooks.attach.gated_weight import Gating, Site
 from l0hooks.attach.pickling import make_picklable
+from l0hooks.gates.gate import iter_gates
+from l0hooks.gates.saved_state import check_checkpoint
 
 
 def install_gates(gatings: Sequence[tuple[nn.Module, str, Gating]]) -> None:
@@ -49,7 +51,7 @@ def install_gates(gatings: Sequence[tuple[nn.Module, str, Gating]]) -> None:
 
 
 def _tie(gatings: Sequence[tuple[nn.Module, str, Gating]]) -> None:
-    """Let the parametrizations of one weight know of each other."""
+    """Tie the parametrizations of one weight."""
     shared: dict[tuple[Any, ...], list[tuple[parametrize.ParametrizationList, Gating]]] = {}
     for module, tensor_name, gating in gatings:
         chain = parametrization_lists(module)[tensor_name]
@@ -63,14 +65,22 @@ def _tie(gatings: Sequence[tuple[nn.Module, str, Gating]]) -> None:
 
 
 def accept_dense(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: object) -> None:
-    """Let a dense checkpoint load into a gated layer: the weight goes beneath the gates, which stay as they are."""
+    """Let a dense checkpoint load into a gated layer: its weight is put under the gates, which do not change."""
     for tensor_name, chain in parametrization_lists(module).items():
         inner = f"{prefix}parametrizations.{tensor_name}."
         gating = chain[0]
+        if inner + "original" in state_dict:
+            state_dict.pop(prefix + tensor_name, None)  # the plain weight beside the gated one: see ``save_both``
         if prefix + tensor_name in state_dict and isinstance(gating, Gating):
             state_dict[inner + "original"] = state_dict.pop(prefix + tensor_name)
             for key, value in gating.state_dict(prefix=inner + "0.").items():
                 state_dict.setdefault(key, value)
+
+
+def refuse_other_budgets(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: object) -> None:
+    """Check all gates below ``module`` before anything of a checkpoint is loaded: each must be of the same budget."""
+    for name, gate in iter_gates(module):
+        check_checkpoint(gate, state_dict, f"{prefix}{name}.")
 
 
 def settle_gates(module: nn.Module, _: object) -> None:
@@ -81,15 +91,12 @@ def settle_gates(module: nn.Module, _: object) -> None:
             gating.settle(chain)
 
 
-@torch.no_grad()
-def remove_gates(site: Site, *, folded: bool) -> None:
-    """Make a gated layer plain again, its weight multiplied with the test-time gates unless it is ``folded`` already.
+def remove_gates(site: Site) -> None:
+    """Make a gated layer plain again, its weight as it lies beneath the gates.
 
     The parameter stays the same object at its old place, so that ties, flags and optimisers survive.
     """
     module, tensor_name, weight = site.module, site.tensor_name, site.weight
-    if not folded:
-        site.gating.fold_into(weight, out=weight)
     drop_parametrization(module, tensor_name)
     module.register_parameter(tensor_name, weight if isinstance(weight, nn.Parameter) else nn.Parameter(weight))
     reorder_parameters(module, site.gating.order)

@@ -106,6 +106,13 @@ def count_parameters(pruned: nn.Module, gated: AbstractSet[str]) -> int:
     return sum(_count(p, _plain(name) in gated) for name, p in named)
 
 
+def count_zeros(pruned: nn.Module, gated: AbstractSet[str]) -> int:
+    """The zeros that a pruned model stores in the weights named in ``gated``."""
+    named = [(n, p) for n, p in pruned.named_parameters() if not isinstance(p, UninitializedParameter)]
+    stored = [_stored(p) for name, p in named if _plain(name) in gated]
+    return sum(one.numel() - int(torch.count_nonzero(one)) for one in stored)
+
+
 def _not_counted() -> StateError:
     return StateError(
         explain(
@@ -132,5 +139,8 @@ def _plain(name: str) -> str:
 
 
 def _count(parameter: Tensor, zeros: bool) -> int:
-    stored = parameter if parameter.layout is torch.strided else parameter.values()
-    return int(torch.count_nonzero(stored)) if zeros else parameter.numel()
+    return int(torch.count_nonzero(_stored(parameter))) if zeros else parameter.numel()
+
+
+def _stored(parameter: Tensor) -> Tensor:
+    return parameter if parameter.layout is torch.strided else parameter.values()

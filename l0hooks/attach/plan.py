@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-from torch.nn.utils import parametrize
+from torch import nn
 
-from l0hooks._torch.memory import pieces
 from l0hooks._torch.modules import tensors_of
-from l0hooks._torch.tensors import is_meta, overlap, same_tensor, storage_of
-from l0hooks.attach.gated_weight import Gating
 from l0hooks.attach.groups import choose_groups
 from l0hooks.attach.spec import (
     GateSpec,
@@ -26,31 +22,17 @@ from l0hooks.attach.spec import (
     matches,
     named_modules,
 )
-from l0hooks.errors import SpecError, explain
+from l0hooks.attach.weight_plan import WeightPlan, check_kind, check_values, plan_weight, tie_clashes
+from l0hooks.errors import L0HooksWarning, SpecError, explain
 from l0hooks.structure import ChannelGroup, GroupSite
 from l0hooks.structure.layers import (
     GATEABLE,
-    GateLayout,
-    WeightLayout,
-    gate_layout,
     gateable_weights,
     is_gateable,
 )
 
 Spec = GateSpec | Shorthand | Mapping[Pattern, GateSpec | Shorthand]
 _WILDCARD = re.compile(r"[*?\[]")
-
-
-@dataclass(frozen=True)
-class WeightPlan:
-    """One weight that will be gated."""
-
-    name: str
-    module: nn.Module
-    tensor_name: str
-    weight: nn.Parameter
-    spec: GateSpec
-    layout: GateLayout
 
 
 def plan_gates(
@@ -66,8 +48,8 @@ def plan_gates(
     if not specs:
         raise SpecError(explain("sparsify", "the specification must not be empty.", hint='sparsify(model, "weight")'))
     if not isinstance(spec, Mapping):
-        _refuse_without_layers(model)
-    assigned = first_matches(model, specs, where="sparsify", exclude=exclude)
+        _refuse_without_layers(model, coupled=specs["all"].granularity == "coupled")
+    assigned = _assigned(model, specs, exclude)
     modules = dict(named_modules(model))
     _refuse_ungateable(specs, assigned, modules)
     plans: dict[tuple[int, str], WeightPlan] = {}
@@ -78,10 +60,9 @@ def plan_gates(
             owner_name = name if owner is modules[name] else ".".join(filter(None, (name, "out_proj")))
             if (id(owner), tensor_name) not in plans and not is_excluded(model, owner_name, exclude):
                 full = ".".join(filter(None, (owner_name, tensor_name)))
-                plan = _plan_weight(full, owner, tensor_name, layout, assigned.get(owner_name, module_spec))
+                plan = plan_weight(full, owner, tensor_name, layout, assigned.get(owner_name, module_spec))
                 plans[id(owner), tensor_name] = plan
-    found = list(plans.values())
-    _check_tied(model, found)
+    found = _without_clashes(model, list(plans.values()), specs)
     if not any(spec.granularity == "coupled" for spec in assigned.values()):
         if groups is not None:
             raise SpecError(
@@ -93,13 +74,65 @@ def plan_gates(
     return found, chosen
 
 
+def _assigned(
+    model: nn.Module, specs: Mapping[Pattern, GateSpec], exclude: Pattern | Sequence[Pattern]
+) -> dict[str, GateSpec]:
+    """The specification of every module that a pattern matches.
+
+    Coupled gates go on whatever reads a group. For them "all" means every module with weights of its own.
+    """
+    every = specs["all"] if "all" in specs and specs["all"].granularity == "coupled" else None
+    modules = dict(named_modules(model))
+    others = [name for name, module in modules.items() if _carries_coupled(module) and not is_gateable(module)]
+    if every is None or not others:
+        return first_matches(model, specs, where="sparsify", exclude=exclude)
+    if not any(matches("all", name, module) for name, module in modules.items()):
+        specs = {pattern: spec for pattern, spec in specs.items() if pattern != "all"}
+    assigned = first_matches(model, specs, where="sparsify", exclude=exclude)
+    free = [name for name in others if name not in assigned and not is_excluded(model, name, exclude)]
+    return {**assigned, **dict.fromkeys(free, every)}
+
+
+def _without_clashes(model: nn.Module, plans: list[WeightPlan], specs: Mapping[Pattern, GateSpec]) -> list[WeightPlan]:
+    """``plans`` without weights that are tied to others gated otherwise or not at all; a warning names them.
+
+    A pattern that selects only such weights is an error.
+    """
+    clashing = tie_clashes(model, plans)
+    if not clashing:
+        return plans
+    modules = dict(named_modules(model))
+    selected: dict[Pattern, list[str]] = {}
+    for plan in plans:
+        name = plan.name.rpartition(".")[0]
+        places = (name, name.rpartition(".")[0])  # the second for the output projection of attention
+        pattern = next(p for place in places for p in specs if matches(p, place, modules[place]))
+        selected.setdefault(pattern, []).append(plan.name)
+    for names in selected.values():
+        if all(name in clashing for name in names):
+            raise SpecError(clashing[names[0]])
+    left = list(clashing)
+    shown = ", ".join(map(repr, left[:4])) + (f" and {len(left) - 4} more" if len(left) > 4 else "")
+    text = f"sparsify: without gates stays {shown}. {clashing[left[0]]}"
+    warnings.warn(text, L0HooksWarning, stacklevel=4)
+    return [plan for plan in plans if plan.name not in clashing]
+
+
+def _carries_coupled(module: nn.Module) -> bool:
+    """Whether a module owns a weight that coupled gates could multiply; recurrent layers read theirs as one block."""
+    own = [t for _, t in tensors_of(module) if not isinstance(t, nn.parameter.UninitializedParameter)]
+    return is_gateable(module) or (any(t.dim() > 1 for t in own) and not isinstance(module, nn.RNNBase))
+
+
 def _check_readers(model: nn.Module, groups: list[tuple[ChannelGroup, GateSpec]], plans: list[WeightPlan]) -> None:
-    """The weights that read coupled groups must be plain, finite, and not gated otherwise."""
+    """What holds coupled groups must be plain; the weights that read them finite, too, and not gated otherwise."""
     planned = {(id(plan.module), plan.tensor_name) for plan in plans}
     for group, _ in groups:
+        for site in (site for site in group.sites if not site.buffer):
+            check_kind(site.names[0], model.get_parameter(site.names[0]))
         for site in every_reader(group):
             module, name = model.get_submodule(site.module), site.names[0]
-            _check_values(name, module.get_parameter(name.rpartition(".")[2]))
+            check_values(name, module.get_parameter(name.rpartition(".")[2]))
             if (id(module), name.rpartition(".")[2]) in planned:
                 raise SpecError(
                     explain(
@@ -111,10 +144,12 @@ def _check_readers(model: nn.Module, groups: list[tuple[ChannelGroup, GateSpec]]
                 )
 
 
-def _refuse_without_layers(model: nn.Module) -> None:
-    """A user who gave no pattern hears of layers, not of the pattern "all"."""
-    layers = [(name, module) for name, module in named_modules(model) if is_gateable(module)]
-    if any(matches("all", name, module) for name, module in layers):
+def _refuse_without_layers(model: nn.Module, *, coupled: bool) -> None:
+    """Without a pattern of the user's, the error speaks of layers, not of the pattern "all"."""
+    modules = dict(named_modules(model))
+    layers = [(name, module) for name, module in modules.items() if is_gateable(module)]
+    others = any(_carries_coupled(module) and not is_gateable(module) for module in modules.values())
+    if any(matches("all", name, module) for name, module in layers) or (coupled and others):
         return
     raise SpecError(
         explain(
@@ -131,97 +166,17 @@ def _refuse_without_layers(model: nn.Module) -> None:
 def _refuse_ungateable(
     specs: Mapping[Pattern, GateSpec], assigned: Mapping[str, GateSpec], modules: Mapping[str, nn.Module]
 ) -> None:
-    """A name spelt out must be gateable; a wider pattern must catch something that is."""
-    for pattern in specs:
+    """A pattern without wildcards must name a gateable layer; any other must match at least one."""
+    for pattern, spec in specs.items():
+        carries = _carries_coupled if spec.granularity == "coupled" else is_gateable
         caught = [name for name in modules if matches(pattern, name, modules[name])]
         exact = isinstance(pattern, str) and not _WILDCARD.search(pattern) and pattern in modules
-        bad = [name for name in caught if not is_gateable(modules[name])]
+        bad = [name for name in caught if not carries(modules[name])]
         if bad and (exact or len(bad) == len(caught)):
             gateable_weights(bad[0], modules[bad[0]])
-    if not any(is_gateable(modules[name]) for name in assigned):
+    carried = (_carries_coupled if s.granularity == "coupled" else is_gateable for s in assigned.values())
+    if not any(carries(modules[name]) for name, carries in zip(assigned, carried, strict=True)):
         raise SpecError(explain("sparsify", "at least one weight must be left to gate.", got="none after exclude"))
-
-
-def _plan_weight(name: str, module: nn.Module, tensor_name: str, layout: WeightLayout, spec: GateSpec) -> WeightPlan:
-    """One weight's plan, after every check that needs nothing but the weight."""
-    if parametrize.is_parametrized(module, tensor_name):
-        gated = isinstance(module.parametrizations[tensor_name][0], Gating)  # type: ignore[index]
-        raise SpecError(
-            explain(
-                repr(name),
-                "a weight can be gated only once." if gated else "the weight must be a plain parameter.",
-                got="a gated weight" if gated else "a weight with another parametrization",
-                hint="exclude it, or prune the model first"
-                if gated
-                else "torch.nn.utils.parametrize.remove_parametrizations",
-            )
-        )
-    weight = dict(tensors_of(module)).get(tensor_name)
-    if not isinstance(weight, nn.Parameter) or isinstance(weight, nn.parameter.UninitializedParameter):
-        kind = "no parameter of that name" if weight is None else type(weight).__name__
-        raise SpecError(
-            explain(
-                repr(name),
-                "the weight must be an initialised parameter.",
-                got=kind,
-                hint="remove weight_norm or similar; run a lazy module once",
-            )
-        )
-    _check_values(name, weight)
-    return WeightPlan(
-        name, module, tensor_name, weight, spec, gate_layout(spec.granularity, layout, weight.shape, where=repr(name))
-    )
-
-
-def _check_values(name: str, weight: Tensor) -> None:
-    if not weight.is_floating_point():
-        raise SpecError(
-            explain(
-                repr(name), "gates multiply real floating-point weights.", expected="a floating dtype", got=weight.dtype
-            )
-        )
-    if weight.numel() == 0:
-        raise SpecError(explain(repr(name), "the weight must have elements.", got=f"shape {tuple(weight.shape)}"))
-    if not is_meta(weight) and not all(bool(torch.isfinite(piece).all()) for (piece,) in pieces(weight.detach())):
-        raise SpecError(
-            explain(
-                repr(name),
-                "the weight must be finite.",
-                got="NaN or infinite values",
-                hint="check the checkpoint it came from",
-            )
-        )
-
-
-def _check_tied(model: nn.Module, plans: list[WeightPlan]) -> None:
-    """Refuse a weight whose memory belongs to another parameter too, unless both get the same gates."""
-    planned = {(id(p.module), p.tensor_name): p for p in plans}
-    by_storage: dict[tuple[bool, int], list[tuple[str, nn.Module, str, Tensor]]] = {}
-    for name, module in named_modules(model):
-        for tensor_name, tensor in tensors_of(module):
-            full = ".".join(filter(None, (name, tensor_name)))
-            if not isinstance(tensor, nn.parameter.UninitializedParameter):
-                by_storage.setdefault(storage_of(tensor), []).append((full, module, tensor_name, tensor))
-    for plan in plans:
-        for full, module, tensor_name, tensor in by_storage[storage_of(plan.weight)]:
-            if (module is plan.module and tensor_name == plan.tensor_name) or not overlap(plan.weight, tensor):
-                continue
-            other = planned.get((id(module), tensor_name))
-            if (
-                other is None
-                or replace(other.spec, granularity=plan.spec.granularity) != plan.spec  # input here is output there
-                or other.layout != plan.layout
-                or same_tensor(plan.weight) != same_tensor(tensor)
-            ):
-                raise SpecError(
-                    explain(
-                        repr(plan.name),
-                        "a tied weight needs the same gates at all its places.",
-                        expected=f"{full!r} gated alike, over the same axes",
-                        got="left out" if other is None else f"granularity {other.spec.granularity!r} there",
-                        hint="name both in the specification, or exclude both",
-                    )
-                )
 
 
 def every_reader(group: ChannelGroup) -> Iterator[GroupSite]:

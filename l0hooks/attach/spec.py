@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from l0hooks.errors import SpecError, explain, near_names
+from l0hooks.gates.constants import GAMMA, ZETA, check_constants
 from l0hooks.gates.families import FamilyName, initial_log_alpha, make_family
-from l0hooks.gates.hard_concrete import GAMMA, ZETA, check_constants
 from l0hooks.gates.log_odds import Estimator, check_estimator_name
 from l0hooks.structure import Kind
 from l0hooks.structure.layers import GRANULARITIES, Granularity

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 from l0hooks.errors import import_extra
+from l0hooks.gates.progress import Progress
 from l0hooks.structure.layers import Granularity
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ class SummaryRow:
     parameters, parameters_kept : int
         Weights behind the gates, and those that evaluation keeps.
     macs, macs_kept : int or None
-        Multiply-adds on the example inputs; None if none were given.
+        Multiply-adds for one example; None if no example inputs were given.
 
     Examples
     --------
@@ -88,9 +89,14 @@ class Summary:
         What else there is to know about a pruned model.
     exported_parameters : int or None
         Of a pruned model: the parameters it has, without the zeros of weights that had gates.
+    exported_zeros : int or None
+        Of a pruned model: these zeros, where they are stored. They are parameters like others, which the next step of
+        an optimiser changes; of the gated model closed gates stay closed once a budget has ended.
     model_macs : int or None
-        Multiply-adds of all layers, those without gates as well: what a budget in ``"macs"`` counts. None unless
-        example inputs were given to ``summary``.
+        Multiply-adds of all layers for one example, those without gates as well: what a budget in ``"macs"`` counts.
+        None unless example inputs were given to ``summary``.
+    budgets : tuple of Progress
+        Step, size and target of every budget. Printed while its target is not reached.
 
     Examples
     --------
@@ -107,7 +113,9 @@ class Summary:
     coupled: tuple[CoupledTotals, ...] = ()
     note: str = ""
     exported_parameters: int | None = None
+    exported_zeros: int | None = None
     model_macs: int | None = None
+    budgets: tuple[Progress, ...] = ()
 
     @property
     def gates(self) -> int:
@@ -141,7 +149,7 @@ class Summary:
 
     @property
     def macs(self) -> int | None:
-        """Multiply-adds of the gated layers; None unless counted for every row."""
+        """Multiply-adds of the gated layers for one example; None unless counted for every row."""
         return _sum(part.macs for part in self._parts)
 
     @property
@@ -163,7 +171,9 @@ class Summary:
             *("model_parameters", "model_parameters_kept", "macs", "macs_kept", "model_macs", "model_macs_kept"),
         )
         values: dict[str, Any] = {name: self.__getattribute__(name) for name in totals}
-        rest = {"ungated": list(self.ungated), "note": self.note, "exported_parameters": self.exported_parameters}
+        rest: dict[str, Any] = {"ungated": list(self.ungated), "note": self.note}
+        rest |= {"exported_parameters": self.exported_parameters, "exported_zeros": self.exported_zeros}
+        rest |= {"budgets": [asdict(one) for one in self.budgets]}
         return {**values, **rest, "rows": [asdict(row) for row in self.rows]}
 
     def to_frame(self) -> pd.DataFrame:
@@ -209,7 +219,9 @@ class Summary:
         macs = _of(self.model_macs_kept, self.model_macs)
         lines.append(whole + (f", {macs} MACs" if macs else ""))
         if self.exported_parameters is not None:
-            lines.append(f"exported: {self.exported_parameters:,} parameters")
+            zeros = f", and {self.exported_zeros:,} zeros, which training changes" if self.exported_zeros else ""
+            lines.append(f"exported: {self.exported_parameters:,} parameters{zeros}")
+        lines += [f"budget not reached: {one}" for one in self.budgets if one.missed]
         if self.ungated:
             lines.append("not gated: " + ", ".join(self.ungated))
         if self.note:

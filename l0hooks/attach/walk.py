@@ -1,4 +1,4 @@
-"""Every gate of a model with the weights it multiplies: what penalties, budgets and reports are told of."""
+"""Every gate of a model with the weights it multiplies, for penalties, budgets and reports."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Coupled:
         return self.plan.groups[self.number]
 
     def expected(self, unit: Literal["params", "macs"]) -> Tensor | float:
-        """The expected cost of the whole plan, told by its first group."""
+        """The expected cost of the whole plan, returned for its first group."""
         return 0.0 if self.number else self.plan.expected(keep_probs(self.gates), self.otherwise, macs=unit == "macs")
 
 
@@ -109,14 +109,16 @@ def iter_gated(model: nn.Module) -> Iterator[Gated]:
         for gate in site.gating.gates:
             by_gate.setdefault(id(gate), []).append(site)
     groups = _coupled(by_gate)
+    of_gate = {key: coupled.plan.groups[coupled.number] for key, coupled in groups.items()}
+    places = {key: (group.name, group.first.module, group.first.names[0]) for key, group in of_gate.items()}
     for name, gate in modules.items():
         if isinstance(gate, Gate):
             sites = tuple(by_gate.get(id(gate), ()))
             coupled = groups.get(id(gate))
             if coupled is not None:
-                yield Gated(
-                    coupled.prefix + coupled.group.name, _written_by(model, modules, coupled), gate, sites, coupled
-                )
+                group_name, owner, tensor = places[id(gate)]
+                module = _module(model, modules, coupled.prefix + owner, tensor)
+                yield Gated(coupled.prefix + group_name, module, gate, sites, coupled)
             elif sites:
                 yield Gated(sites[0].module_name, sites[0].module, gate, sites)
             else:
@@ -133,7 +135,7 @@ def _coupled(by_gate: Mapping[int, list[Site]]) -> dict[int, Coupled]:
             _, _, gates = members.setdefault(id(gating.plan), (gating.plan, prefix, {}))
             gates.update(zip(gating.numbers, gating.gates, strict=True))
             if not sites[0].name.endswith(gating.name):
-                raise _not_whole(gating.name)
+                raise _not_whole(gating.name, sites[0].name)
     own = {s.name for sites in by_gate.values() for s in sites if not isinstance(s.gating, CoupledWeight)}
     found = {}
     for plan, prefix, gates in members.values():
@@ -146,21 +148,27 @@ def _coupled(by_gate: Mapping[int, list[Site]]) -> dict[int, Coupled]:
     return found
 
 
-def _written_by(model: nn.Module, modules: Mapping[str, nn.Module], coupled: Coupled) -> nn.Module:
-    first = (*coupled.group.writers, *coupled.group.sites)[0]
-    name = (coupled.prefix + first.module).rstrip(".")
+def _module(model: nn.Module, modules: Mapping[str, nn.Module], name: str, tensor: str) -> nn.Module:
+    """The module called ``name``, which owns ``tensor`` of a coupled group."""
+    name = name.rstrip(".")
     try:
         return modules[name] if name in modules else model.get_submodule(name)  # a second name of a module
     except AttributeError as error:
-        raise _not_whole(first.names[0]) from error
+        raise _not_whole(tensor) from error
 
 
-def _not_whole(name: str) -> StateError:
+def _not_whole(name: str, place: str | None = None) -> StateError:
+    """The error for a group that is not where it was gated; its weight is at ``place``."""
+    got, hint = "a part of it", None
+    if place is not None:
+        got += f", or a layer that was wrapped: the weight is at {place!r}"
+        hint = "take adapters out (peft: unload), prune, and add them to the pruned model"
     return StateError(
         explain(
             f"coupled gates at {name!r}",
             "groups run through the whole model.",
             expected="the model that was sparsified, or one that contains it",
-            got="a part of it",
+            got=got,
+            hint=hint,
         )
     )

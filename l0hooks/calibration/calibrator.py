@@ -1,17 +1,16 @@
-"""``Calibrator``: what a user calls."""
+"""``Calibrator``: chooses households and fits their weights."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from l0hooks.calibration.data.households import check_count
+from l0hooks.calibration.data.households import GivenHouseholds, check_count
 from l0hooks.calibration.data.inputs import Inputs, read_inputs
 from l0hooks.calibration.data.matrix import read_matrix
-from l0hooks.calibration.data.targets import CalibrationWarning
+from l0hooks.calibration.data.targets import CalibrationWarning, GivenTargets
 from l0hooks.calibration.fit.checkpoint import Checkpoint
 from l0hooks.calibration.fit.driver import Driver, Outcome, prepared
 from l0hooks.calibration.fit.progress import Display
@@ -29,8 +28,9 @@ class Calibrator(Settings):
     k : int, optional
         How many households have a positive weight, exactly. Without ``k`` and ``l0`` all of them: plain calibration.
     l0 : float, > 0, optional
-        Instead of ``k``: what one household costs in the loss, as in the earlier library. Gates, and with up to 200
-        targets greedy search, begin; then households are added and dropped while loss and price together fall.
+        Instead of ``k``: the price of one household in the loss, as in the earlier library. The search begins with
+        gates and, with up to 200 targets, greedy search. Then households are added and dropped while the loss plus the
+        price of all falls.
     bounds : (lo, hi)
         Of a chosen household's weight: numbers, or one for each household by name. ``hi`` may be infinite.
     bounds_on : "ratio" or "weight"
@@ -41,20 +41,20 @@ class Calibrator(Settings):
         Errors are divided by \|y\| + ``error_offset`` of each target, or by one number for all.
     error_offset : float, > 0
         Relative errors are (estimate − y) / (\|y\| + ``error_offset``), in the units of the targets: 1 suits counts and
-        sums; targets far below 1, such as shares, want the size of an error that would still matter.
+        sums. For targets far below 1, such as shares, give the size of an error that would still matter.
     method : "auto", "gates", "greedy" or "dense"
-        How households are chosen: "auto" tries what may win and keeps the best.
+        How households are chosen: "auto" tries all that could be best, and keeps the best.
     objective : "auto", "least_squares" or "distance"
         Of the last fit: the smallest error, or the smallest distance that meets the targets; by the number of
         households if "auto".
     groups : array_like, Series or mapping, optional
         A label for each target. Errors are averaged within a group, so each group counts the same.
     group_multipliers : mapping from label to float >= 0, optional
-        What a group counts beside that.
+        A factor for what each group counts.
     normalize_groups : bool
         False: targets count by themselves, whatever the size of their group.
     hierarchy : mapping, optional
-        Parent → [children] or child → parent, by target: the estimates of children shall add up to their parent's.
+        Parent → [children] or child → parent, by target: the estimates of children should add up to their parent's.
     consistency : float, >= 0
         What a squared error of such a sum counts, against 1 for a target.
     importance : array_like, Series or mapping, >= 0, optional
@@ -64,25 +64,25 @@ class Calibrator(Settings):
     max_epochs : int, > 0
         Of the gates.
     patience : int, > 0, optional
-        Early stopping: gates that are down to their final number, and swaps, end after so many steps in which the error
-        did not fall by a hundredth. The fit goes on with what they have. Without it gates take all their epochs, and
+        Early stopping: gates (once their number is the final one) and swaps end after this many steps in which the
+        error did not fall by 1 %. The fit goes on with their selection. Without it gates take all their epochs, and
         swaps go on while they gain.
     device : "cpu"
-        Where the fit runs; there is no other yet, and any other is refused.
+        Where the fit runs; no other device is supported.
     dtype : "float32" or "float64"
-        In which the fit holds the matrix; sums are taken in float64.
+        Of the matrix during the fit; sums are taken in float64.
     random_state : int, >= 0
         Equal numbers give equal results.
     checkpoint : path-like, optional
-        A file for the state of a long fit. If it is there, the fit goes on from it, and ends as if it had never
-        stopped; at the end it is deleted.
+        A file for the state of a long fit. If it exists, the fit goes on from it, with the same result as a fit that
+        was not stopped. It is deleted at the end.
     checkpoint_interval : float, >= 0
         Seconds between two writings.
     callbacks : iterable of callables
         Called with an :class:`~l0hooks.calibration.fit.progress.Update` after each step; one that returns True ends the
         search.
     progress : bool, optional
-        True, False, or by itself: a line in a terminal, else ``logging`` (``l0hooks.calibration``, INFO).
+        Whether to show it. If not given: a line in a terminal, else ``logging`` (``l0hooks.calibration``, INFO).
 
     Attributes
     ----------
@@ -137,7 +137,7 @@ class Calibrator(Settings):
         design_weights : array_like, Series, mapping or DataFrame, > 0, shape (N,), optional
             One each if not given.
         keep, leave_out : names, numbers or flags of households, optional
-            Who must, and who must not, have a weight.
+            Households that must, and that must not, be chosen.
         clusters : array_like, Series or mapping, optional
             Labels: households of one label share one weight, and count as one in ``k``. Bounds on ratios hold for that
             weight over the mean of their design weights.
@@ -158,8 +158,12 @@ class Calibrator(Settings):
         CalibrationWarning
             Of targets out of reach, of parents that are not the sum of their children, and if the fit did not converge.
         """
-        data = {"design_weights": design_weights, "keep": keep, "leave_out": leave_out, "clusters": clusters}
-        inputs = self._read(M, y, lower, upper, self.k, data)
+        inputs = self._read(
+            M,
+            self._targets(y, lower, upper),
+            GivenHouseholds(design_weights, self.bounds, self.bounds_on, keep, leave_out, clusters),
+            self.k,
+        )
         (outcome,) = self._run(inputs, [None if self.k is None else int(self.k)])
         self.result_ = self._result(inputs, outcome)
         return self.result_
@@ -177,7 +181,7 @@ class Calibrator(Settings):
         leave_out: object = None,
         clusters: object = None,
     ) -> dict[int, CalibrationResult]:
-        """Fit for several numbers of households in one run, largest first, each from the last one's choice as well.
+        """Fit for several numbers of households in one run, the largest first; each fit may start from the one before.
 
         Parameters
         ----------
@@ -196,8 +200,12 @@ class Calibrator(Settings):
             raise InvalidValueError(
                 explain("fit_path", "it needs numbers of households.", got=f"{asked}, l0={self.l0}")
             )
-        data = {"design_weights": design_weights, "keep": keep, "leave_out": leave_out, "clusters": clusters}
-        inputs = self._read(M, y, lower, upper, asked[0], data)
+        inputs = self._read(
+            M,
+            self._targets(y, lower, upper),
+            GivenHouseholds(design_weights, self.bounds, self.bounds_on, keep, leave_out, clusters),
+            asked[0],
+        )
         sizes = sorted({check_count(k, inputs.people) for k in asked}, reverse=True)
         results = {one.keep: self._result(inputs, one) for one in self._run(inputs, sizes)}
         self.result_ = results[sizes[0]]
@@ -238,26 +246,21 @@ class Calibrator(Settings):
             )
         return np.asarray(matrix.astype(np.float64, copy=False) @ weights, np.float64)
 
-    def _read(
-        self, matrix: object, y: object, lower: object, upper: object, k: int | None, data: Mapping[str, Any]
-    ) -> Inputs:
-        return read_inputs(
-            matrix,
+    def _targets(self, y: object, lower: object, upper: object) -> GivenTargets:
+        return GivenTargets(
             y,
-            lower=lower,
-            upper=upper,
-            k=k,
-            selects=k is not None or self.l0 is not None,
-            bounds=self.bounds,
-            bounds_on=self.bounds_on,
+            lower,
+            upper,
             groups=self.groups,
+            importance=self.importance,
             group_multipliers=self.group_multipliers,
             normalize_groups=self.normalize_groups,
-            importance=self.importance,
             hierarchy=self.hierarchy,
-            dtype=self.dtype,
-            **data,
         )
+
+    def _read(self, matrix: object, targets: GivenTargets, households: GivenHouseholds, k: int | None) -> Inputs:
+        selects = k is not None or self.l0 is not None
+        return read_inputs(matrix, targets, households, k=k, selects=selects, dtype=self.dtype)
 
     def _run(self, inputs: Inputs, sizes: Sequence[int | None]) -> list[Outcome]:
         options = self.solver_options()

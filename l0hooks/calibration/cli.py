@@ -161,7 +161,7 @@ def _multipliers(given: Sequence[str]) -> dict[Any, float] | None:
 
 
 def _check_outputs(options: argparse.Namespace) -> None:
-    """What cannot be written is said before the work, not after it."""
+    """Refuse files that cannot be written before the work begins."""
     kinds = {"out": (".csv", ".parquet"), "target_report": (".csv", ".parquet"), "report": (".html", ".htm")}
     for name, known in kinds.items():
         path: Path | None = vars(options)[name]

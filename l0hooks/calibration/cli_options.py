@@ -24,7 +24,7 @@ files
   TARGETS  .csv or .parquet with columns
              target      its name (without it: in the order of the rows)
              value       what is to be met; or
-             lower,upper what it shall lie between, either may be empty
+             lower,upper what it is to lie between, either may be empty
              group       optional: errors are averaged within groups
              importance  optional: what its squared error counts, 1 if empty
 
@@ -55,7 +55,7 @@ def parser() -> argparse.ArgumentParser:
     calibrate.add_argument("matrix", metavar="MATRIX", type=Path, help="what each household adds to each target")
     calibrate.add_argument("targets", metavar="TARGETS", type=Path, help="what is to be met")
     calibrate.add_argument("--transpose", action="store_true", help="MATRIX has one row for each household")
-    _add_choice(calibrate.add_argument_group("who is chosen"))
+    _add_choice(calibrate.add_argument_group("choice of households"))
     _add_fit(calibrate.add_argument_group("the fit"))
     _add_output(calibrate.add_argument_group("output"))
     return top
@@ -63,7 +63,7 @@ def parser() -> argparse.ArgumentParser:
 
 def _add_choice(group: Any) -> None:
     count = group.add_mutually_exclusive_group()
-    count.add_argument("--keep", metavar="K", type=int, help="so many households; all of them if not given")
+    count.add_argument("--keep", metavar="K", type=int, help="number of households; all of them if not given")
     count.add_argument("--l0", metavar="PRICE", type=float, help="instead: what a household costs in the loss")
     group.add_argument(
         "--must-keep", metavar="FILE", type=Path, help="households that must be chosen: column household"

@@ -116,7 +116,7 @@ class Settings:
             if vars(self)[name] not in known:
                 raise InvalidValueError(explain(name, "it must be known.", expected=known, got=repr(vars(self)[name])))
         if self.k is not None and self.l0 is not None:
-            raise InvalidValueError(explain("Calibrator", "either k or l0 says how many.", got="both"))
+            raise InvalidValueError(explain("Calibrator", "give either k or l0, not both.", got="both"))
         if self.device != "cpu":
             raise InvalidValueError(
                 explain("device", "the fit runs on the CPU.", expected="'cpu'", got=repr(self.device))

@@ -2,32 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, Literal, overload
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from l0hooks._torch.memory import pieces
-from l0hooks._torch.modules import parametrization_lists, unhook
 from l0hooks._torch.running import evaluating
-from l0hooks._torch.tensors import is_meta, is_sharded
-from l0hooks.attach._summary import summary
-from l0hooks.attach.copies import fold_copy
-from l0hooks.attach.coupled_weight import MaskInput
-from l0hooks.attach.gated_weight import Site, iter_sites
-from l0hooks.attach.install import remove_gates
-from l0hooks.attach.measured_size import count_parameters
+from l0hooks.attach._summary import gates_kept, summarise, warn_tied, warn_unfinished
+from l0hooks.attach.copies import folded_copy, folded_weights
+from l0hooks.attach.gated_weight import Site
+from l0hooks.attach.measured_size import count_parameters, count_zeros
+from l0hooks.attach.plain import make_plain
 from l0hooks.attach.summary_table import Summary
 from l0hooks.attach.walk import iter_gated
-from l0hooks.errors import SpecError, StateError, explain
+from l0hooks.errors import StateError, explain
 from l0hooks.export.comparison import Comparison
-from l0hooks.export.cut_groups import members_that_stay, rewritten_from, shrink
+from l0hooks.export.cut_groups import members_that_stay, shrink
 from l0hooks.export.fold_channels import Closed, after_cuts, closed_channels, cut_closed
-from l0hooks.gates.noise import Door
+from l0hooks.export.requirements import check_coupled, check_model, check_storage
 from l0hooks.structure import ChannelGroup
 from l0hooks.structure.cut_modules import Bools
+from l0hooks.structure.macs import count_positions
 
 SparseFormat = Literal["csr", "bsr"]
 
@@ -67,28 +65,29 @@ def prune(
 ) -> nn.Module | tuple[nn.Module, Summary]:
     """A plain model that computes what the gated one computes in evaluation: weight ← weight · test-time gate.
 
-    The result holds no parametrization, hook or class of l0hooks: it pickles, scripts, exports and loads wherever
-    the original did. Weights whose gate is closed are exact zeros. With ``example_inputs``, channels whose gates are
-    closed are cut out where that changes nothing: coupled ones always, those of single layers (gates on whole input or
-    output channels, kernels or blocks) where the layers that read them permit it. The others stay as zeros, and the
-    report's ``note`` says which and why.
+    The result holds no parametrization, hook or class of l0hooks: it can be pickled, scripted, exported and loaded
+    wherever the original could. Weights with a closed gate are exact zeros, which the next step of an optimiser changes
+    unless :func:`keep_zeros` holds them. With ``example_inputs``, closed channels are cut out if that changes no
+    output: coupled ones always, those of single layers (gates on whole input or output channels, kernels or blocks) if
+    the layers that read them permit it. The others stay as zeros, and the report's ``note`` says which and why.
 
     Parameters
     ----------
     model : nn.Module
         Not changed unless ``inplace``.
     example_inputs : sequence, optional
-        Positional arguments; if given, closed channels are cut out, and the outputs of both models are compared on
-        them in evaluation mode.
+        Positional arguments of ``model``. If given, closed channels are cut out, and the outputs of both models in
+        evaluation mode are compared.
     inplace : bool
-        Prune ``model`` itself, without a copy; its parameters stay the same objects, and nothing is cut out.
+        Prune ``model`` itself; its parameters stay the same objects, and nothing is cut out. A copy is made only to
+        compare outputs, with ``example_inputs``, before ``model`` is changed.
     sparse_format : "csr" or "bsr", optional
         Store the weights of plain Linear layers (float32 or float64) as sparse tensors; channels of single layers are
         not cut out then.
     block_size : (int, int)
-        Of ``"bsr"``; layers that it does not divide stay dense.
+        Of ``"bsr"``; layers whose shape is no multiple of it stay dense.
     return_report : bool
-        Return the summary of what was removed, too.
+        Also return a summary of what was removed.
 
     Returns
     -------
@@ -111,31 +110,83 @@ def prune(
       (0): Linear(in_features=8, out_features=4, bias=True)
     )
     """
-    _check(model, sparse_format, block_size)
-    _check_coupled(model, example_inputs, inplace=inplace)
-    _drop_kept(model)  # a change through .data leaves no trace, and folding would see it
-    with evaluating(model):  # once for all, so that every weight is folded once
-        report = summary(model, example_inputs=example_inputs)
-        comparison = None if example_inputs is None else Comparison(model, example_inputs, stays=not inplace)
-    groups = members_that_stay(iter_gated(model))
-    declared = any(one.coupled.plan.declared for one in iter_gated(model) if one.coupled)
-    sites = list(iter_sites(model))
+    every = list(iter_gated(model))
+    sites = list({site.name: site for one in every for site in one.sites}.values())
+    check_model(model, every, sites)
+    check_storage(sparse_format, block_size)
+    check_coupled(model, every, example_inputs, inplace=inplace)
+    apart = not inplace or example_inputs is not None  # compared before ``model`` is changed
+    weights = folded_weights(sites) if apart else {}  # else without memory for a second set of weights
+    plain = make_plain(folded_copy(model, sites, weights)) if apart else model
+    coupled = [one for one in every if one.coupled]
+    groups = members_that_stay(coupled)
+    kept = gates_kept(one for one in every if not one.coupled)
+    kept |= {id(one.gate): int(stays.sum()) for one, (_, stays) in zip(coupled, groups, strict=True)}
+    comparison = None
+    with evaluating(model), _held(sites, weights):
+        positions = None if example_inputs is None else _positions(model, plain, example_inputs)
+        report = summarise(model, every, kept, positions)
+        if example_inputs is not None:
+            comparison = Comparison(model, example_inputs, twin=plain)
     closed = closed_channels(sites) if not inplace and sparse_format is None else {}
-    _drop_kept(model)
-    target = model if inplace else fold_copy(model)
-    _remove_all(list(iter_sites(target)))
-    for module in target.modules():
-        unhook(module, (Door, MaskInput))
-    note = ""
+    target, note = plain if apart else _folded(model, sites), ""
     if comparison is not None and example_inputs is not None:
         if groups:
-            target, note = shrink(target, groups, comparison, example_inputs, declared=declared)
+            declared = any(one.coupled.plan.declared for one in every if one.coupled)
+            target, note = shrink(plain, groups, comparison, example_inputs, declared=declared)
         target, note = _without_closed(target, groups, closed, comparison, example_inputs, note)
     if sparse_format is not None:
         _store_sparse(target, {site.module_name for site in sites}, sparse_format, block_size)
-    every_size = rewritten_from(target) is None and sparse_format is None  # sparse tensors cannot be copied
-    wrong = "" if comparison is None else comparison.wrong(target, every_size=every_size)
-    if comparison is not None and wrong:
+    if comparison is not None and (target is plain or sparse_format is not None):  # others were compared when cut
+        _refuse_difference(comparison, target)
+    if inplace and apart:
+        target = _folded(model, sites)
+        if sparse_format is not None:
+            _store_sparse(target, {site.module_name for site in sites}, sparse_format, block_size)
+    warn_unfinished("prune", report)
+    warn_tied("prune", every)
+    exported = count_parameters(target, {site.name for site in sites})
+    zeros = count_zeros(target, {site.name for site in sites})
+    report = replace(report, note=note, exported_parameters=exported, exported_zeros=zeros)
+    return (target, report) if return_report else target
+
+
+@contextmanager
+def _held(sites: Sequence[Site], weights: Mapping[int, Tensor]) -> Iterator[None]:
+    """Let gated layers evaluate with these products (without any, with their own), and keep none afterwards.
+
+    Products kept earlier may be wrong, because a change through ``.data`` leaves no trace.
+    """
+    for site in sites:
+        site.gating.kept.drop()
+    try:
+        for site in sites if weights else ():
+            site.gating.kept.hold(weights[id(site.weight)])
+        yield
+    finally:
+        for site in sites:
+            site.gating.kept.drop()
+
+
+@torch.no_grad()
+def _folded(model: nn.Module, sites: Sequence[Site]) -> nn.Module:
+    """``model`` itself, every weight multiplied with its test-time gates; one memory once."""
+    for site in {site.weight.data_ptr(): site for site in sites}.values():
+        site.gating.fold_into(site.weight, out=site.weight)
+    return make_plain(model)
+
+
+def _positions(model: nn.Module, plain: nn.Module, example_inputs: Sequence[Any]) -> dict[tuple[int, str], float]:
+    """Multiply-adds per weight of ``model``, counted on ``plain``: its plain copy, or the model itself."""
+    counted = count_positions(plain, example_inputs)
+    names = dict(plain.named_modules())
+    gated = {id(names[name]): id(module) for name, module in model.named_modules() if name in names}
+    return {(gated[key], tensor_name): count for (key, tensor_name), count in counted.items()}
+
+
+def _refuse_difference(comparison: Comparison, target: nn.Module) -> None:
+    wrong = comparison.wrong(target)
+    if wrong:
         raise StateError(
             explain(
                 "prune",
@@ -144,93 +195,6 @@ def prune(
                 got=wrong,
                 hint="a model whose evaluation is deterministic",
             )
-        )
-    report = replace(report, note=note, exported_parameters=count_parameters(target, {site.name for site in sites}))
-    return (target, report) if return_report else target
-
-
-def _check(model: nn.Module, sparse_format: str | None, block_size: object) -> None:
-    gated = list(iter_gated(model))
-    spread = any(is_sharded(one.gate.log_alpha) for one in gated)
-    if spread or any(hasattr(module, "set_requires_gradient_sync") for module in model.modules()):
-        raise StateError(
-            explain(
-                "prune",
-                "a model must lie whole in the process that prunes it.",
-                got="one that fully_shard has spread over several",
-                hint="load torch.distributed.checkpoint.state_dict.get_model_state_dict(model, "
-                "options=StateDictOptions(full_state_dict=True)) into a model sparsified in the same way",
-            )
-        )
-    if not gated:
-        raise StateError(explain("prune", "the model must hold gates.", got="none", hint="sparsify(model, ...) first"))
-    for one in gated:
-        if any(is_meta(tensor) for tensor in (one.gate.log_alpha, *(site.weight for site in one.sites))):
-            raise StateError(
-                explain(
-                    f"prune at {one.name!r}",
-                    "weights and gates must have data.",
-                    got="device meta",
-                    hint="model.to_empty(device=...) and load_state_dict first",
-                )
-            )
-        if not one.sites:
-            raise StateError(
-                explain(
-                    f"prune at {one.name!r}",
-                    "a standalone gate is part of the model's own code and cannot be folded away.",
-                    hint="replace it in the model by a constant mask from gate.eval()() first",
-                )
-            )
-        if not all(bool(torch.isfinite(part).all()) for (part,) in pieces(one.gate.log_alpha.detach())):
-            raise StateError(
-                explain(f"prune at {one.name!r}", "log-odds must be finite.", got="NaN", hint="a smaller gate_lr")
-            )
-    for site in iter_sites(model):
-        if len(parametrization_lists(site.module)[site.tensor_name]) > 1:
-            raise StateError(
-                explain(
-                    f"prune at {site.name!r}",
-                    "gates must be the only parametrization of their weight.",
-                    got="another one after them",
-                    hint="torch.nn.utils.parametrize.remove_parametrizations on a copy, or gate the plain weight",
-                )
-            )
-    if sparse_format not in (None, "csr", "bsr"):
-        raise SpecError(
-            explain("prune", "the sparse format must be known.", expected="'csr' or 'bsr'", got=repr(sparse_format))
-        )
-    pair = isinstance(block_size, tuple) and len(block_size) == 2
-    if not (pair and all(isinstance(n, int) and n > 0 for n in block_size)):  # type: ignore[attr-defined]
-        raise SpecError(explain("prune", "block_size must be two positive integers.", got=repr(block_size)))
-
-
-def _check_coupled(model: nn.Module, example_inputs: Sequence[Any] | None, *, inplace: bool) -> None:
-    """Cutting needs inputs to prove itself on, and a copy to fall back from."""
-    coupled = [one.coupled for one in iter_gated(model) if one.coupled]
-    if not coupled:
-        return
-    if coupled[0].prefix:
-        raise StateError(
-            explain(
-                "prune",
-                "a model with coupled gates is cut as it was sparsified.",
-                got=f"a wrapper that holds it at {coupled[0].prefix.rstrip('.')!r}",
-                hint="prune that module",
-            )
-        )
-    if example_inputs is None:
-        raise StateError(
-            explain(
-                "prune",
-                "a model with coupled gates is compared before and after it is cut.",
-                got="no example_inputs",
-                hint="prune(model, example_inputs=(x,))",
-            )
-        )
-    if inplace:
-        raise StateError(
-            explain("prune", "a model with coupled gates is cut in a copy.", got="inplace=True", hint="inplace=False")
         )
 
 
@@ -242,30 +206,17 @@ def _without_closed(
     example_inputs: Sequence[Any],
     note: str,
 ) -> tuple[nn.Module, str]:
-    """``target`` without the channels that gates on single layers have closed, and what there is to say."""
+    """``target`` without the channels that gates on single layers have closed, and the note for the report."""
     if note and closed:
         return target, f"{note}; channels that gates on single layers closed stay as zeros in it"
     target, remark = cut_closed(target, after_cuts(closed, groups), comparison, example_inputs)
     return target, note or remark
 
 
-def _drop_kept(model: nn.Module) -> None:
-    for site in iter_sites(model):
-        site.gating.kept.drop()
-
-
-def _remove_all(sites: list[Site]) -> None:
-    """Fold every weight once, a tied one too, then make its layers plain."""
-    done: set[int] = set()
-    for site in sites:
-        remove_gates(site, folded=site.weight.data_ptr() in done)
-        done.add(site.weight.data_ptr())
-
-
 def _store_sparse(
     target: nn.Module, names: Iterable[str], sparse_format: SparseFormat, block_size: tuple[int, int]
 ) -> None:
-    """Linear weights that were gated as CSR or BSR; torch has no such kernels for other layers and dtypes."""
+    """Store gated Linear weights as CSR or BSR, **in place**; torch has no kernels for other layers and dtypes."""
     for name in names:
         module = target.get_submodule(name)
         parent = target.get_submodule(name.rpartition(".")[0])

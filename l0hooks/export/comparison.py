@@ -1,28 +1,50 @@
-"""What a model computes on examples of more than one size, to hold another model against."""
+"""Whether a smaller model computes what a gated one does."""
 
 from __future__ import annotations
 
 import copy
-import functools
-from collections.abc import Iterable, Iterator, Sequence
+import traceback
+import warnings
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from l0hooks._torch.running import OUT_OF_MEMORY, evaluating
-from l0hooks._torch.trees import tree_leaves, tree_map, tree_map_only
-from l0hooks.attach.copies import run_copy
+from l0hooks._torch.memory import has_room
+from l0hooks._torch.precision import converted, in_precision
+from l0hooks._torch.running import OUT_OF_MEMORY
+from l0hooks._torch.trees import tree_map_only
+from l0hooks.errors import L0HooksWarning, StateError, explain, in_one_line
+from l0hooks.export.examples import attempt, batches, lengths, noise_like
+from l0hooks.export.outputs import allowances, difference, excess, has_numbers, largest, outputs_of
 
-_DOUBT = 100  # tolerances: a difference above as many is no rounding, one below is computed again in float64
+_ROUNDING_ULPS = 100  # units in the last place: the tolerance where float64 cannot be run
+_LARGEST_TOLERANCE = 0.02  # of the scale, in half precision
+_NO_ROOM = (
+    "prune: a float64 copy of the model does not fit into memory, so that its own dtype decides: a difference of up to "
+    "{:.1e} of an output's scale is taken for rounding. More free memory, or the CPU, lets float64 decide."
+)
+_MOST_ROUNDING = 100  # tolerances: a larger difference is not rounding; a smaller one is decided in float64
+
+
+@dataclass(frozen=True)
+class _Proof:
+    """What the model computes in float64 for all inputs, and by how much rounding may change it."""
+
+    expected: list[list[Any]]
+    allowed: list[list[Tensor | None]]
 
 
 class Comparison:
-    """The outputs of a model in evaluation mode: at two batch sizes, and at half the length or size of the examples.
+    """The outputs of a model in evaluation mode, for its examples and for noise like them, of several sizes.
 
-    Other lengths are tried on copies, because some models set their own attributes by what they see. A difference that
-    may be rounding is computed again by float64 copies of both models, whose verdict counts.
+    Other sizes are another batch size, and half the length or image size. Another model is compared twice: in its own
+    dtype, which leaves room for rounding, and then as a float64 copy, which leaves none. Where the model's code does
+    not run in float64, its own dtype decides.
 
     Parameters
     ----------
@@ -30,161 +52,163 @@ class Comparison:
         Not changed.
     example_inputs : sequence
         Positional arguments.
+    twin : nn.Module, optional
+        A plain copy of ``model`` with the gates folded in. It computes the same in less time, and runs in float64;
+        ``model`` itself is run on noise like the examples; on the examples if it does not take noise.
     stays : bool
-        Whether ``model`` will be the same at the last comparison; else no difference can be computed again.
+        Whether ``twin`` (``model`` without one) will be the same at the last comparison; else nothing can be computed
+        again.
+
+    Raises
+    ------
+    StateError
+        If the outputs hold no finite number, or something that cannot be compared.
     """
 
-    def __init__(self, model: nn.Module, example_inputs: Sequence[Any], *, stays: bool = True) -> None:
-        self._model = model if stays else None
-        self._in_double: list[Any] | None = None
-        self.inputs = list(batches(example_inputs))
-        whole, *others = outputs(model, self.inputs)
-        self.shorter = list(lengths(model, example_inputs, whole))
-        self.expected = [whole, *others, *self._shorter_outputs(model)]
+    def __init__(
+        self,
+        model: nn.Module,
+        example_inputs: Sequence[Any],
+        *,
+        twin: nn.Module | None = None,
+        stays: bool = True,
+    ) -> None:
+        twin = model if twin is None else twin
+        self._twin = twin if stays else None
         self.allowed = tolerance(model)
+        examples = tuple(example_inputs)
+        (whole,) = outputs_of(twin, [examples])
+        noise = noise_like(twin, examples, whole)
+        varied, found = (examples, whole) if noise is None else noise
+        first = found if model is twin else outputs_of(model, [varied])[0]
+        # False: no proof can be had, as when the twin computes something else
+        self._proof: _Proof | bool = stays and difference(first, found) <= self.allowed
+        sizes = [(one, attempt(twin, one)) for one in list(batches(varied))[1:]]
+        resized = [(one, output) for one, output in sizes if output is not None]
+        shorter = list(lengths(twin, varied, first))
+        cases = [(varied, first), *([] if noise is None else [(examples, whole)]), *resized, *shorter]
+        self.inputs = [one for one, _ in cases]
+        self.expected = [output for _, output in cases]
+        if not has_numbers(self.expected):
+            raise StateError(
+                explain(
+                    "prune",
+                    "the outputs for the example inputs must show what the model computes.",
+                    expected="at least one finite number",
+                    got="outputs without one",
+                    hint="examples from the data, and at least one of them",
+                )
+            )
 
-    def wrong(self, model: nn.Module, *, every_size: bool = True) -> str:
-        """Empty if ``model`` computes the same, else how it does not; on all inputs, or on those of the first size."""
+    def wrong(
+        self, model: nn.Module, *, accepts: Callable[[Sequence[Any]], bool] | None = None, folded: bool = False
+    ) -> str:
+        """What is wrong with the outputs of ``model``, empty if nothing is.
+
+        Parameters
+        ----------
+        model : nn.Module
+        accepts : callable, optional
+            Whether inputs have sizes for which ``model`` was made; others are left out.
+        folded : bool
+            Whether weights of ``model`` were rounded after constants were added to them.
+        """
+        chosen = [n for n, one in enumerate(self.inputs) if accepts is None or accepts(one)]
+        if not chosen:
+            return "it takes inputs of no example's size"
         try:
-            got = self._outputs(model, every_size)
+            got = outputs_of(model, [self.inputs[n] for n in chosen])
         except OUT_OF_MEMORY:
             raise
-        except Exception as error:  # noqa: BLE001  # where sizes do not fit, a model's own code can raise anything
-            return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-        gap = _largest(self.expected, got)
-        if self.allowed < gap <= _DOUBT * self.allowed:
-            gap = self._gap_in_double(model, gap, every_size)
-        return "" if gap <= self.allowed else f"a difference of {gap:.1e} of the output's scale"  # nor if it is NaN
+        except Exception as error:  # noqa: BLE001  # a model's own code can raise anything if sizes do not fit
+            return described(error)
+        expected = [self.expected[n] for n in chosen]
+        gap = largest(difference, expected, got)
+        if gap == 0 and self.allowed < _LARGEST_TOLERANCE:
+            return ""
+        rounding = largest(lambda a, b: difference(a, b, integers=False), expected, got)
+        proof = self._proved() if rounding <= _MOST_ROUNDING * self.allowed else None
+        if proof is not None:
+            return self._wrong_in_double(model, proof, chosen, folded=folded)
+        return "" if gap <= self.allowed else f"a difference of {gap:.1e} of the output's scale"  # NaN is wrong, too
 
-    def _gap_in_double(self, model: nn.Module, gap: float, every_size: bool) -> float:
-        """The difference between float64 copies; ``gap`` if one of them does not run in float64."""
-        if self._model is None:
-            return gap
-        inputs = [*self.inputs, *(self.shorter if every_size else [])]
+    def _wrong_in_double(self, model: nn.Module, proof: _Proof, chosen: Sequence[int], *, folded: bool) -> str:
         try:
-            if self._in_double is None:
-                self._in_double = _in_double(self._model, [*self.inputs, *self.shorter])
-            return _largest(self._in_double, _in_double(model, inputs))
+            got = _outputs_in(torch.float64, model, [self.inputs[n] for n in chosen])
         except OUT_OF_MEMORY:
             raise
-        except Exception:  # noqa: BLE001  # code that names a dtype can raise anything
-            return gap
+        except Exception as error:  # noqa: BLE001  # a model's own code can raise anything in another dtype
+            return f"in float64, {described(error)}"
+        expected = [proof.expected[n] for n in chosen]
+        gap = largest(difference, expected, got)
+        right = (
+            gap <= self.allowed if folded else largest(excess, expected, [proof.allowed[n] for n in chosen], got) <= 1
+        )
+        return "" if right else f"a difference of {gap:.1e} of the output's scale in float64"
 
-    def _outputs(self, model: nn.Module, every_size: bool) -> list[Any]:
-        found = outputs(model, self.inputs)
-        return found + self._shorter_outputs(model) if every_size else found
-
-    def _shorter_outputs(self, model: nn.Module) -> list[Any]:
-        return outputs(run_copy(model), self.shorter) if self.shorter else []
-
-
-def _in_double(model: nn.Module, inputs: Sequence[tuple[Any, ...]]) -> list[Any]:
-    """What a float64 copy of ``model`` computes."""
-    doubled = [tree_map_only(Tensor, lambda t: t.double() if t.is_floating_point() else t, one) for one in inputs]
-    return outputs(copy.deepcopy(model).double(), doubled)
-
-
-def _largest(expected: Sequence[Any], got: Sequence[Any]) -> float:
-    """The largest difference of any output; NaN if one is. There may be fewer outputs than expected."""
-    largest = 0.0
-    for a, b in zip(expected[: len(got)], got, strict=True):
-        gap = difference(a, b)
-        largest = gap if gap > largest or gap != gap else largest
-    return largest
-
-
-def batches(example_inputs: Sequence[Any]) -> Iterator[tuple[Any, ...]]:
-    """The example inputs, and their first example twice over: two batch sizes, where the arguments allow it."""
-    yield tuple(example_inputs)
-    tensors = _tensors_in(example_inputs)
-    if tensors and all(t.dim() > 0 and len(t) == len(tensors[0]) for t in tensors):
-        count = 3 if len(tensors[0]) == 1 else 1
-
-        def resized(value: Any) -> Any:
-            return value[:1].repeat(count, *([1] * (value.dim() - 1))) if isinstance(value, Tensor) else value
-
-        yield tree_map(resized, tuple(example_inputs))
+    def _proved(self) -> _Proof | None:
+        """What the model computes in float64; None if its code does not run in float64."""
+        if self._proof is True and self._twin is not None:
+            self._proof = False
+            if not _fits(self._twin, torch.float64):
+                warnings.warn(_NO_ROOM.format(self.allowed), L0HooksWarning, stacklevel=2)
+                return None
+            try:
+                expected = _outputs_in(torch.float64, self._twin, self.inputs)
+                single = _outputs_in(torch.float32, self._twin, self.inputs)
+                self._proof = _Proof(expected, [allowances(a, b) for a, b in zip(expected, single, strict=True)])
+            except OUT_OF_MEMORY:
+                raise
+            except Exception:  # noqa: BLE001  # a model's own code can raise anything in another dtype
+                return None
+        return self._proof if isinstance(self._proof, _Proof) else None
 
 
-def lengths(model: nn.Module, example_inputs: Sequence[Any], whole: Any) -> Iterator[tuple[Any, ...]]:
-    """The example inputs at half their sequence length or image size, where ``model`` takes that as the same batch.
-
-    ``whole`` is what it computes for all of them.
-    """
-    tensors = _tensors_in(example_inputs)
-    if not tensors:
-        return
-    model = run_copy(model)
-    first = tensors[0]
-    for axes in [(1,), (2,)] if first.dim() < 4 else [tuple(range(2, first.dim()))]:
-        if any(axis >= first.dim() or first.shape[axis] < 2 for axis in axes):
-            continue
-        half = tree_map(functools.partial(_halved, like=first.shape, axes=axes), tuple(example_inputs))
-        try:
-            (shorter,) = outputs(model, [half])
-        except OUT_OF_MEMORY:
-            raise
-        except Exception:  # noqa: BLE001  # a model of one length, or an axis of features
-            continue
-        if _batch_of(shorter) == _batch_of(whole):
-            yield half
+def _fits(model: nn.Module, dtype: torch.dtype) -> bool:
+    """Whether a copy of ``model`` in this dtype fits into memory beside it."""
+    counts = Counter[torch.device]()
+    for parameter in model.parameters():
+        counts[parameter.device] += parameter.numel()
+    return all(has_room(count, dtype, device) for device, count in counts.items())
 
 
-def _halved(value: Any, like: torch.Size, axes: tuple[int, ...]) -> Any:
-    """``value`` cut to half its length along those of ``axes`` where it is as long as ``like``."""
-    if isinstance(value, Tensor):
-        for axis in axes:
-            if value.dim() > axis and value.shape[axis] == like[axis]:
-                value = value.narrow(axis, 0, like[axis] // 2)
-    return value
+def _outputs_in(dtype: torch.dtype, model: nn.Module, inputs: Sequence[tuple[Any, ...]]) -> list[list[Any]]:
+    """What a copy of ``model`` in this dtype computes."""
+    moved = [tree_map_only(Tensor, lambda t: converted(t, dtype), one) for one in inputs]
+    with warnings.catch_warnings(), torch.compiler.set_stance("force_eager"):
+        warnings.simplefilter("ignore")  # the model gave its warnings before, and torch warns of copies of graphs
+        return outputs_of(_copy_in(dtype, model), moved, in_precision(dtype))
 
 
-def _batch_of(output: Any) -> list[tuple[int, int]]:
-    return [(t.dim(), len(t)) for t in _tensors_in(output) if t.dim()]
+@torch.no_grad()
+def _copy_in(dtype: torch.dtype, model: nn.Module) -> nn.Module:
+    """A copy with parameters, buffers and other tensors in this dtype; parameters that have it are shared."""
+    tensors = [*model.parameters(), *model.buffers()]
+    tensors += [value for module in model.modules() for value in vars(module).values() if isinstance(value, Tensor)]
+    memo: dict[int, Any] = {}
+    for tensor in tensors:
+        moved = converted(tensor.detach(), dtype)
+        if isinstance(tensor, nn.Parameter):
+            memo[id(tensor)] = nn.Parameter(moved, requires_grad=False)
+        else:  # the model may write into it
+            memo[id(tensor)] = moved if moved.dtype != tensor.dtype else moved.clone()
+    return copy.deepcopy(model, memo)
 
 
-def _tensors_in(value: Any) -> list[Tensor]:
-    return [t for t in tree_leaves(value) if isinstance(t, Tensor)]
-
-
-def outputs(model: nn.Module, inputs: Iterable[tuple[Any, ...]]) -> list[Any]:
-    """What ``model`` computes in evaluation mode for each of ``inputs``."""
-    with evaluating(model):
-        return [model(*arguments) for arguments in inputs]
-
-
-def difference(expected: Any, got: Any) -> float:
-    """The largest difference between tensors of two outputs, as a share of the expected tensor's scale.
-
-    Whole numbers count only where there are no others: rounding may move an index.
-    """
-    largest = 0.0
-    wanted, found = ([_as_tensor(v) for v in tree_leaves(output)] for output in (expected, got))
-    if len(wanted) != len(found):
-        return float("inf")
-    real = any(isinstance(a, Tensor) and a.is_floating_point() for a in wanted)
-    for a, b in zip(wanted, found, strict=True):
-        if not isinstance(a, Tensor):
-            continue
-        if not isinstance(b, Tensor) or a.shape != b.shape:
-            return float("inf")
-        if a.is_floating_point() and a.numel():
-            scale = max(float(a.nan_to_num(0, 0, 0).abs().max()), torch.finfo(a.dtype).tiny)
-            equal = (a == b) | (a.isnan() & b.isnan())  # infinite where both are: masked logits
-            error = float(torch.where(equal, 0.0, (a - b).abs()).max()) / scale
-            largest = error if error > largest or error != error else largest
-        elif not real and bool((a != b).any()):
-            return float("inf")
-    return largest
-
-
-def _as_tensor(value: Any) -> Any:
-    """Numbers and arrays as tensors; anything else as it is."""
-    number = isinstance(value, (int, float, complex, np.generic, np.ndarray))
-    return torch.from_numpy(np.array(value)) if number and np.asarray(value).dtype.kind in "bifc" else value
+def described(error: Exception) -> str:
+    """An error in one line, and the line of the model's code that raised it."""
+    text = in_one_line(error)
+    own = [
+        frame
+        for frame in traceback.extract_tb(error.__traceback__)
+        if not any(part in ("torch", "l0hooks", "einops") for part in Path(frame.filename).parts)
+        and frame.line
+        and not frame.filename.startswith("<")
+    ]
+    return f"{text} at {Path(own[-1].filename).name}:{own[-1].lineno}: {own[-1].line}" if own else text
 
 
 def tolerance(model: nn.Module) -> float:
-    """What rounding explains: 100 units in the last place of the model's coarsest floating dtype."""
+    """The difference that rounding may make, as a share of the scale, in the model's coarsest floating dtype."""
     dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()} or {torch.float32}
-    return 100 * max(torch.finfo(dtype).eps for dtype in dtypes)
+    return min(_ROUNDING_ULPS * max(torch.finfo(dtype).eps for dtype in dtypes), _LARGEST_TOLERANCE)

@@ -1,41 +1,42 @@
-"""Which inputs of a model's layers are constant, whatever goes into the model.
-
-The model runs with NaN for everything that depends on its input: NaN survives arithmetic, so what stays finite does not
-depend on it. Comparisons hide NaN (``torch.where(x > 0, x, 0)``); therefore the same places are filled with random
-numbers next, and with what the example inputs give at last: a constant is what every run agrees on.
-"""
+"""Which inputs of a model's layers are constant, whatever goes into the model."""
 
 from __future__ import annotations
 
-import copy
 import math
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
-from typing import Any, Literal
+from collections.abc import Sequence
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from einops import rearrange
+from torch import Tensor, fx, nn
 
 from l0hooks._torch.modules import parameters_of
-from l0hooks._torch.running import evaluating, slow_attention
-from l0hooks._torch.trees import tree_map
-from l0hooks.attach.copies import run_copy
+from l0hooks._torch.running import evaluating
+from l0hooks.structure.dependence import follow
+from l0hooks.structure.dependence_rules import Known
+from l0hooks.structure.fx_nodes import argument, called_by, name_of
 from l0hooks.structure.layers import CONVOLUTIONS, EMBEDDINGS, TRANSPOSED, is_hugging_face_conv1d
 
-Way = Literal["taint", "random", "plain"]
 _STANDARD = (nn.Linear, *CONVOLUTIONS, *TRANSPOSED, *EMBEDDINGS)
-_FAILURES = (RuntimeError, ValueError, TypeError, IndexError, AssertionError, ArithmeticError)
-_ROUNDING = 8  # units in the last place by which one constant may differ between positions: means of many, odd lanes
-_DECADES = -2.0, 4.0  # the scales of the random numbers: below and above what a model may compare with
+_READERS = {"linear": ("input", "weight"), "addmm": ("mat1", "mat2")}
+_ROUNDING_ULPS = 8  # units in the last place: a constant may differ so much between positions
 
 
-def constant_inputs(model: nn.Module, example_inputs: Sequence[Any]) -> dict[str, Tensor]:
+@torch.no_grad()
+def constant_inputs(
+    model: nn.Module, program: torch.export.ExportedProgram, example_inputs: Sequence[Any]
+) -> dict[str, Tensor]:
     """The input channels of Linear, convolution and Hugging Face ``Conv1D`` layers that never change.
+
+    The exported graph shows which numbers do not depend on the model's inputs. Of these a constant is one that is the
+    same for all examples and positions.
 
     Parameters
     ----------
     model : nn.Module
         Plain; not changed.
+    program : torch.export.ExportedProgram
+        Of ``model`` in evaluation mode.
     example_inputs : sequence
         Positional arguments.
 
@@ -43,34 +44,40 @@ def constant_inputs(model: nn.Module, example_inputs: Sequence[Any]) -> dict[str
     -------
     dict
         For every such layer that is called as one, by its name: a float64 tensor with the value of each input channel,
-        the same for all examples, positions and calls; NaN where there is no such value. Empty if the model cannot be
-        run on other numbers than the examples.
+        the same for all examples, positions and calls; NaN if there is no such value. A layer whose weight is also used
+        in another way is left out.
 
     Examples
     --------
-    >>> model = nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 1))
-    >>> with torch.no_grad():
-    ...     _ = model[0].weight[0].zero_(), model[0].bias.copy_(torch.tensor([3.0, 4.0]))
-    >>> constant_inputs(model, (torch.zeros(1, 2),))["2"].tolist()
+    >>> model, x = nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 1)), torch.zeros(1, 2)
+    >>> _ = model[0].weight.data[0].zero_(), model[0].bias.data.copy_(torch.tensor([3.0, 4.0]))
+    >>> constant_inputs(model, torch.export.export(model.eval(), (x,)), (x,))["2"].tolist()
     [3.0, nan]
     """
-    probe = run_copy(model)
-    watches = {name: _Watch(m) for name, m in probe.named_modules() if is_standard(m)}
-    with ExitStack() as stack:
-        for watch in watches.values():
-            stack.callback(watch.module.register_forward_hook(watch, with_kwargs=True, prepend=True).remove)
-        stack.enter_context(evaluating(probe))
-        stack.enter_context(slow_attention())
-        stack.enter_context(torch.random.fork_rng(devices=[]))
-        stack.enter_context(torch.compiler.set_stance("force_eager"))  # or it would compile each run anew
-        try:
-            for way, change in _RUNS:
-                for watch in watches.values():
-                    watch.begin(way, change)
-                probe(*tree_map(change, tuple(example_inputs)))
-        except _FAILURES:
-            return {}
-    return {name: watch.constants() for name, watch in watches.items() if watch.low is not None}
+    layers = _layers(model, program)
+    seen: dict[str, _Range] = {}
+    with evaluating(model):
+        for node, known in follow(program, example_inputs):
+            for source, name in ((s, layers[s]) for s in node.all_input_nodes if s in layers):
+                read = _input_of(node, source, model.get_submodule(name))
+                if name not in seen:
+                    seen[name] = _Range()
+                if read is None or called_by(node) != name:
+                    seen[name].used_otherwise = True
+                else:
+                    seen[name].record(known[read], _channel_axis(model.get_submodule(name)))
+    return {name: found.constants() for name, found in seen.items() if not found.used_otherwise}
+
+
+def _layers(model: nn.Module, program: torch.export.ExportedProgram) -> dict[fx.Node, str]:
+    """The layers that compute what their class does, by the place of their weight in the graph."""
+    owners = {f"{name}.weight" if name else "weight": name for name, m in model.named_modules() if is_standard(m)}
+    names = program.graph_signature.inputs_to_parameters
+    return {
+        node: owners[names[node.name]]
+        for node in program.graph.nodes
+        if node.op == "placeholder" and names.get(node.name) in owners
+    }
 
 
 def is_standard(module: nn.Module) -> bool:
@@ -82,120 +89,45 @@ def is_standard(module: nn.Module) -> bool:
     return any(isinstance(module, kind) and type(module).forward is kind.forward for kind in _STANDARD)
 
 
-def _with_nan(value: Any) -> Any:
-    if isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex()):
-        return torch.full_like(value, math.nan)
-    return math.nan if isinstance(value, float) else value
+def _input_of(node: fx.Node, weight: fx.Node, layer: nn.Module) -> fx.Node | None:
+    """What ``node`` multiplies with the weight, as a layer does; None if it does something else."""
+    name = name_of(node)
+    if isinstance(layer, EMBEDDINGS):
+        return None
+    names = _READERS.get(name, ("input", "weight") if name.startswith("conv") else None)
+    if names is None or argument(node, names[1]) is not weight:
+        return None
+    found = argument(node, names[0])
+    return found if isinstance(found, fx.Node) and found is not weight else None
 
 
-def _with_other_integers(value: Any) -> Any:
-    """NaN, and other tokens, masks and lengths, which NaN cannot stand for."""
-    if isinstance(value, Tensor) and value.dtype == torch.bool:
-        return ~value
-    if isinstance(value, Tensor) and not (value.is_floating_point() or value.is_complex()):
-        return torch.zeros_like(value) if bool(value.any()) else torch.ones_like(value)
-    return _with_nan(value)
+def _channel_axis(layer: nn.Module) -> int:
+    return 1 - layer.get_parameter("weight").dim() if isinstance(layer, (*CONVOLUTIONS, *TRANSPOSED)) else -1
 
 
-def _with_noise(value: Any) -> Any:
-    if not isinstance(value, Tensor) or not value.is_floating_point():
-        return value
-    low, high = _DECADES
-    return torch.randn_like(value) * 10 ** (low + (high - low) * torch.rand_like(value))
+class _Range:
+    """The smallest and the largest number of each input channel of a layer, NaN where it depends on inputs."""
 
-
-def _positive(value: Any) -> Any:
-    return _with_noise(value).abs() if isinstance(value, Tensor) and value.is_floating_point() else value
-
-
-def _negative(value: Any) -> Any:
-    return -_positive(value) if isinstance(value, Tensor) and value.is_floating_point() else value
-
-
-def _unchanged(value: Any) -> Any:
-    return value
-
-
-_RUNS: tuple[tuple[Way, Callable[[Any], Any]], ...] = (
-    *(("taint", change) for change in (_with_other_integers, _with_nan)),
-    *(("random", change) for change in (_positive, _negative, *[_with_noise] * 6)),
-    ("plain", _unchanged),
-)
-
-
-class _Watch:
-    """A forward hook: what goes into one layer in every run, and what must come out of it.
-
-    Attributes
-    ----------
-    module : nn.Module
-    low, high : Tensor or None
-        The smallest and the largest number that each input channel has been; None before the first call.
-    """
-
-    def __init__(self, module: nn.Module) -> None:
-        self.module = module
-        self.low: Tensor | None = None
-        self.high: Tensor | None = None
+    def __init__(self) -> None:
+        self.used_otherwise = False
+        self._low: Tensor | None = None
+        self._high: Tensor | None = None
         self._eps = 0.0
-        self._way: Way = "plain"
-        self._change: Callable[[Any], Any] = _unchanged
-        self._call = 0
-        self._tainted: list[Tensor] = []
-        self._carrier = copy.deepcopy(module)
-        with torch.no_grad():
-            weight = self._carrier.get_parameter("weight")
-            weight.copy_(weight != 0)
-            bias = parameters_of(self._carrier).get("bias")
-            if bias is not None:
-                bias.zero_()
 
-    def begin(self, way: Way, change: Callable[[Any], Any]) -> None:
-        """Get ready for another run, in which ``change`` makes what depends on the model's input."""
-        self._way, self._change, self._call = way, change, 0
-        if way == "taint":
-            self._tainted = []
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        name = None if args else next(iter(kwargs))
-        x: Tensor = args[0] if name is None else kwargs[name]
-        if isinstance(module, EMBEDDINGS):
-            tainted = self._carrier.get_parameter("weight").any(0).expand(output.shape)
-        else:
-            self._record(x)
-        if self._way == "plain":
-            return output
-        if self._way == "random":
-            self._call += 1
-            return torch.where(self._tainted[self._call - 1], self._change(output), output)
-        if not isinstance(module, EMBEDDINGS):
-
-            def run(layer: nn.Module, value: Tensor) -> Tensor:
-                if name is None:
-                    found: Tensor = type(layer).forward(layer, value, *args[1:], **kwargs)
-                else:
-                    found = type(layer).forward(layer, **{**kwargs, name: value})
-                return found
-
-            # zero weights stop NaN here, as they stop every number in the model itself
-            tainted = run(self._carrier, x.isnan().to(x.dtype)) > 0.5
-            output = run(module, x.masked_fill(x.isnan(), 0))
-        self._tainted.append(tainted)
-        return torch.where(tainted, math.nan, output)
-
-    def _record(self, x: Tensor) -> None:
-        layer = isinstance(self.module, (*CONVOLUTIONS, *TRANSPOSED))
-        axis = x.dim() - self.module.get_parameter("weight").dim() + 1 if layer else -1
-        values = x.detach().double().movedim(axis, 0).flatten(1)
+    def record(self, read: Known, axis: int) -> None:
+        """Add what one call of the layer reads."""
+        places = " ".join(f"place{n}" for n in range(-axis - 1))
+        x = read.value.detach().double().masked_fill(read.depends, math.nan)
+        values = rearrange(x, f"... channel {places} -> channel (... {places})")
         low, high = values.amin(1), values.amax(1)  # NaN if there is one
-        self.low = low if self.low is None else torch.minimum(self.low, low)
-        self.high = high if self.high is None else torch.maximum(self.high, high)
-        self._eps = torch.finfo(x.dtype).eps
+        self._low = low if self._low is None else torch.minimum(self._low, low)
+        self._high = high if self._high is None else torch.maximum(self._high, high)
+        self._eps = torch.finfo(read.value.dtype).eps
 
     def constants(self) -> Tensor:
         """The value of each input channel, NaN where it has more than one."""
-        if self.low is None or self.high is None:
+        if self._low is None or self._high is None:
             raise RuntimeError("a layer that was never called has no inputs")
-        scale = torch.maximum(self.low.abs(), self.high.abs())
-        agreed = (self.high - self.low <= _ROUNDING * self._eps * scale) & scale.isfinite()
-        return torch.where(agreed, (self.low + self.high) / 2, math.nan)
+        scale = torch.maximum(self._low.abs(), self._high.abs())
+        agreed = (self._high - self._low <= _ROUNDING_ULPS * self._eps * scale) & scale.isfinite()
+        return torch.where(agreed, (self._low + self._high) / 2, math.nan)

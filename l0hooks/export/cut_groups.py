@@ -1,11 +1,10 @@
-"""Cut the closed members of coupled groups out of a plain model, and prove on examples that nothing else changed."""
+"""Cut the closed members of coupled groups out of a plain model, and check on examples that it computes the same."""
 
 from __future__ import annotations
 
 import copy
-import itertools
-import weakref
-from collections.abc import Iterable, Iterator, Sequence
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,18 +13,27 @@ from torch import nn
 
 from l0hooks.attach.copies import run_copy
 from l0hooks.attach.walk import Gated
-from l0hooks.errors import StateError, UnsupportedModuleError, explain
+from l0hooks.errors import L0HooksWarning, StateError, UnsupportedModuleError, explain
 from l0hooks.export.comparison import Comparison
+from l0hooks.export.cut_and_repair import cut_and_repair
+from l0hooks.export.cut_inside import Calls, cut_inside
+from l0hooks.export.recipe import rewrite_by
 from l0hooks.structure import ChannelGroup
-from l0hooks.structure.cut_graph import rewrite
-from l0hooks.structure.cut_modules import Bools, Cut, apply_cuts, plan_cuts
+from l0hooks.structure.cut_graph import FREE
+from l0hooks.structure.cut_modules import Bools, plan_cuts
+from l0hooks.structure.graph_sizes import Sizes
+from l0hooks.structure.training_trace import training_error
 
-_rewritten: weakref.WeakKeyDictionary[nn.Module, tuple[list[Cut], tuple[Any, ...]]] = weakref.WeakKeyDictionary()
-_MOST_NAMES = 8  # of attributes tried in a repair: 2^8 evaluations at the most
+_MOST_NAMES = 3  # of graphs in a remark
+_GRAPHS = (
+    "A graph calls the layers of torch.nn; what else the code does in training only, such as dropout in attention, it "
+    "does not. Code that takes sizes from its layers' outputs keeps the modules: view(b, t, heads, -1), flatten(-2), "
+    "reshape(b, t, -1), unflatten(-1, (-1, head_size))."
+)
 
 
 def members_that_stay(gated: Iterable[Gated]) -> list[tuple[ChannelGroup, Bools]]:
-    """The final support of every coupled group; of one that is closed altogether, the member nearest to staying."""
+    """The final support of every coupled group; if all its members are closed, the one with the largest log-odds."""
     found = []
     for one in gated:
         if one.coupled is not None:
@@ -43,25 +51,32 @@ def shrink(
     example_inputs: Sequence[Any],
     *,
     declared: bool = False,
+    folded: bool = False,
 ) -> tuple[nn.Module, str]:
     """A copy of ``model`` cut down to the members that stay: its own modules if they can be, else its exported graph.
 
     Parameters
     ----------
     model : nn.Module
-        Plain, its closed members multiplied with zero wherever they are read; not changed.
+        Plain; the weights that read closed members are zero. Not changed.
     groups : sequence of (ChannelGroup, bool array)
     comparison : Comparison
-        With what the gated model computes; for an exported graph, which is free in its batch size alone, on inputs of
-        the examples' size only.
+        With what the gated model computes.
     example_inputs : sequence
     declared : bool
-        Whether groups were given by hand: prove first that nothing else reads their closed members.
+        Whether groups were given by hand. Then it is checked first that nothing else reads their closed members.
+    folded : bool
+        Whether constants were added to weights of ``model``, which rounds them.
 
     Returns
     -------
     (nn.Module, str)
         The smaller model, and a remark for the report; empty if it consists of the model's own modules.
+
+    Warns
+    -----
+    L0HooksWarning
+        If it is an exported graph, or raises an error in training mode where ``model`` raises none.
 
     Raises
     ------
@@ -72,42 +87,102 @@ def shrink(
     small = copy.deepcopy(model) if declared else run_copy(model)  # cutting puts new tensors in place of old ones
     if declared:
         _refuse_read_members(small, groups, comparison)
-    wrong = _cut_modules(small, cuts, groups, comparison)
+    wrong = cut_and_repair(small, cuts, groups, comparison, folded=folded)
     if not wrong:
+        _warn_if_untrainable(model, small, example_inputs)
         return small, ""
+    inside = _inside(model, groups, comparison, folded=folded)
+    if inside is not None:
+        _warn_if_untrainable(model, inside[0], example_inputs)
+        return inside[0], _told_inside(inside[1])
     hint = "exclude the group: sparsify(model, 'coupled', exclude=...)"
-    try:
-        small = rewrite(model, cuts, example_inputs)
-        failed = comparison.wrong(small, every_size=False)
-    except StateError as error:
-        failed = _in_one_line(error)
-    except UnsupportedModuleError as error:
-        failed = _in_one_line(error)
-        hint = f"sizes that the code takes from its layers; every layer in declare_group; or {hint}"
-    if not failed:
-        _rewritten[small] = cuts, tuple(example_inputs)
-        return small, (
-            "a GraphModule for evaluation and inputs of the examples' size (batches of any), because the model's own"
-            f" code holds sizes by hand ({wrong})"
-        )
+    failed: list[str] = []
+    for free in FREE:
+        try:
+            graph, sizes = rewrite_by(model, cuts, example_inputs, free)
+        except (StateError, UnsupportedModuleError) as error:
+            failed.append(_in_one_line(error))
+            if isinstance(error, UnsupportedModuleError):
+                hint = f"sizes that the code takes from its layers; every layer in declare_group; or {hint}"
+                break
+            continue
+        wrong_graph = comparison.wrong(graph, accepts=sizes.accept, folded=folded)
+        if not wrong_graph:
+            return graph, _told(wrong, sizes)
+        failed.append(wrong_graph)
     raise StateError(
         explain(
             "prune",
             "the smaller model must compute what the gated one computes.",
-            got=f"as modules: {wrong}; as a graph: {failed}",
+            got=f"as modules: {wrong}; as a graph: {'; '.join(dict.fromkeys(failed))}",
             hint=hint,
         )
     )
 
 
+def _inside(
+    model: nn.Module, groups: Sequence[tuple[ChannelGroup, Bools]], comparison: Comparison, *, folded: bool
+) -> tuple[nn.Module, dict[str, str]] | None:
+    """A copy cut module by module, and which modules are graphs; None if that cannot be done."""
+    calls = Calls(comparison.allowed, comparison.inputs, comparison.expected)
+    try:
+        small, graphs = cut_inside(model, groups, calls)
+    except (StateError, UnsupportedModuleError):
+        return None
+    return None if comparison.wrong(small, folded=folded) else (small, graphs)
+
+
+def _warn_if_untrainable(model: nn.Module, small: nn.Module, example_inputs: Sequence[Any]) -> None:
+    """Warn if a layer that is used in training only holds sizes by hand, which no comparison in evaluation shows."""
+    error = training_error(copy.deepcopy(small), example_inputs)  # a copy: in training a model may write weights
+    if error and not training_error(copy.deepcopy(model), example_inputs):
+        text = explain(
+            "prune",
+            "the smaller model should run in training mode, too.",
+            got=error,
+            hint="in what it computes in training only, sizes taken from its layers' outputs; or exclude the layer",
+        )
+        warnings.warn(text, L0HooksWarning, stacklevel=4)
+
+
+def _told_inside(graphs: Mapping[str, str]) -> str:
+    """The remark on modules that are graphs, which is a warning, too; empty if there are none."""
+    if not graphs:
+        return ""
+    names = ", ".join(list(graphs)[:_MOST_NAMES]) + (
+        f" and {len(graphs) - _MOST_NAMES} more" if len(graphs) > _MOST_NAMES else ""
+    )
+    remark = f"{names}: a GraphModule, because its own code holds sizes by hand ({next(iter(graphs.values()))})"
+    warnings.warn(
+        f"prune: modules of the smaller model are graphs. {remark}. {_GRAPHS}",
+        L0HooksWarning,
+        stacklevel=4,
+    )
+    return remark
+
+
+def _told(wrong: str, sizes: Sizes) -> str:
+    """The remark on a graph, which is a warning, too."""
+    remark = (
+        f"a GraphModule for evaluation, because the model's own code holds sizes by hand ({wrong}); "
+        f"sizes of its inputs that may vary: {sizes}"
+    )
+    warnings.warn(
+        f"prune: the smaller model is {remark}. {_GRAPHS}",
+        L0HooksWarning,
+        stacklevel=4,
+    )
+    return remark
+
+
 def _refuse_read_members(
     model: nn.Module, groups: Sequence[tuple[ChannelGroup, Bools]], comparison: Comparison
 ) -> None:
-    """Fill what will be cut with noise, **in place**: if that shows, something reads it that no gate closes.
+    """Fill what will be cut with noise, **in place**: if the outputs change, something without a gate reads it.
 
-    A closed member may happen to be zero on all example inputs; cutting it would then look right.
+    A closed member may happen to be zero on all example inputs. The cut would then look right.
     """
-    for sign in (1.0, -1.0):  # what one draw leaves below a ReLU, the other lifts above it
+    for sign in (1.0, -1.0):  # a ReLU may hide one of the two
         _fill(model, groups, sign)
         wrong = comparison.wrong(model)
         if wrong:
@@ -134,74 +209,10 @@ def _fill(model: nn.Module, groups: Sequence[tuple[ChannelGroup, Bools]], sign: 
             dead = torch.from_numpy(site.indices[~stays].reshape(-1)).to(tensor.device)
             shape = [len(dead) if d == site.axis else n for d, n in enumerate(tensor.shape)]
             noise = torch.randn(shape, generator=generator, dtype=torch.float32)
-            tensor.index_copy_(site.axis, dead, (sign * noise).to(tensor))
+            size = float(tensor.detach().abs().float().mean()) or 1.0  # larger numbers might overflow in deep models
+            tensor.index_copy_(site.axis, dead, (sign * size * noise).to(tensor))
 
 
 def _in_one_line(error: Exception) -> str:
     """A message without its hint."""
     return " ".join(str(error).partition("\n  try:")[0].split())
-
-
-def _cut_modules(
-    model: nn.Module,
-    cuts: Sequence[Cut],
-    groups: Sequence[tuple[ChannelGroup, Bools]],
-    comparison: Comparison,
-) -> str:
-    """Cut the modules of ``model`` **in place**, repairing attributes; what is wrong then, empty if nothing is."""
-    apply_cuts(model, cuts)
-    wrong = comparison.wrong(model)
-    if not wrong:
-        return ""
-    for changes in _repairs(model, groups, cuts):
-        old = [(module, name, vars(module)[name]) for module, name, _ in changes]
-        for module, name, value in changes:
-            vars(module)[name] = value
-        if not comparison.wrong(model):
-            return ""
-        for module, name, value in old:
-            vars(module)[name] = value
-    return wrong
-
-
-def rewritten_from(model: nn.Module) -> tuple[list[Cut], tuple[Any, ...]] | None:
-    """The cuts and example inputs that a pruned model's graph was rewritten for; None for a model of modules."""
-    return _rewritten.get(model)
-
-
-def _repairs(
-    model: nn.Module, groups: Sequence[tuple[ChannelGroup, Bools]], cuts: Sequence[Cut]
-) -> Iterator[list[tuple[nn.Module, str, int]]]:
-    """Sets of integer attributes, near the cuts, that equal an old size and might have to become the new one.
-
-    Attributes are tried by name, the same name in all modules at once, few names before many.
-    """
-    sizes: dict[nn.Module, dict[int, int]] = {}
-    for cut in cuts:
-        for owner in _owners(model, cut.names[0]):
-            for axis, kept in cut.kept:
-                sizes.setdefault(owner, {})[cut.shape[axis]] = len(kept)
-    for group, mask in groups:
-        stay = int(mask.sum())
-        for site in group.sites:
-            for owner in _owners(model, site.names[0]):
-                known = sizes.setdefault(owner, {})
-                known[group.size] = stay
-                known[group.size * site.indices.shape[1]] = stay * int(site.indices.shape[1])
-    candidates: dict[str, list[tuple[nn.Module, str, int]]] = {}
-    for module, known in sizes.items():
-        for name, value in vars(module).items():
-            if type(value) is int and known.get(value, value) != value:
-                candidates.setdefault(name, []).append((module, name, known[value]))
-    names = sorted(candidates)[:_MOST_NAMES]
-    for count in range(1, len(names) + 1):
-        for subset in itertools.combinations(names, count):
-            yield [change for name in subset for change in candidates[name]]
-
-
-def _owners(model: nn.Module, parameter: str) -> Iterator[nn.Module]:
-    """The modules around a layer, from the one that holds it outwards; not the layer itself, whose sizes are known."""
-    path = parameter.rpartition(".")[0]
-    while path:
-        path = path.rpartition(".")[0]
-        yield model.get_submodule(path)

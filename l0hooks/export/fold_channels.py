@@ -1,4 +1,7 @@
-"""Cut what gates on single layers have closed: fold what is left of a closed channel, a constant, into its readers."""
+"""Cut channels that gates on single layers have closed.
+
+What a closed channel still gives, a constant, is added to the biases of the layers that read it.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from einops import rearrange, reduce
 from torch import Tensor, nn
 
 from l0hooks._torch.modules import parameters_of
@@ -20,20 +24,22 @@ from l0hooks.errors import StateError, UnsupportedModuleError
 from l0hooks.export.comparison import Comparison
 from l0hooks.export.constant_inputs import constant_inputs, is_standard
 from l0hooks.export.cut_groups import shrink
-from l0hooks.structure import ChannelGroup, channel_groups
+from l0hooks.structure import ChannelGroup
+from l0hooks.structure._channel_groups import groups_and_program
 from l0hooks.structure.cut_modules import Bools, plan_cuts
 from l0hooks.structure.groups import ChannelGroups, GroupSite
 from l0hooks.structure.layers import CONVOLUTIONS, EMBEDDINGS, TRANSPOSED, is_hugging_face_conv1d
 
 Closed = dict[str, dict[int, Bools]]
 Reasons = npt.NDArray[np.object_]  # for each channel or member, why it has to stay; "" if it can go
-_MOST_NAMED = 4  # layers in the note
+_MOST_LAYERS = 4  # that the note names
+_IN_NO_GROUP = "*"  # a channel that cannot be removed by itself
 
 
 def closed_channels(sites: Iterable[Site]) -> Closed:
-    """Which channels gates have closed: for each weight with a gate for whole channels, kernels or blocks, by axis.
+    """Which channels gates have closed: for each weight with gates on channels, kernels or blocks, by axis.
 
-    Only axes that the gates run along: the outputs of ``"output"``, the inputs of ``"input"``, both of the others.
+    Gates on ``"output"`` close output channels, gates on ``"input"`` input channels, others channels of both kinds.
     """
     found: Closed = {}
     for site in sites:
@@ -42,7 +48,7 @@ def closed_channels(sites: Iterable[Site]) -> Closed:
             continue
         values = [gate.value().detach() for gate in gating.gates]
         shut = (gating.factor(values).to(site.weight.dtype) == 0).expand(site.weight.shape)
-        shut = shut.reshape(*site.weight.shape[:2], -1).all(2)
+        shut = reduce(shut, "first second ... -> first second", "all")
         output = _output_axis(site.module)
         axes = {"output": (output,), "input": (1 - output,)}.get(str(gating.granularity), (0, 1))
         if isinstance(site.module, (*CONVOLUTIONS, *TRANSPOSED)) and site.module.groups > 1:
@@ -53,7 +59,7 @@ def closed_channels(sites: Iterable[Site]) -> Closed:
 
 
 def after_cuts(closed: Closed, groups: Sequence[tuple[ChannelGroup, Bools]]) -> Closed:
-    """``closed`` for a model that was cut down to the members of ``groups`` that stay."""
+    """``closed`` for a model of which only the members of ``groups`` that stay are left."""
     kept = {(name, axis): list(k) for cut in plan_cuts(groups) for name in cut.names for axis, k in cut.kept}
     return {
         name: {axis: mask[kept[name, axis]] if (name, axis) in kept else mask for axis, mask in masks.items()}
@@ -66,8 +72,8 @@ def cut_closed(
 ) -> tuple[nn.Module, str]:
     """A smaller model without the closed channels that nothing needs, and a remark on those that stay.
 
-    What a closed channel leaves behind, its bias behind norms and activations, is a constant that goes into the biases
-    of the layers that read it, wherever that is exact.
+    What a closed channel still gives, its bias after norms and activations, is a constant. It is added to the biases of
+    the layers that read it, if that is exact.
 
     Parameters
     ----------
@@ -87,12 +93,12 @@ def cut_closed(
     if not closed:
         return model, ""
     try:
-        groups = _quiet_groups(model, example_inputs)
-        readers = Readers(model, constant_inputs(model, example_inputs))
+        groups, program = _quiet_groups(model, example_inputs)
+        readers = Readers(model, constant_inputs(model, program, example_inputs))
         reasons = [_reasons(group, readers, closed) for group in groups]
         folded, gained = _folded(model, readers, groups, reasons)
         if gained:
-            groups = _quiet_groups(folded, example_inputs)  # the new biases belong to groups, too
+            groups, _ = _quiet_groups(folded, example_inputs)  # the new biases belong to groups, too
             reasons = [_reasons(group, readers, closed) for group in groups]
     except UnsupportedModuleError as error:
         return model, f"closed channels stay as zeros: {_first_line(error)}"
@@ -100,16 +106,18 @@ def cut_closed(
     small, remark = model, ""
     if chosen:
         try:
-            small, remark = shrink(folded, chosen, comparison, example_inputs)
+            small, remark = shrink(folded, chosen, comparison, example_inputs, folded=True)
         except StateError:
             return model, "closed channels stay as zeros: without them the model would compute something else"
     return small, "; ".join(filter(None, (remark, _note(model, closed, groups, reasons))))
 
 
-def _quiet_groups(model: nn.Module, example_inputs: Sequence[Any]) -> ChannelGroups:
+def _quiet_groups(
+    model: nn.Module, example_inputs: Sequence[Any]
+) -> tuple[ChannelGroups, torch.export.ExportedProgram]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # exporting is not what the user asked for
-        return channel_groups(model, example_inputs)
+        return groups_and_program(model, example_inputs)
 
 
 class Readers:
@@ -130,7 +138,7 @@ class Readers:
         self._owners = Counter(t.data_ptr() for _, t in tensors if t.numel())
 
     def reasons(self, site: GroupSite) -> Reasons:
-        """For each channel along a reader's axis why it cannot go; ``""`` if it is not read, or its constant can."""
+        """For each channel that a weight reads, why it cannot be removed; ``""`` if it can, its constant folded."""
         zero = (_channels(_tensor(self._model, site.names[0]), site.axis) == 0).all(1).cpu().numpy()
         found = np.full(len(zero), "", object)
         found[~zero] = self._obstacle(site)
@@ -141,7 +149,7 @@ class Readers:
         return found
 
     def value(self, site: GroupSite) -> Tensor:
-        """The constant that each channel of a reader is; 0 where it has none."""
+        """The constant in each channel that a weight reads; 0 for channels that vary."""
         size = site.shape[site.axis]
         return self._constants.get(site.module, torch.zeros(size, dtype=torch.float64)).nan_to_num(0.0)
 
@@ -156,7 +164,7 @@ class Readers:
         return ""
 
     def _unfoldable(self, name: str) -> str:
-        """Why the layer's bias cannot take up a constant other than 0."""
+        """Why a constant other than 0 cannot be added to the layer's bias."""
         module = self._model.get_submodule(name)
         bias = parameters_of(module).get("bias")
         if isinstance(module, TRANSPOSED):
@@ -167,7 +175,7 @@ class Readers:
 
 
 def _reasons(group: ChannelGroup, readers: Readers, closed: Closed) -> Reasons:
-    """Why each member of a group has to stay; ``""`` for those that can go: closed, and needed by no reader."""
+    """Why each member of a group has to stay; ``""`` for those that are closed and that no reader needs."""
     found = np.full(group.size, "a part of what can be removed only as a whole", object)
     for site in group.sites:
         for masks in (closed[name] for name in site.names if name in closed):
@@ -188,7 +196,7 @@ def _reasons(group: ChannelGroup, readers: Readers, closed: Closed) -> Reasons:
 def _folded(
     model: nn.Module, readers: Readers, groups: ChannelGroups, reasons: Sequence[Reasons]
 ) -> tuple[nn.Module, bool]:
-    """A copy in which no reader needs the members that can go, and whether a layer of it got a bias."""
+    """A copy in which no layer reads the members that can go, and whether a layer of it got a bias."""
     folded, gained = copy.deepcopy(model), False
     added: dict[str, Tensor] = {}
     for group, why in zip(groups, reasons, strict=True):
@@ -199,7 +207,9 @@ def _folded(
             if not bool(kernels.any()):
                 continue
             value = readers.value(site).to(weight.device)[columns]
-            sums = kernels.double().reshape(len(columns), weight.shape[1 - site.axis], -1).sum(2)
+            sums = reduce(
+                kernels.double(), "column (other kernel) -> column other", "sum", other=weight.shape[1 - site.axis]
+            )
             added[site.module] = added.get(site.module, torch.zeros_like(sums[0])) + value @ sums
             weight.index_fill_(site.axis, columns, 0)
     for name, change in added.items():
@@ -221,7 +231,7 @@ def _note(model: nn.Module, closed: Closed, groups: ChannelGroups, reasons: Sequ
     for group, members in zip(groups, reasons, strict=True):
         for site in group.sites:
             for name in site.names:
-                along = why.setdefault((name, site.axis), np.full(site.shape[site.axis], "*", object))
+                along = why.setdefault((name, site.axis), np.full(site.shape[site.axis], _IN_NO_GROUP, object))
                 along[site.indices] = members[:, None]
     frozen = {module: part.reason for part in groups.frozen for module in part.modules}
     lines: dict[str, list[str]] = {"output": [], "input": []}
@@ -232,15 +242,16 @@ def _note(model: nn.Module, closed: Closed, groups: ChannelGroups, reasons: Sequ
             other = "what it reads cannot be removed"
             if kind == "output":
                 other = frozen.get(path or name, "its channels cannot be removed one by one")
-            stay = [r if r != "*" else other for r in why.get((name, axis), np.full(len(mask), "*", object))[mask] if r]
+            found = why.get((name, axis), np.full(len(mask), _IN_NO_GROUP, object))[mask]
+            stay = [other if reason == _IN_NO_GROUP else reason for reason in found if reason]
             if stay:
                 count = f"{len(stay)} of {mask.sum()}: " if len(stay) < mask.sum() else ""
                 lines[kind].append(f"{path or name} ({count}{Counter(stay).most_common(1)[0][0]})")
     parts = []
-    for kind, found in lines.items():
-        if found:
-            more = f" and {len(found) - _MOST_NAMED} more" if len(found) > _MOST_NAMED else ""
-            parts.append(f"closed {kind} channels stay as zeros: {'; '.join(found[:_MOST_NAMED])}{more}")
+    for kind, layers in lines.items():
+        if layers:
+            more = f" and {len(layers) - _MOST_LAYERS} more" if len(layers) > _MOST_LAYERS else ""
+            parts.append(f"closed {kind} channels stay as zeros: {'; '.join(layers[:_MOST_LAYERS])}{more}")
     return "; ".join(parts)
 
 
@@ -255,7 +266,8 @@ def _tensor(model: nn.Module, name: str) -> Tensor:
 
 def _channels(weight: Tensor, axis: int) -> Tensor:
     """One row for each channel along ``axis``."""
-    return weight.detach().movedim(axis, 0).flatten(1)
+    pattern = "first second ... -> first (second ...)" if axis == 0 else "first second ... -> second (first ...)"
+    return rearrange(weight.detach(), pattern)
 
 
 def _pads(module: nn.Module) -> bool:

@@ -1,4 +1,4 @@
-"""One safetensors file: tensors, and in its header a JSON plan and the digest of both."""
+"""One safetensors file: tensors, and a header with a JSON plan and a digest of both."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from l0hooks._files import replacing
 from l0hooks.errors import InvalidValueError, explain, import_extra
 
-_FORMAT = "l0hooks 1"
+_FORMAT = "l0hooks 2"
 
 
 def write(tensors: dict[str, Tensor], plan: dict[str, Any], path: str | Path) -> None:
-    """Write contiguous ``tensors``, none of which share memory, and a ``plan`` of plain data to ``path``.
+    """Write contiguous ``tensors`` that share no memory, and a ``plan`` of plain data, to ``path``.
 
     Raises
     ------
@@ -26,7 +27,8 @@ def write(tensors: dict[str, Tensor], plan: dict[str, Any], path: str | Path) ->
     safetensors = import_extra("safetensors.torch", extra="examples", where="save_pruned")
     whole = {"format": _FORMAT, **plan}
     whole["sha256"] = _digest(tensors, whole)
-    safetensors.save_file(tensors, str(path), metadata={"l0hooks": json.dumps(whole)})
+    with replacing(path) as temporary:  # safetensors before 0.8 destroys the old file if the disk is full
+        safetensors.save_file(tensors, str(temporary), metadata={"l0hooks": json.dumps(whole)})
 
 
 def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -35,7 +37,7 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     Raises
     ------
     InvalidValueError
-        If it is not one that :func:`write` wrote, or differs from it in a bit.
+        If :func:`write` did not write the file, or if a bit of it has changed.
     MissingExtraError
         If safetensors is not installed.
     """
@@ -56,12 +58,13 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise refuse("a safetensors file without a plan")
     try:
         plan = json.loads(metadata["l0hooks"])
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise refuse("a plan that is not JSON") from error
     if not isinstance(plan, dict) or plan.get("format") != _FORMAT:
         raise refuse(f"format {plan.get('format') if isinstance(plan, dict) else None!r}, not {_FORMAT!r}")
     if plan.pop("sha256", None) != _digest(tensors, plan):
         raise refuse("tensors or a plan that differ from those that were written")
+    del plan["format"]
     return tensors, plan
 
 

@@ -1,56 +1,58 @@
 """``save_pruned`` and ``load_pruned``: a smaller model as one safetensors file, without pickle.
 
-The file holds the tensors, and in its header a small JSON plan. Loading builds the dense model from the user's own
-factory, gives a bias to the layers that got one from pruning, cuts every tensor to the size in the file, corrects the
-modules' sizes, sets the attributes that pruning had to repair, and loads strictly.
+The file holds the tensors, and a small JSON plan in its header. Loading builds the dense model with the user's factory,
+adds the biases that pruning added, cuts every tensor to its size in the file, corrects the sizes and attributes of the
+modules, and loads the tensors strictly: those of the state, and buffers and attributes outside it.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from l0hooks._torch.modules import parameters_of
-from l0hooks._torch.tensors import has_meta
+from l0hooks._files import typed
+from l0hooks._torch.tensors import has_meta, is_meta
 from l0hooks.attach.walk import iter_gated
-from l0hooks.errors import InvalidValueError, StateError, explain
+from l0hooks.errors import InvalidValueError, explain
 from l0hooks.export import safetensors_file as storage
-from l0hooks.export.cut_groups import rewritten_from
-from l0hooks.export.state import first_names, hidden_buffers, load_hidden, load_tensors, ties
-from l0hooks.structure.cut_graph import rewrite
-from l0hooks.structure.cut_modules import Cut, apply_cuts
-from l0hooks.structure.layers import CONVOLUTIONS
-
-_DTYPES = (
-    *(torch.float32, torch.float64, torch.float16, torch.bfloat16),
-    *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool),
-)
+from l0hooks.export.extra_state import made
+from l0hooks.export.module_plan import ModulePlan, check_names, misfit, module_plan, shape_like
+from l0hooks.export.recipe import Recipe, recipe_of, recipes_inside, rewrite_again
+from l0hooks.export.savable import check_savable
+from l0hooks.export.state import first_names, hidden_tensors, load_tensors, put_hidden, ties
+from l0hooks.structure.cut_modules import replace_module
 
 
 def save_pruned(model: nn.Module, path: str | Path) -> None:
     """Write a pruned model to ``path``: its tensors and the plan to rebuild it.
 
+    Buffers and attributes that are tensors outside the state are written, too, and what modules return from
+    ``get_extra_state``. A file that is there already is replaced by a whole one, or stays.
+
     Parameters
     ----------
     model : nn.Module
-        What :func:`l0hooks.prune` returned, perhaps trained on since; any plain model will do.
+        What :func:`l0hooks.prune` returned, also if it was copied, pickled or trained since; or any plain model.
     path : str or Path
-        Of the safetensors file.
+        The safetensors file to write.
 
     Raises
     ------
     StateError
-        If the model still holds gates, is a rewritten graph, or stores sparse tensors.
+        If the model still holds gates, is a graph that ``prune`` did not make or TorchScript, stores sparse tensors, or
+        has no data, or an extra state that is no plain data.
     MissingExtraError
         If safetensors is not installed.
 
     Examples
     --------
-    >>> import tempfile
+    >>> import tempfile, torch
     >>> model = nn.Sequential(nn.Linear(4, 2))
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     save_pruned(model, Path(folder) / "small.safetensors")
@@ -58,15 +60,17 @@ def save_pruned(model: nn.Module, path: str | Path) -> None:
     >>> torch.equal(model[0].weight, again[0].weight)
     True
     """
-    _check_plain(model)
-    state, hidden = first_names(model), hidden_buffers(model)
+    check_savable(model)
+    recipe = recipe_of(model)
+    state, hidden = first_names(model), hidden_tensors(model)
     tensors = {name: tensor.detach().contiguous().clone() for name, tensor in {**state, **hidden}.items()}
-    plan: dict[str, Any] = {
-        "tied": {name: first for name, first in ties(model).items() if name != first},
+    tied = {name: first for name, first in ties(model).items() if name != first}
+    plan = {
+        "tied": tied,
         "hidden": sorted(hidden),
-        "attributes": _integers(model),
-        "biases": sorted(name for name in model.state_dict() if name.rpartition(".")[2] == "bias"),
-        "graph": _graph_plan(model),
+        "modules": None if recipe is not None else dataclasses.asdict(module_plan(model)),
+        "graph": recipe,
+        "inside": recipes_inside(model),
     }
     storage.write(tensors, plan, path)
 
@@ -77,25 +81,32 @@ def load_pruned(factory: Callable[[], nn.Module], path: str | Path) -> nn.Module
     Parameters
     ----------
     factory : callable
-        Builds the dense model, as it was before pruning. On the meta device that takes no memory; the model then holds
-        the tensors of the file themselves, on the CPU.
+        Builds the dense model as it was before pruning. On the meta device that takes no memory; the loaded model then
+        holds the tensors of the file, on the CPU.
     path : str or Path
+        A file that :func:`save_pruned` wrote.
 
     Returns
     -------
     nn.Module
-        In the mode that ``factory`` leaves it in.
+        In training or evaluation mode, as ``factory`` returned it.
 
     Raises
     ------
     InvalidValueError
-        If the file is damaged, not one of ours, or does not fit the factory's model.
+        If the file is damaged, was not written by :func:`save_pruned`, or does not fit the factory's model, in its
+        tensors or in settings of torch's layers such as kernel sizes and strides.
     MissingExtraError
         If safetensors is not installed.
 
+    Warns
+    -----
+    UserWarning
+        If the file and the factory's model do not have the same tensors outside the state.
+
     Examples
     --------
-    >>> import tempfile
+    >>> import tempfile, torch
     >>> from l0hooks import iter_gates, prune, sparsify
     >>> factory, x = (lambda: nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))), torch.ones(2, 4)
     >>> model = factory()
@@ -110,140 +121,138 @@ def load_pruned(factory: Callable[[], nn.Module], path: str | Path) -> nn.Module
       (2): Linear(in_features=5, out_features=2, bias=True)
     )
     """
-    tensors, plan = storage.read(Path(path))
-    model = factory()
-    _give_biases(model, plan.get("biases", []), path)
-    if plan["graph"] is not None:
-        _refuse_graph_on_meta(model, path)
-        cuts = [
-            Cut(tuple(n), tuple(shape), tuple((d, tuple(k)) for d, k in kept))
-            for n, shape, kept in plan["graph"]["cuts"]
-        ]
-        model = rewrite(model, cuts, _made_inputs(plan["graph"]["inputs"]))
-    hidden = {name: tensors.pop(name) for name in plan["hidden"]}
-    names = ties(model)
-    expected = set(first_names(model))
-    if expected != set(tensors) or any(names[name] != first for name, first in plan["tied"].items() if name in names):
+    _check_factory(factory, path)
+    where = f"load_pruned {path}"
+    tensors, raw = storage.read(Path(path))
+    plan: _Plan = typed(_Plan, {"inside": {}, **raw}, where)  # older files know of no graphs inside
+    if (plan.modules is None) == (plan.graph is None):
         raise InvalidValueError(
-            explain(
-                f"load_pruned {path}",
-                "the file must hold the tensors of the factory's model.",
-                expected=f"also {sorted(expected - set(tensors))[:4]}",
-                got=f"besides {sorted(set(tensors) - expected)[:4]}",
-                hint="the factory that built the model before it was pruned",
-            )
+            explain(where, "the plan must be that of modules or of a graph.", got="both or neither")
         )
-    apply_cuts(model, [_cut(name, old, tensors[name], names, path) for name, old in first_names(model).items()])
-    load_hidden(model, hidden)
-    modules = dict(model.named_modules())
-    for module_name, attribute, value in plan["attributes"]:
-        own: dict[str, Any] = modules[module_name].__dict__ if module_name in modules else {}
-        if type(own.get(attribute)) is int:
-            own[attribute] = value
-    load_tensors(model, tensors, names, path)
+    _check_tensors(tensors, plan, where)
+    model = _built(factory, where)
+    extra: dict[str, Any] = {}
+    if plan.modules is not None:
+        extra = {name: made(described, where) for name, described in plan.modules.extra.items()}
+        _rewrite_inside(model, plan.inside, where)
+        shape_like(model, plan.modules, where)
+    elif plan.graph is not None:
+        _refuse_graph_on_meta(model, where)
+        model = rewrite_again(model, plan.graph, where)
+    hidden = {name: tensors.pop(name) for name in plan.hidden}
+    _check_fit(model, tensors, plan, where)
+    _replace_hidden(model, hidden, where)
+    load_tensors(model, tensors, ties(model), extra, where)
     return model
 
 
-def _refuse_graph_on_meta(model: nn.Module, path: str | Path) -> None:
-    """The constants of a graph are not in the file."""
+@dataclass(frozen=True)
+class _Plan:
+    """The plan of a file; exactly one of ``modules`` and ``graph`` is given. ``inside`` are modules that are graphs."""
+
+    tied: dict[str, str]
+    hidden: tuple[str, ...]
+    modules: ModulePlan | None
+    graph: Recipe | None
+    inside: dict[str, Recipe]
+
+
+def _rewrite_inside(model: nn.Module, recipes: dict[str, Recipe], where: str) -> None:
+    """Make these modules graphs again, **in place**."""
+    if recipes:
+        _refuse_graph_on_meta(model, where)
+    for name, recipe in recipes.items():
+        try:
+            module = model.get_submodule(name)
+        except AttributeError as error:
+            raise misfit(where, name, "a module of that name", "none") from error
+        graph = rewrite_again(module, recipe, f"{where} at {name!r}")
+        replace_module(model, module, graph.train(module.training))
+
+
+def _check_factory(factory: object, path: str | Path) -> None:
+    if isinstance(factory, nn.Module) or not callable(factory):
+        raise InvalidValueError(
+            explain(
+                "load_pruned",
+                "the first argument must be a function that builds the dense model anew.",
+                expected="load_pruned(factory, path)",
+                got=f"a {type(factory).__name__}",
+                hint=f"load_pruned(lambda: {type(factory).__name__}(...), {str(path)!r})",
+            )
+        )
+
+
+def _built(factory: Callable[[], nn.Module], where: str) -> nn.Module:
+    model = factory()
+    got = None
+    if not isinstance(model, nn.Module):
+        got = f"a {type(model).__name__}"
+    elif next(iter_gated(model), None) is not None:
+        got = "a model with gates"
+    if got is not None:
+        raise InvalidValueError(
+            explain(where, "the factory must return the dense model as it was before sparsify.", got=got)
+        )
+    return model
+
+
+def _check_tensors(tensors: dict[str, Tensor], plan: _Plan, where: str) -> None:
+    """The tensors of the file must be those that its plan speaks of."""
+    hidden = set(plan.hidden)
+    known = set(tensors) if plan.modules is None else {*plan.modules.shapes, *plan.modules.hidden}
+    described = {} if plan.modules is None else {**plan.modules.shapes, **plan.modules.hidden}
+    wrong = set(tensors) ^ known | hidden - set(tensors)
+    wrong |= {name for name in hidden if plan.hidden.count(name) > 1}
+    wrong |= {name for name, shape in described.items() if name in tensors and tuple(tensors[name].shape) != shape}
+    if plan.modules is not None:
+        wrong |= hidden ^ set(plan.modules.hidden)
+    if wrong:
+        raise InvalidValueError(
+            explain(where, "the plan must describe the tensors of the file.", got=f"others for {sorted(wrong)[:4]}")
+        )
+
+
+def _check_fit(model: nn.Module, tensors: dict[str, Tensor], plan: _Plan, where: str) -> None:
+    """The tensors of the file must be those of the model, in name, shape, dtype and ties."""
+    own, names = first_names(model), ties(model)
+    check_names(set(tensors), set(own), where)
+    for name, old in own.items():
+        new = tensors[name]
+        if old.shape != new.shape or old.dtype != new.dtype:
+            expected, got = (f"{tuple(t.shape)}, {t.dtype}" for t in (old, new))
+            raise misfit(where, name, expected, got)
+    for name, first in plan.tied.items():
+        if names.get(name, first) != first:
+            raise misfit(where, name, f"tied to {names[name]!r}", f"tied to {first!r}")
+
+
+def _replace_hidden(model: nn.Module, hidden: dict[str, Tensor], where: str) -> None:
+    """Put back what the state leaves out, and say what the file and the factory's model do not both have."""
+    built = [name for name, tensor in hidden_tensors(model).items() if name not in hidden and not is_meta(tensor)]
+    left = put_hidden(model, hidden)
+    for names, what in (
+        (left, "left out: the model has no place for them"),
+        (built, "as the factory built them"),
+    ):
+        if names:
+            message = explain(
+                where,
+                "the file and the model should have the same tensors outside the state.",
+                got=f"{', '.join(names[:4])}: {what}",
+                hint="the version of the model's code that wrote the file",
+            )
+            warnings.warn(message, stacklevel=3)
+
+
+def _refuse_graph_on_meta(model: nn.Module, where: str) -> None:
+    """Exporting needs the numbers that the graph holds."""
     if has_meta(model):
         raise InvalidValueError(
             explain(
-                f"load_pruned {path}",
+                where,
                 "a rewritten graph is made from a model that has data.",
                 got="a factory that builds on the meta device",
                 hint="a factory that builds the model with data",
             )
         )
-
-
-def _integers(model: nn.Module) -> list[tuple[str, str, int]]:
-    """The integers that modules know themselves by, as (module, attribute, value): pruning may have changed any."""
-    if isinstance(model, torch.fx.GraphModule):
-        return []
-    return [
-        (name, attribute, value)
-        for name, module in model.named_modules()
-        for attribute, value in vars(module).items()
-        if type(value) is int
-    ]
-
-
-def _give_biases(model: nn.Module, biases: object, path: str | Path) -> None:
-    """Zeros for the layers of the factory's model that have no bias and got one from the channels cut before them."""
-    if not isinstance(biases, list) or not all(isinstance(name, str) for name in biases):
-        raise InvalidValueError(
-            explain(f"load_pruned {path}", "the plan must list the biases of the model by name.", got=repr(biases)[:80])
-        )
-    modules = dict(model.named_modules())
-    for name in biases:
-        module = modules.get(name.rpartition(".")[0])
-        weight = None if module is None else parameters_of(module).get("weight")
-        if module is None or weight is None or not isinstance(module, (nn.Linear, *CONVOLUTIONS)):
-            continue
-        if module.bias is None:
-            module.bias = nn.Parameter(weight.new_zeros(weight.shape[0]), requires_grad=weight.requires_grad)
-
-
-def _graph_plan(model: nn.Module) -> dict[str, Any] | None:
-    """How to rewrite the dense model's graph again; None for a model of modules."""
-    recipe = rewritten_from(model)
-    if recipe is None:
-        return None
-    cuts, inputs = recipe
-    described: list[dict[str, Any]] = []
-    for value in inputs:
-        if isinstance(value, Tensor):
-            described.append({"shape": list(value.shape), "dtype": str(value.dtype).removeprefix("torch.")})
-        elif value is None or isinstance(value, (bool, int, float, str)):
-            described.append({"value": value})
-        else:
-            raise StateError(
-                explain(
-                    "save_pruned",
-                    "a rewritten graph is rebuilt from tensors and plain numbers as inputs.",
-                    got=f"an example input of type {type(value).__name__}",
-                    hint="torch.export.save",
-                )
-            )
-    return {"cuts": [(cut.names, cut.shape, cut.kept) for cut in cuts], "inputs": described}
-
-
-def _made_inputs(described: list[dict[str, Any]]) -> tuple[Any, ...]:
-    """Inputs of the kind that were given, all zeros: exporting needs their shapes only."""
-    dtypes: dict[str, torch.dtype] = {str(d).removeprefix("torch."): d for d in _DTYPES}
-    return tuple(torch.zeros(d["shape"], dtype=dtypes[d["dtype"]]) if "shape" in d else d["value"] for d in described)
-
-
-def _check_plain(model: nn.Module) -> None:
-    got = None
-    if has_meta(model):
-        got = "parameters on the meta device, which have no data"
-    elif next(iter_gated(model), None) is not None:
-        got = "a model with gates: prune it first"
-    elif isinstance(model, torch.fx.GraphModule) and rewritten_from(model) is None:
-        got = "a graph that prune did not return in this process: torch.export.save it"
-    elif any(tensor.layout != torch.strided for tensor in model.state_dict().values() if isinstance(tensor, Tensor)):
-        got = "sparse tensors: prune without sparse_format"
-    if got is not None:
-        raise StateError(explain("save_pruned", "the model must be plain and dense.", got=got))
-
-
-def _cut(name: str, old: Tensor, new: Tensor, names: dict[str, str], path: str | Path) -> Cut:
-    """A cut that gives ``old`` the shape of ``new``; which indices stay does not matter, their values are loaded."""
-    if (
-        old.dim() != new.dim()
-        or any(a < b for a, b in zip(old.shape, new.shape, strict=True))
-        or old.dtype != new.dtype
-    ):
-        raise InvalidValueError(
-            explain(
-                f"load_pruned {path}",
-                f"{name!r} must fit the factory's model.",
-                expected=f"at most {tuple(old.shape)}, {old.dtype}",
-                got=f"{tuple(new.shape)}, {new.dtype}",
-                hint="the factory that built the model before it was pruned",
-            )
-        )
-    kept = tuple((d, tuple(range(n))) for d, n in enumerate(new.shape) if n != old.shape[d])
-    return Cut(tuple(n for n, first in names.items() if first == name), tuple(old.shape), kept)

@@ -1,4 +1,4 @@
-"""Derivatives from what is at hand: a gate's from its value, an expected count's from the log-odds."""
+"""Derivatives: of a gate, as a function of its value; of an expected count, as a function of the log-odds."""
 
 from __future__ import annotations
 
@@ -7,29 +7,21 @@ import functools
 import torch
 from torch import Tensor
 
-_STEEPEST = 1e37  # logits of noise times it are finite in float32
+_STEEPEST = 1e37  # the largest 1/β: logits of noise times it are finite in float32
 
 
-def steepness(temperature: float) -> float:
-    """1/β, or the largest number that float32 can multiply logits of noise with."""
-    return min(1 / temperature, _STEEPEST)
-
-
+@functools.lru_cache(maxsize=64)  # asked in every forward and backward pass
 def inverted(constants: tuple[float, float, float]) -> tuple[float, float, float]:
-    """What the kernels take for β, γ and ζ: 1/β, γ and ζ − γ."""
+    """1/β, or the largest that float32 can multiply logits of noise with, γ and ζ − γ."""
     temperature, gamma, zeta = constants
-    return steepness(temperature), gamma, zeta - gamma
+    return min(1 / temperature, _STEEPEST), gamma, zeta - gamma
 
 
-@functools.lru_cache(maxsize=16)
-def _constant(value: float, dtype: torch.dtype) -> Tensor:
+@functools.lru_cache(maxsize=64)
+def constant(value: float, dtype: torch.dtype) -> Tensor:
+    """``value`` as a tensor on the CPU."""
     with torch.inference_mode(False):
         return torch.tensor(value, dtype=dtype, device="cpu")
-
-
-def number(value: float, like: Tensor) -> Tensor:
-    """``value`` as a tensor on the CPU, of the dtype of ``like``."""
-    return _constant(value, like.dtype)
 
 
 def reattach(gates: Tensor, log_alpha: Tensor, constants: tuple[float, float, float]) -> Tensor:
@@ -44,7 +36,7 @@ def reattach(gates: Tensor, log_alpha: Tensor, constants: tuple[float, float, fl
 def slope_times(gates: Tensor, grad: Tensor, constants: tuple[float, float, float], out: Tensor) -> None:
     """``grad`` times dz/dlogα = (ζ − γ)/β · s(1 − s), where z = γ + (ζ − γ)s."""
     temperature, gamma, zeta = constants
-    s = torch.add(number(-gamma / (zeta - gamma), gates), gates, alpha=1 / (zeta - gamma))
+    s = torch.add(constant(-gamma / (zeta - gamma), gates.dtype), gates, alpha=1 / (zeta - gamma))
     aten = torch.ops.aten
     aten.sigmoid_backward.grad_input(grad.to(gates.dtype), s, grad_input=out)
     # hardtanh's backward is the clamp's: zero where the gate is exactly 0 or 1

@@ -10,7 +10,8 @@ from torch.distributions import Distribution, constraints
 from torch.distributions.utils import broadcast_all
 
 from l0hooks.gates import hard_concrete as hc
-from l0hooks.gates.hard_concrete import GAMMA, HALF_DTYPES, TEMPERATURE, ZETA, check_constants
+from l0hooks.gates import moments
+from l0hooks.gates.constants import GAMMA, HALF_DTYPES, TEMPERATURE, ZETA, check_constants
 
 _SCALAR = torch.Size()
 
@@ -84,12 +85,12 @@ class HardConcrete(Distribution):
     @property
     def mean(self) -> Tensor:
         """E[z]."""
-        return hc.mean(*self._settings)
+        return moments.mean(*self._settings)
 
     @property
     def variance(self) -> Tensor:
         """Var[z]."""
-        return hc.variance(*self._settings)
+        return moments.variance(*self._settings)
 
     @property
     def median(self) -> Tensor:
@@ -132,4 +133,4 @@ class HardConcrete(Distribution):
 
     def entropy(self) -> Tensor:
         """Entropy in nats of the mixed distribution."""
-        return hc.entropy(*self._settings)
+        return moments.entropy(*self._settings)

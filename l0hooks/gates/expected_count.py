@@ -14,11 +14,11 @@ from l0hooks.gates.derivatives import count_slope
 from l0hooks.gates.hard_concrete import closing_point, keep_prob
 from l0hooks.gates.random import kernels_on
 
-_FEW = 2**15  # below, a call of a Python function costs more than the memory it saves
+LEAST_FUSED = 2**15  # gates; for fewer, calling a Python function costs more than the memory it saves
 
 
 class _ExpectedCount(torch.autograd.Function):
-    """Σ σ(log_alpha − shift); saves nothing, for a second pass costs less than memory for the first."""
+    """Σ σ(log_alpha − shift); saves log_alpha alone: computing p again costs less than memory for it."""
 
     @staticmethod
     def forward(ctx: Any, log_alpha: Tensor, shift: float, sampler: weakref.ref[Any] | None) -> Tensor:
@@ -56,7 +56,7 @@ def expected_count(
     constants : (float, float, float)
         β, γ and ζ.
     sampler : weak reference to an autograd node, optional
-        Who multiplied a weight with these gates; asked only if it takes part in the same backward pass.
+        The node that multiplied a weight with these gates; used only if it runs in the same backward pass.
 
     Returns
     -------
@@ -67,7 +67,7 @@ def expected_count(
     >>> expected_count(torch.tensor([30.0, -30.0]), (2 / 3, -0.1, 1.1))
     tensor(1.)
     """
-    if log_alpha.numel() < _FEW:
+    if log_alpha.numel() < LEAST_FUSED:
         return keep_prob(log_alpha, *constants).sum()
     count: Tensor = _ExpectedCount.apply(log_alpha, closing_point(*constants), sampler)  # type: ignore[no-untyped-call]
     return count

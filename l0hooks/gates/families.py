@@ -12,6 +12,8 @@ from torch import Tensor
 
 from l0hooks.errors import InvalidValueError, explain, near_names
 from l0hooks.gates import hard_concrete as hc
+from l0hooks.gates import moments
+from l0hooks.gates.constants import GAMMA, TEMPERATURE, ZETA, check_constants, check_open_unit
 
 FamilyName = Literal["hard_concrete", "straight_through", "stg", "deterministic"]
 
@@ -33,11 +35,11 @@ class Family(Protocol):
 
     @property
     def least_open(self) -> float:
-        """What a gate is worth at the least that a budget keeps, although it is closed more often than not."""
+        """The least value of a gate that a budget keeps although its median is 0."""
         ...
 
     def sample(self, log_alpha: Tensor, noise: Tensor, temperature: float) -> Tensor:
-        """Training gates for uniform ``noise``."""
+        """Training gates for uniform ``noise``, of the shape that the two broadcast to."""
         ...
 
     def keep_prob(self, log_alpha: Tensor, temperature: float) -> Tensor:
@@ -69,9 +71,9 @@ class Family(Protocol):
 class HardConcreteFamily:
     """The paper's gate (Louizos, Welling & Kingma, 2018)."""
 
-    gamma: float = hc.GAMMA
-    zeta: float = hc.ZETA
-    default_temperature: float = hc.TEMPERATURE
+    gamma: float = GAMMA
+    zeta: float = ZETA
+    default_temperature: float = TEMPERATURE
     limits: tuple[float, float] = (-10.0, 10.0)
     least_open: float = 0.5
 
@@ -82,7 +84,7 @@ class HardConcreteFamily:
         return hc.keep_prob(log_alpha, temperature, self.gamma, self.zeta)
 
     def mean(self, log_alpha: Tensor, temperature: float) -> Tensor:
-        return hc.mean(log_alpha, temperature, self.gamma, self.zeta)
+        return moments.mean(log_alpha, temperature, self.gamma, self.zeta)
 
     def median(self, log_alpha: Tensor, temperature: float) -> Tensor:
         return hc.median(log_alpha, temperature, self.gamma, self.zeta)
@@ -91,7 +93,7 @@ class HardConcreteFamily:
         return hc.paper_estimate(log_alpha, self.gamma, self.zeta)
 
     def start_mean(self, mean: float, temperature: float) -> float:
-        return hc.log_alpha_from_mean(mean, temperature, self.gamma, self.zeta)
+        return moments.log_alpha_from_mean(mean, temperature, self.gamma, self.zeta)
 
     def start_keep_prob(self, probability: float, temperature: float) -> float:
         return hc.log_alpha_from_keep_prob(probability, temperature, self.gamma, self.zeta)
@@ -118,7 +120,7 @@ class StraightThroughFamily(HardConcreteFamily):
         return (super().paper(log_alpha, temperature) > 0).to(log_alpha.dtype)
 
     def start_mean(self, mean: float, temperature: float) -> float:
-        hc.check_open_unit("init_mean", mean)
+        check_open_unit("init_mean", mean)
         return self.start_keep_prob(mean, temperature)
 
 
@@ -127,13 +129,15 @@ class DeterministicFamily(HardConcreteFamily):
     """No noise: z is the hard concrete's median; ``keep_prob`` stays its smooth surrogate for penalties."""
 
     def sample(self, log_alpha: Tensor, noise: Tensor, temperature: float) -> Tensor:
-        return self.median(log_alpha, temperature)
+        values: Tensor
+        values, _ = torch.broadcast_tensors(self.median(log_alpha, temperature), noise)  # type: ignore[no-untyped-call]
+        return values
 
     def mean(self, log_alpha: Tensor, temperature: float) -> Tensor:
         return self.median(log_alpha, temperature)
 
     def start_mean(self, mean: float, temperature: float) -> float:
-        hc.check_open_unit("init_mean", mean)
+        check_open_unit("init_mean", mean)
         s = (mean - self.gamma) / (self.zeta - self.gamma)
         return temperature * math.log(s / (1 - s))
 
@@ -165,7 +169,7 @@ class GaussianFamily:
         return log_alpha.clamp(0, 1)
 
     def start_mean(self, mean: float, temperature: float) -> float:
-        hc.check_open_unit("init_mean", mean)
+        check_open_unit("init_mean", mean)
         low, high = -40 * temperature, 1 + 40 * temperature
         for _ in range(80):
             middle = (low + high) / 2
@@ -174,7 +178,7 @@ class GaussianFamily:
         return (low + high) / 2
 
     def start_keep_prob(self, probability: float, temperature: float) -> float:
-        hc.check_open_unit("init_keep_prob", probability)
+        check_open_unit("init_keep_prob", probability)
         return temperature * statistics.NormalDist().inv_cdf(probability)
 
 
@@ -187,7 +191,7 @@ def _normal_density(x: Tensor) -> Tensor:
     return torch.exp(-x.square() / 2) / math.sqrt(2 * math.pi)
 
 
-def make_family(name: str, gamma: float = hc.GAMMA, zeta: float = hc.ZETA) -> Family:
+def make_family(name: str, gamma: float = GAMMA, zeta: float = ZETA) -> Family:
     """The family called ``name``.
 
     Raises
@@ -195,7 +199,7 @@ def make_family(name: str, gamma: float = hc.GAMMA, zeta: float = hc.ZETA) -> Fa
     InvalidValueError
         If there is no such family, or the stretch interval does not contain [0, 1] strictly.
     """
-    hc.check_constants("gate", 1.0, gamma, zeta)
+    check_constants("gate", 1.0, gamma, zeta)
     if name == "hard_concrete":
         return HardConcreteFamily(gamma, zeta)
     if name == "straight_through":

@@ -11,16 +11,16 @@ from torch import Tensor, nn
 from l0hooks._torch.autograd import LastSample, is_traced
 from l0hooks._torch.memory import pieces
 from l0hooks._torch.tensors import is_meta, is_sharded, whole
-from l0hooks.gates import optimizer_hooks  # noqa: F401  around every step from now on
+from l0hooks.gates import optimizer_hooks, saved_state  # noqa: F401  hooks around every step from now on
+from l0hooks.gates.constants import GAMMA, ZETA, Constants, check_constants
 from l0hooks.gates.expected_count import expected_count
 from l0hooks.gates.families import FamilyName, HardConcreteFamily
-from l0hooks.gates.hard_concrete import GAMMA, ZETA, check_constants
 from l0hooks.gates.log_odds import Estimator, LogOdds
-from l0hooks.gates.noise import Door, NoiseSource
+from l0hooks.gates.noise import GateNoise, NoiseSource
 from l0hooks.gates.protocols import Rule
 from l0hooks.gates.random import Stream
 from l0hooks.gates.registry import register
-from l0hooks.gates.sampling import Constants, sampled
+from l0hooks.gates.sampling import sampled
 
 
 class Gate(LogOdds):
@@ -46,15 +46,13 @@ class Gate(LogOdds):
     estimator : "median", "paper" or "mean"
         The test-time gate.
     device : torch.device, optional
-    door : Door, optional
-        Where the noise comes from; a source of its own if not given.
-    index : int
-        The gate's number at that source.
 
     Attributes
     ----------
+    noise_source : GateNoise
+        Where the noise comes from: a source of its own, or the model's, where gates of one forward share a seed.
     rule : Rule or None
-        Who decides which gates stay; None for the gate alone.
+        What decides which gates stay; None if each gate does by itself.
     multipliers : Parameter or None
         The Lagrange multipliers of a budget, at the first of its gates.
     last_sample : LastSample
@@ -94,15 +92,12 @@ class Gate(LogOdds):
         zeta: float = ZETA,
         estimator: Estimator = "median",
         device: torch.device | str | None = None,
-        door: Door | None = None,
-        index: int = 0,
     ) -> None:
         start, constants = (init_mean, init_keep_prob), (temperature, gamma, zeta)
         super().__init__(shape, family, start, constants, estimator, device)
         self.schedule: Callable[[int], float] | None = None
         self.scheduled_steps = 0
-        self._door = NoiseSource().add_door("", ()) if door is None else door
-        self._index = index
+        self.noise_source = GateNoise(NoiseSource().add_entry("", ()), 0)
         self.rule: Rule | None = None
         self.mask: Tensor | None = None  # the rule's: which gates stay, and, once they are fixed, their values
         self.held: Tensor | None = None
@@ -114,20 +109,17 @@ class Gate(LogOdds):
         return self.sample() if self.training else self.value()
 
     def noise(self, examples: int | None = None) -> Tensor:
-        """Uniform noise of the running forward, shape of ``log_alpha``; every caller gets memory of its own.
-
-        With ``examples``, a first axis of that length: independent noise for each.
-        """
-        return self._door.uniform(self._index, self._like(examples))
+        """Uniform noise of the running forward, in fresh memory: shape of ``log_alpha``, ``examples`` before it."""
+        return self.noise_source.uniform(self._like(examples))
 
     def stream(self, examples: int | None = None) -> Stream:
-        """The same noise, for who draws it piece by piece."""
-        return self._door.stream(self._index, self._like(examples))
+        """The same noise as :meth:`noise`, to be drawn in pieces."""
+        return self.noise_source.stream(self._like(examples))
 
     @property
     def shared(self) -> dict[object, Any] | None:
         """What the running forward computes once for several places; None outside every forward."""
-        source = self._door.source
+        source = self.noise_source.source
         return None if source.owner is None else source.shared
 
     def _like(self, examples: int | None) -> Tensor:
@@ -141,17 +133,15 @@ class Gate(LogOdds):
         if self.rule is not None and self.rule.finished:
             held = self.final() + 0 * self.log_alpha  # distributed training wants to see every parameter used
             return held if examples is None else held.expand(examples, *held.shape)
-        family = self.family
-        if type(family) is HardConcreteFamily and not is_traced():
-            constants = Constants(self.temperature, family.gamma, family.zeta)
-            return sampled(self.log_alpha, self.stream(examples), constants, examples)
-        return family.sample(self.log_alpha, self.noise(examples), self.temperature)
+        if self.constants is not None and not is_traced():
+            return sampled(self.log_alpha, self.stream(examples), self.constants, examples)
+        return self.family.sample(self.log_alpha, self.noise(examples), self.temperature)
 
     def value(self, log_alpha: Tensor | None = None, *, support: Tensor | None = None) -> Tensor:
         """The test-time gates, differentiable, exactly zero outside :meth:`support`.
 
-        ``log_alpha`` may be given to stand for the gate's own, with equal values; ``support`` for one that the rule
-        will have later.
+        ``log_alpha`` may be given in place of the gate's own, with equal values; ``support`` is one that the rule will
+        have later.
         """
         location = whole(self.log_alpha) if log_alpha is None else log_alpha
         z = self.estimate(location)
@@ -183,7 +173,7 @@ class Gate(LogOdds):
         return self.stays_alone(whole(self.log_alpha.detach()))
 
     def train(self, mode: bool = True) -> Gate:
-        """Switch modes; the rule catches up, for a compiled forward cannot ask it to."""
+        """Switch modes; the rule catches up, because a compiled forward cannot ask it to."""
         if self.rule is not None and (self.rule.finished or not mode):
             self._refresh()
         super().train(mode)
@@ -240,28 +230,24 @@ class Gate(LogOdds):
 
     def end_forward(self) -> None:
         """No forward runs across an optimiser's step: one that was interrupted is over."""
-        self._door.source.owner = None
-        self._door.source.shared.clear()
+        self.noise_source.source.interrupt()
 
     def get_extra_state(self) -> Tensor:
         """The temperature, its schedule's step and the rule's state, so that a checkpoint resumes with them."""
-        state = () if self.rule is None else self.rule.state()
-        return torch.tensor([self.temperature, self.scheduled_steps, *state], dtype=torch.float64, device="cpu")
+        return saved_state.state_of(self)
 
     def set_extra_state(self, state: Tensor) -> None:
-        """Restore the temperature, its schedule's step and the rule's state."""
-        self.temperature, steps, *rest = state.tolist()
-        self.scheduled_steps = int(steps)
-        if self.rule is not None and rest:
-            self.rule.resume(*rest)
+        """Restore the temperature, its schedule's step and the rule's state; refuse those of another budget."""
+        saved_state.resume(self, state, "Gate")
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._key = register(self)  # a deepcopy is never constructed
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        saved_state.check_checkpoint(self, state_dict, prefix)
         self.mask = self.held = None
-        super()._load_from_state_dict(*args, **kwargs)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 
 def iter_gates(model: nn.Module) -> Iterator[tuple[str, Gate]]:

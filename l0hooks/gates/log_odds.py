@@ -1,4 +1,4 @@
-"""``LogOdds``: the learnable parameter of gates, its family, its start, and where its memory lies."""
+"""``LogOdds``: the learnable parameter of gates, its family, its start and its memory."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from l0hooks._torch.memory import pieces
 from l0hooks._torch.modules import Traversal
 from l0hooks._torch.tensors import is_meta, start_values, whole
 from l0hooks.errors import InvalidValueError, explain, near_names
-from l0hooks.gates.families import Family, FamilyName, initial_log_alpha, make_family
-from l0hooks.gates.hard_concrete import GAMMA, ZETA, check_constants
+from l0hooks.gates.constants import GAMMA, ZETA, Constants, check_constants
+from l0hooks.gates.families import Family, FamilyName, HardConcreteFamily, initial_log_alpha, make_family
 from l0hooks.gates.registry import note_change
 
 Estimator = Literal["median", "paper", "mean"]
@@ -22,8 +22,8 @@ Estimator = Literal["median", "paper", "mean"]
 class LogOdds(nn.Module):
     """Learnable log-odds of a family of gates: float32 whatever the model's dtype, with a temperature.
 
-    They may lie on the meta device, where they have no data, and start when their memory comes; and
-    ``fully_shard`` may spread them over processes.
+    On the meta device they have no data; they take their start when they get memory. ``fully_shard`` may split them
+    among processes.
 
     Parameters
     ----------
@@ -36,6 +36,11 @@ class LogOdds(nn.Module):
     estimator : str
     device : torch.device or None
 
+    Attributes
+    ----------
+    constants : Constants or None
+        β, γ and ζ, if the gates are Hard Concrete: then fused functions sample them.
+
     Raises
     ------
     InvalidValueError
@@ -44,6 +49,7 @@ class LogOdds(nn.Module):
 
     log_alpha: nn.Parameter
     multipliers: nn.Parameter | None
+    constants: Constants | None
 
     def __init__(
         self,
@@ -78,6 +84,9 @@ class LogOdds(nn.Module):
     def temperature(self, value: float) -> None:
         check_constants("temperature", value, GAMMA, ZETA)
         self._temperature = float(value)
+        family, self.constants = self.family, None
+        if type(family) is HardConcreteFamily:  # a subclass may sample in another way
+            self.constants = Constants(self._temperature, family.gamma, family.zeta)
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)

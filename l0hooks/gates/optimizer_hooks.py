@@ -6,9 +6,11 @@ gates, are no longer the same objects.
 
 from __future__ import annotations
 
+import gc
 import operator
+import warnings
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,9 +18,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from l0hooks.errors import StateError, explain
+from l0hooks.errors import L0HooksWarning, StateError, explain
 from l0hooks.gates.protocols import OptimizedGate, Rule
-from l0hooks.gates.registry import all_gates, last_change
+from l0hooks.gates.registry import all_gates, last_change, rules_over
 
 Step = tuple[tuple[Any, ...], dict[str, Any]]
 _steps = 0
@@ -60,6 +62,7 @@ class _Holding:
                 if parameter is not None and id(parameter) in group_of:
                     multipliers = parameter is gate.multipliers
                     self.held.append(_Held(weakref.ref(gate), parameter, group_of[id(parameter)], multipliers))
+        self.others = [weakref.ref(gate) for gate in all_gates() if _is_missing(gate, group_of)]
         self.before: list[tuple[OptimizedGate, Tensor]] = []  # log-odds that a step must not move
 
     def is_current(self, optimizer: torch.optim.Optimizer) -> bool:
@@ -76,7 +79,7 @@ class _Holding:
         """The gates whose log-odds the optimiser moves."""
         return [gate for one in self.held if not one.multipliers and (gate := one.gate) is not None]
 
-    def priced(self, optimizer: torch.optim.Optimizer, *, upwards: bool) -> list[Rule]:
+    def rules_of_multipliers(self, optimizer: torch.optim.Optimizer, *, upwards: bool) -> list[Rule]:
         """The rules whose multipliers the optimiser raises, or lowers."""
         found = []
         for one in self.held:
@@ -87,10 +90,25 @@ class _Holding:
         return found
 
 
+def _counts_steps(gate: OptimizedGate) -> bool:
+    """Whether an optimiser must hold the gate, because the schedule of its budget counts that one's steps."""
+    rule = gate.rule
+    return rule is not None and rule.automatic and not rule.finished and gate.log_alpha.requires_grad
+
+
+def _is_missing(gate: OptimizedGate, parameters: Container[int]) -> bool:
+    """Whether these parameters, by their ids, are weights of a model without the gate, whose budget counts steps."""
+    if gate.rule is None or not _counts_steps(gate) or id(gate.log_alpha) in parameters:
+        return False
+    weights = [weight for one in gate.rule.weights if (weight := one()) is not None]
+    return any(id(weight) in parameters for weight in weights)
+
+
 def _same_objects(a: list[Tensor], b: list[Tensor]) -> bool:
     return len(a) == len(b) and all(map(operator.is_, a, b))
 
 
+_warned: weakref.WeakSet[Rule] = weakref.WeakSet()
 _holdings: weakref.WeakKeyDictionary[torch.optim.Optimizer, _Holding] = weakref.WeakKeyDictionary()
 
 
@@ -103,16 +121,11 @@ def _holding(optimizer: torch.optim.Optimizer) -> _Holding:
     return found
 
 
-def _rules(gates: Sequence[OptimizedGate]) -> list[Rule]:
-    """The rules over ``gates``, each once."""
-    return list({id(gate.rule): gate.rule for gate in gates if gate.rule is not None}.values())
-
-
 def _before_step(optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Step | None:
     holding = _holding(optimizer)
     if not holding.held:
         return None
-    if holding.priced(optimizer, upwards=False):
+    if holding.rules_of_multipliers(optimizer, upwards=False):
         raise StateError(
             explain(
                 "optimizer.step",
@@ -123,7 +136,7 @@ def _before_step(optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs
             )
         )
     moved = holding.moved()
-    rules = _rules(moved)
+    rules = rules_over(moved)
     closure: Callable[[], object] | None = kwargs.get("closure", args[1] if len(args) > 1 else None)
     if not rules or closure is None:
         for rule in rules:
@@ -145,7 +158,9 @@ def _after_step(optimizer: torch.optim.Optimizer, *_: object) -> None:
     global _steps
     _steps += 1
     holding = _holding(optimizer)
-    if not holding.held:
+    if holding.others:
+        _warn_if_not_held(holding)
+    if not holding.held or is_skipped(optimizer):
         return
     moved = holding.moved()
     before, holding.before = holding.before, []
@@ -154,12 +169,45 @@ def _after_step(optimizer: torch.optim.Optimizer, *_: object) -> None:
     for gate in moved:
         gate.project()
         gate.follow_schedule()
-    for rule in _rules(moved):
+    for rule in rules_over(moved):
         rule.after_step(moved)
-    for rule in holding.priced(optimizer, upwards=True):
+    for rule in holding.rules_of_multipliers(optimizer, upwards=True):
         rule.after_ascent()
     for gate in moved:
         gate.end_forward()
+
+
+def is_skipped(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether a gradient scaler has made the step that just ended do nothing: a fused optimiser is called then, too."""
+    found: Tensor | None = vars(optimizer).get("found_inf")
+    return found is not None and bool(found)
+
+
+def _warn_if_not_held(holding: _Holding) -> None:
+    """Warn if an optimiser moves weights of a model whose gates under a budget no optimiser holds."""
+    others = [gate for one in holding.others if (gate := one()) is not None]
+    trained = [gate for gate in others if gate.log_alpha.grad is not None and _counts_steps(gate)]
+    if not trained:
+        return
+    holding.others = []
+    # an optimiser that has taken no step yet is known to the garbage collector alone
+    every = [one for one in gc.get_objects() if issubclass(type(one), torch.optim.Optimizer)]
+    groups = [group for one in every for group in vars(one).get("param_groups", ())]  # another thread may build one
+    held = {id(p) for group in groups for p in group["params"]}
+    lost = [gate for gate in trained if id(gate.log_alpha) not in held]
+    rules = [rule for rule in rules_over(lost) if rule not in _warned]
+    if not rules:
+        return
+    _warned.update(rules)
+    progress = [rule.progress() for rule in rules]
+    text = explain(
+        "optimizer.step",
+        "no optimizer holds the gates of a budget: they do not learn, and its schedule stands still.",
+        expected="; ".join(f"{one.target:,.0f} {one.unit} after {one.steps:,} steps" for one in progress),
+        got="; ".join(f"{one.kept:,.0f} {one.unit} at step {one.step:,}" for one in progress),
+        hint="optimizer(l0hooks.param_groups(model, lr=..., gate_lr=...)), built after sparsify",
+    )
+    warnings.warn(text, L0HooksWarning, stacklevel=4)
 
 
 register_optimizer_step_pre_hook(_before_step)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import itertools
 import weakref
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
-from l0hooks.gates.protocols import OptimizedGate
+from l0hooks.gates.protocols import OptimizedGate, Rule
 
 _numbers = itertools.count()
 _live: dict[int, weakref.ref[OptimizedGate]] = {}
@@ -52,6 +53,11 @@ def all_gates() -> list[OptimizedGate]:
     """Every gate there is."""
     references = list(_live.copy().values())  # a copy is one step: other threads may build gates now
     return [gate for reference in references if (gate := reference()) is not None]
+
+
+def rules_over(gates: Iterable[OptimizedGate]) -> list[Rule]:
+    """The rules over ``gates``, each once."""
+    return list({id(gate.rule): gate.rule for gate in gates if gate.rule is not None}.values())
 
 
 @torch.library.custom_op("l0hooks::support", mutates_args=())

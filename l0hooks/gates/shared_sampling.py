@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,12 +11,13 @@ from torch import Tensor
 from l0hooks._torch.autograd import is_recorded_once, is_traced
 from l0hooks._torch.memory import fresh
 from l0hooks._torch.tensors import is_sharded, version
+from l0hooks.gates.constants import Constants
 from l0hooks.gates.families import HardConcreteFamily
 from l0hooks.gates.gate import Gate
 from l0hooks.gates.random import Stream
-from l0hooks.gates.sampling import Constants, sampled_together
+from l0hooks.gates.sampling import draw, sampled_backward
 
-_FEW = 2**15  # above, putting gates together costs more memory than calls it saves
+LARGEST_TOGETHER = 2**15  # gates; copying larger arrays side by side costs more than the calls it saves
 
 
 class _Chain:
@@ -38,6 +39,32 @@ class _Chain:
 
     def _parts(self, out: Tensor) -> Iterable[tuple[Stream, Tensor]]:
         return zip(self._streams, torch.split(out, self._sizes, -1), strict=True)
+
+
+class _SampledTogether(torch.autograd.Function):
+    """sample(log_alpha, noise) for several log-odds of one axis; no gradient for those whose gates were never read."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, noise: Stream, constants: Constants, examples: int | None, *log_alphas: Tensor
+    ) -> tuple[Tensor, ...]:
+        together = torch.cat(log_alphas)
+        shape = together.shape if examples is None else (examples, *together.shape)
+        gates = fresh(shape, together.dtype, together.device)
+        draw(gates, together, noise, constants)
+        ctx.set_materialize_grads(False)
+        ctx.constants = constants
+        ctx.kept = gates, log_alphas  # saved tensors are gone after the first backward pass
+        return torch.split(gates.detach(), [len(location) for location in log_alphas], -1)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        gates, log_alphas = ctx.kept
+        sizes = [len(location) for location in log_alphas]
+        shares = zip(grads, torch.split(gates, sizes, -1), strict=True)
+        grad = torch.cat([torch.zeros_like(z) if g is None else g for g, z in shares], -1)
+        slopes = torch.split(sampled_backward(torch.cat(log_alphas), gates, grad, ctx.constants), sizes)
+        return None, None, None, *(None if g is None else slope for g, slope in zip(grads, slopes, strict=True))
 
 
 class _Sample(NamedTuple):
@@ -106,6 +133,39 @@ def expected_l0(gates: Sequence[Gate]) -> Tensor:
     return total
 
 
+def sampled_together(
+    log_alphas: Sequence[Tensor], noise: Stream, constants: Constants, examples: int | None = None
+) -> tuple[Tensor, ...]:
+    """``sampled`` for several log-odds, in one node of the graph.
+
+    Outputs with backward passes of their own may come from it: what it saves stays as long as the graph. Log-odds
+    whose gates were never read get no gradient.
+
+    Parameters
+    ----------
+    log_alphas : sequence of Tensor, each of one axis, of one dtype
+    noise : Stream
+        For all of them, one after the other along the last axis.
+    constants : Constants
+    examples : int, optional
+
+    Returns
+    -------
+    tuple of Tensor, one for each of ``log_alphas``
+
+    Examples
+    --------
+    >>> from l0hooks.gates.random import stream
+    >>> noise = stream(0, 3, torch.device("cpu"))
+    >>> sampled_together([torch.tensor([30.0, -30.0]), torch.tensor([30.0])], noise, Constants())
+    (tensor([1., 0.]), tensor([1.]))
+    """
+    gates: tuple[Tensor, ...] = _SampledTogether.apply(  # type: ignore[no-untyped-call]
+        noise, constants, examples, *log_alphas
+    )
+    return gates
+
+
 class _Kind(NamedTuple):
     """What gates must have in common for one pass over all of them."""
 
@@ -116,11 +176,11 @@ class _Kind(NamedTuple):
 
 
 def _kinds(gates: Sequence[Gate]) -> dict[_Kind | None, list[int]]:
-    """The numbers of the gates of each kind; None for those that are better off alone."""
+    """The numbers of the gates of each kind; None for those that are computed alone."""
     kinds: dict[_Kind | None, list[int]] = {}
     for number, gate in enumerate(gates):
         location, family = gate.log_alpha, gate.family
-        alone = location.numel() > _FEW or is_sharded(location) or type(gate) is not Gate
+        alone = location.numel() > LARGEST_TOGETHER or is_sharded(location) or type(gate) is not Gate
         kind = None
         if not alone and isinstance(family, HardConcreteFamily):
             kind = _Kind(family, gate.temperature, location.device, location.dtype)
@@ -128,7 +188,7 @@ def _kinds(gates: Sequence[Gate]) -> dict[_Kind | None, list[int]]:
     return kinds
 
 
-class Team:
+class SharedSampling:
     """Gates with one source of noise, sampled together.
 
     The first reader in a forward samples all of them, in one node of the graph; the others take their share. A reader
@@ -164,10 +224,9 @@ class Team:
         """Samples of the gates that are of one kind, by the gates' ids."""
         kinds: dict[tuple[Constants, torch.device, torch.dtype], list[Gate]] = {}
         for gate in self._gates:
-            family, location = gate.family, gate.log_alpha
+            constants, location = gate.constants, gate.log_alpha
             fixed = gate.rule is not None and gate.rule.finished
-            if not (fixed or is_sharded(location) or location.is_inference()) and type(family) is HardConcreteFamily:
-                constants = Constants(gate.temperature, family.gamma, family.zeta)
+            if not (fixed or is_sharded(location) or location.is_inference()) and constants is not None:
                 kinds.setdefault((constants, location.device, location.dtype), []).append(gate)
         shares: dict[int, _Sample] = {}
         for (constants, *_), gates in kinds.items():

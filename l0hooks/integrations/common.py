@@ -1,8 +1,9 @@
-"""What every trainer's callback does: check the optimiser, add the penalties, tell the sizes, prune and save."""
+"""Steps that the callbacks of all trainers share: check optimisers, add penalties, report sizes, prune and save."""
 
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,24 +12,25 @@ import torch
 from torch import nn
 
 from l0hooks._torch.tensors import whole
-from l0hooks.attach._summary import summary
+from l0hooks.attach._summary import summary, warn_unfinished
 from l0hooks.attach.spec import Pattern
-from l0hooks.errors import StateError, explain
+from l0hooks.errors import L0HooksWarning, StateError, explain
 from l0hooks.export._prune import prune
 from l0hooks.export.save import save_pruned
 from l0hooks.gates.gate import iter_gates
+from l0hooks.gates.registry import rules_over
 from l0hooks.training.penalties import Strength, penalty
 
 Penalties = Mapping[str, Strength | Mapping[Pattern, Strength]]
 
 
 def check_optimizers(model: nn.Module, optimizers: Iterable[torch.optim.Optimizer], hint: str) -> None:
-    """Refuse an optimiser under which gates decay, or that does not move them.
+    """Raise an error if an optimiser applies weight decay to gates, or if none holds them.
 
     Raises
     ------
     StateError
-        If the model has no gates, one of them is under weight decay, or no optimiser has it.
+        If the model has no gates, or if a gate has weight decay or belongs to no optimiser.
     """
     gates = dict(iter_gates(model))
     if not gates:
@@ -39,9 +41,11 @@ def check_optimizers(model: nn.Module, optimizers: Iterable[torch.optim.Optimize
         if not gate.log_alpha.requires_grad:
             continue
         if id(gate.log_alpha) not in decay:
-            raise _refusal("the optimizer must move the gates.", f"one without {name!r}", hint)
+            raise _refusal("the optimizer must hold the gates.", f"one without {name!r}", hint)
         if decay[id(gate.log_alpha)]:
-            raise _refusal("gates must not decay.", f"weight decay {decay[id(gate.log_alpha)]} on {name!r}", hint)
+            raise _refusal(
+                "gates must have no weight decay.", f"weight decay {decay[id(gate.log_alpha)]} on {name!r}", hint
+            )
 
 
 def _refusal(must: str, got: str, hint: str) -> StateError:
@@ -49,10 +53,10 @@ def _refusal(must: str, got: str, hint: str) -> StateError:
 
 
 def add_penalties(model: nn.Module, penalties: Penalties, scale: float = 1.0) -> float:
-    """Add the penalties' gradient, times ``scale``, to those that are there; the penalties' value.
+    """Add ``scale`` times the gradient of the penalties to the parameters' gradients; returns the penalties' value.
 
-    The gradients are handed over, not accumulated by a backward pass: accumulation and wrappers do not see them, so
-    that they count once for each optimiser step and are the same in every process.
+    This bypasses gradient accumulation and wrappers such as DDP, so that the penalties count once for each optimiser
+    step and are equal in every process.
     """
     with torch.enable_grad():
         total = penalty(model, **penalties)
@@ -68,20 +72,43 @@ def add_penalties(model: nn.Module, penalties: Penalties, scale: float = 1.0) ->
 
 
 def sizes(model: nn.Module) -> dict[str, float]:
-    """What a trainer logs: the sparsity expected and evaluated, and where budgets stand."""
+    """The figures to log: the expected and the evaluated sparsity; step, size and target of the budgets."""
     report = summary(model)
     found = {"l0_expected_sparsity": report.expected_sparsity, "l0_sparsity": report.sparsity}
-    rules = {id(gate.rule): gate.rule for _, gate in iter_gates(model) if gate.rule is not None}
-    if rules:
-        found["l0_budget_step"] = float(max(rule.step for rule in rules.values()))
+    if report.budgets:
+        found["l0_budget_step"] = float(max(one.step for one in report.budgets))
+    for number, one in enumerate(report.budgets):
+        ending = f"_{number}" if len(report.budgets) > 1 else ""
+        found |= {f"l0_budget_size{ending}": one.kept, f"l0_budget_target{ending}": one.target}
     return found
+
+
+def warn_if_too_short(model: nn.Module, steps_left: float) -> None:
+    """Warn if training is to end before the schedule of a budget does."""
+    rules = rules_over(gate for _, gate in iter_gates(model))
+    found = [rule.progress() for rule in rules if rule.automatic and not rule.finished]
+    late = [one for one in found if one.steps - one.step > steps_left]
+    if late:
+        text = explain(
+            "SparsifyCallback",
+            "training ends before the schedule of a budget does.",
+            expected="; ".join(f"{one.target:,.0f} {one.unit} after {one.steps - one.step:,} steps" for one in late),
+            got=f"{steps_left:,} steps of training",
+            hint="Budget(steps=...) of about 70 % of the training",
+        )
+        warnings.warn(text, L0HooksWarning, stacklevel=3)
+
+
+def warn_at_the_end(model: nn.Module) -> None:
+    """Warn if the schedule of a budget has not ended; where the model is pruned, :func:`prune` does."""
+    warn_unfinished("SparsifyCallback", summary(model))
 
 
 @contextlib.contextmanager
 def plain_forward(model: nn.Module) -> Iterator[None]:
-    """The model's own ``forward``, without what accelerate has put before it for mixed precision."""
+    """Run with the model's own ``forward``, without accelerate's wrapper for mixed precision."""
     added: dict[str, Any] = {k: model.__dict__.pop(k) for k in ("forward", "_original_forward") if k in model.__dict__}
-    if "_original_forward" not in added:  # not accelerate's
+    if "_original_forward" not in added:  # a ``forward`` that accelerate did not set
         model.__dict__.update(added)
     try:
         yield
@@ -90,7 +117,7 @@ def plain_forward(model: nn.Module) -> Iterator[None]:
 
 
 def pruned_and_saved(model: nn.Module, example_inputs: Sequence[Any] | None, path: Path | None) -> nn.Module:
-    """The plain model, in evaluation mode, and written to ``path``."""
+    """The plain model in evaluation mode, saved to ``path`` unless that is None."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:

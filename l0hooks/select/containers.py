@@ -37,6 +37,15 @@ def is_sparse(x: object) -> bool:
     return scipy_sparse is not None and bool(scipy_sparse.issparse(x))
 
 
+def check_generator(where: str, generator: object) -> None:
+    """Raise an error unless the generator is torch's, or None."""
+    if generator is not None and not isinstance(generator, torch.Generator):
+        must, hint = "the generator must be torch's.", "generator=torch.Generator().manual_seed(0)"
+        raise InvalidValueError(
+            explain(where, must, expected="a torch.Generator or None", got=repr(generator), hint=hint)
+        )
+
+
 def check_counts(where: str, n: int, k: int) -> tuple[int, int]:
     """``n`` and ``k`` as Python integers, after checking that k of n items can be chosen.
 

@@ -8,7 +8,7 @@ from typing import Any, Unpack
 from l0hooks.errors import InvalidValueError, explain
 from l0hooks.select.containers import indices_like, indices_of, is_pandas, take, total
 from l0hooks.select.item_gate import ItemGate, Options
-from l0hooks.select.weighted import check_weighted, gated_weights, preserving
+from l0hooks.select.weighted import check_weighted, gated_weights, scale_to_total
 
 
 class SampleGate(ItemGate):
@@ -63,7 +63,7 @@ class SampleGate(ItemGate):
             Samples along the first axis.
         w : Tensor, NumPy array or pandas Series, shape (n,)
         preserve_total : bool
-            Scale the weights so that they sum to what ``w`` sums to.
+            Scale the weights so that they sum to the sum of ``w``.
 
         Returns
         -------
@@ -89,7 +89,7 @@ class SampleGate(ItemGate):
         indices = indices_of(self.chosen())
         weights = gated_weights(self, w, indices)
         if preserve_total:
-            weights = weights * preserving(where, total(w), total(weights))
+            weights = weights * scale_to_total(where, total(w), total(weights))
         return take(x, indices, 0), weights, indices_like(x, indices, self.gate.log_alpha.device)
 
 
@@ -150,7 +150,7 @@ class FeatureGate(ItemGate):
             Also if ``x`` is a data frame whose columns are not the gate's ``feature_names``.
         """
         if is_pandas(x) and x.ndim == 2 and self.feature_names is not None:
-            self._agree("FeatureGate.select", list(x.columns))
+            self._check_names("FeatureGate.select", list(x.columns))
         return super().select(x)
 
     def feature_names_out(self, feature_names: Sequence[str] | None = None) -> list[str]:
@@ -170,7 +170,7 @@ class FeatureGate(ItemGate):
         names = self.feature_names
         if feature_names is not None:
             names = self._names(feature_names)
-            self._agree("FeatureGate.feature_names_out", names)
+            self._check_names("FeatureGate.feature_names_out", names)
         return [f"x{i}" if names is None else names[i] for i in indices_of(self.chosen())]
 
     def _names(self, names: Sequence[str]) -> list[str]:
@@ -181,7 +181,7 @@ class FeatureGate(ItemGate):
             )
         return found
 
-    def _agree(self, where: str, names: Sequence[object]) -> None:
+    def _check_names(self, where: str, names: Sequence[object]) -> None:
         if self.feature_names is not None and list(names) != self.feature_names:
             raise InvalidValueError(
                 explain(where, "the columns must be those of the gate.", expected=self.feature_names, got=list(names))

@@ -1,4 +1,4 @@
-"""``HybridGate``: k items of which learned gates choose a part, and chance the rest."""
+"""``HybridGate``: choose k items, a part by learned gates and the rest at random."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import numpy.typing as npt
 import torch
 
 from l0hooks.errors import InvalidValueError, explain
-from l0hooks.select.containers import check_counts, indices_like, scaled, take, total
+from l0hooks.select.containers import check_counts, check_generator, indices_like, scaled, take, total
 from l0hooks.select.item_gate import ItemGate, Options
-from l0hooks.select.weighted import check_weighted, gated_weights, preserving
+from l0hooks.select.weighted import check_weighted, gated_weights, scale_to_total
 
 Origins = npt.NDArray[np.str_]
 
@@ -20,8 +20,8 @@ Origins = npt.NDArray[np.str_]
 class HybridGate(ItemGate):
     """Choose k of n items: a part by learned gates, and the rest at random among all other items.
 
-    The gates choose ``round(k · gated_fraction)`` items (halves are rounded up). Training concerns the gates only:
-    ``module(x)`` and ``module.weights(w)`` multiply by them, and their expected number is on schedule.
+    The gates choose ``round(k · gated_fraction)`` items (halves are rounded up). Training uses the gates only:
+    ``module(x)`` and ``module.weights(w)`` multiply by them, and their expected number follows the schedule.
 
     Parameters
     ----------
@@ -46,6 +46,7 @@ class HybridGate(ItemGate):
     Examples
     --------
     >>> gate = HybridGate(10, k=4, gated_fraction=0.25, random_fraction=0.75)
+    >>> _ = gate.gate.log_alpha.data[0].add_(1.0)  # in place of training
     >>> _, indices, origin = gate.select(torch.arange(10), generator=torch.Generator().manual_seed(1))
     >>> indices.tolist(), origin.tolist()
     ([0, 1, 5, 7], ['gated', 'random', 'random', 'random'])
@@ -145,11 +146,12 @@ class HybridGate(ItemGate):
         if preserve_total:
             free = random if self.n_random else ~random
             fixed = 0.0 if not self.n_random else total(take(weights, np.flatnonzero(~free.numpy()), 0))
-            factor = preserving(where, total(w) - fixed, total(take(weights, np.flatnonzero(free.numpy()), 0)))
+            factor = scale_to_total(where, total(w) - fixed, total(take(weights, np.flatnonzero(free.numpy()), 0)))
             weights = scaled(weights, torch.where(free, factor, 1.0).double())
         return take(x, indices, 0), weights, indices_like(x, indices, self.gate.log_alpha.device), origin
 
     def _draw(self, generator: torch.Generator | None) -> tuple[npt.NDArray[np.int64], Origins]:
+        check_generator(type(self).__name__, generator)
         gated = self.chosen().cpu().numpy()
         rest = np.flatnonzero(~gated)
         if self.n_random:

@@ -12,10 +12,12 @@ from l0hooks.errors import InvalidValueError, StateError, explain, near_names
 from l0hooks.gates.families import FamilyName
 from l0hooks.gates.gate import Gate
 from l0hooks.gates.log_odds import Estimator
+from l0hooks.gates.progress import warn_if_tied
 from l0hooks.schedules import MakeSchedule, ScheduleName
 from l0hooks.select.containers import check_counts, indices_like, indices_of, length, take
 from l0hooks.training._set_budget import set_budget
-from l0hooks.training.budget import Budget, BudgetRule
+from l0hooks.training.budget import Budget
+from l0hooks.training.budget_rule import BudgetRule
 from l0hooks.training.cost import Size
 
 Noise = Literal["step", "example"]
@@ -44,8 +46,8 @@ class ItemGate(nn.Module):
     step of the optimiser. After ``steps`` steps the items with the k largest ``log_alpha`` are fixed. With k = n all
     items stay: the gates are 1 from the start and do not change.
 
-    The chosen items are always exactly k, also before the schedule has ended: those with the largest ``log_alpha``,
-    and among equal ones the first. Nothing is sampled.
+    Exactly k items are chosen at any time, also before the schedule has ended, and nothing is sampled: those with the
+    largest ``log_alpha``. Ties go to the first, with a warning: gates that were not trained are all equal.
 
     Parameters
     ----------
@@ -76,9 +78,10 @@ class ItemGate(nn.Module):
     Examples
     --------
     >>> from l0hooks import FeatureGate
-    >>> features = FeatureGate(20, k=3)
-    >>> isinstance(features, ItemGate), len(features.select(torch.zeros(5, 20))[1])
-    (True, 3)
+    >>> features = FeatureGate(4, k=2)
+    >>> _ = features.gate.log_alpha.data.copy_(torch.tensor([1.0, 4.0, 2.0, 3.0]))  # in place of training
+    >>> isinstance(features, ItemGate), features.select(torch.zeros(5, 4))[1]
+    (True, tensor([1, 3]))
     """
 
     gate: Gate
@@ -118,7 +121,7 @@ class ItemGate(nn.Module):
             estimator=estimator,
             device=device,
         )
-        # with min_keep > 0 the budget would fix an item by its own rule among equal ones
+        # with min_keep > 0 the budget would break ties by a rule of its own
         budget = Budget(keep=self.k, steps=steps, schedule=schedule, automatic=automatic, min_keep=0)
         if self.k < self.n:
             set_budget(self.gate, budget)
@@ -199,13 +202,11 @@ class ItemGate(nn.Module):
             If a gate is NaN because training diverged.
         """
         if bool(self.gate.log_alpha.detach().isnan().any()):
-            raise StateError(
-                explain(
-                    type(self).__name__, "gates that are NaN cannot be ranked.", got="NaN", hint="a smaller gate_lr"
-                )
-            )
-        (mask,) = self.rule.support_at(self.rule.target)
-        return mask
+            must = "gates that are NaN cannot be ranked."
+            raise StateError(explain(type(self).__name__, must, got="NaN", hint="a smaller gate_lr"))
+        masks = self.rule.support_at(self.rule.target)
+        warn_if_tied(type(self).__name__, self.rule.ties(masks))
+        return masks[0]
 
     @torch.no_grad()
     def final(self) -> Tensor:
@@ -259,15 +260,15 @@ class ItemGate(nn.Module):
             )
         if found != self.n:
             must = f"there must be one {'weight' if weights else 'item'} for each gate."
-            got = f"{found}, shape {tuple(x.shape)}"
-            raise InvalidValueError(explain(where, must, expected=f"{self.n} along axis {axis}", got=got))
+            expected, got = f"{self.n} along axis {axis}", f"{found}, shape {tuple(x.shape)}"
+            raise InvalidValueError(explain(where, must, expected=expected, got=got))
 
     def get_extra_state(self) -> Tensor:
-        """The counts n and k, which a state must share with the gate that loads it."""
+        """The counts n and k; a gate loads only a state with the same counts."""
         return torch.tensor(list(self._counts().values()))
 
     def set_extra_state(self, state: Tensor) -> None:
-        """Raise an error if the state is of a gate with other counts; nothing is loaded then."""
+        """Raise an error, before anything is loaded, if the state has other counts."""
         own = self._counts()
         if state.tolist() != list(own.values()):
             expected = ", ".join(f"{name}={value}" for name, value in own.items())
@@ -289,7 +290,7 @@ def _times(x: Tensor, z: Tensor) -> Tensor:
 
 
 def _keep_all(gate: Gate, budget: Budget) -> None:
-    """Give all gates a budget that has ended: no finite shift makes the expected number equal to n."""
+    """Give all gates a finished budget, because no finite shift makes the expected number equal to n."""
     with torch.no_grad():
         gate.log_alpha.fill_(_ALWAYS_OPEN)
     count = gate.log_alpha.numel()

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from l0hooks.errors import InvalidValueError, UnsupportedModuleError, explain, near_names
-from l0hooks.select.containers import Ints, check_counts, is_pandas, values_of
+from l0hooks.select.containers import Ints, check_counts, check_generator, is_pandas, values_of
 from l0hooks.select.gates import SampleGate
 from l0hooks.select.mean_distance import (
     Features,
@@ -63,8 +63,8 @@ class Match:
 
     Examples
     --------
-    >>> few = Match(indices=np.arange(2), k=2, n=9, objective="moments", distance=0.1, random=0.4, draws=20)
-    >>> few.ratio
+    >>> match = Match(indices=np.arange(2), k=2, n=9, objective="moments", distance=0.1, random=0.4, draws=20)
+    >>> match.ratio
     0.25
     """
 
@@ -106,8 +106,8 @@ def match_samples(
     r"""Choose k samples that represent all: min over \|S\| = k of ‖(1/k) Σ_{i∈S} φ(xᵢ) − Σᵢ pᵢφ(xᵢ)‖.
 
     For the two built-in objectives every exchange of one sample for another has a closed form. The greedy choice and
-    some random ones are improved by exchanges until none helps, and the best of them is returned; gates were measured
-    to add nothing. For your own loss a :class:`SampleGate` is trained.
+    some random ones are improved by exchanges until none helps, and the best is returned.
+    For your own loss a :class:`SampleGate` is trained.
 
     Parameters
     ----------
@@ -165,12 +165,13 @@ def match_samples(
     data = _numbers(x)
     total = len(data)
     p = _weights(sample_weight, total)
-    counted = p.nonzero().squeeze(1)
-    if len(counted) < total:
-        data, p = data[counted], p[counted]
+    weighted = p.nonzero().squeeze(1)
+    if len(weighted) < total:
+        data, p = data[weighted], p[weighted]
     n, k = check_counts("match_samples", len(data), k)
     count = _DEFAULT_FEATURES if features is None else features
     _check_least(starts=(starts, 1), sweeps=(sweeps, 0), steps=(steps, 2), draws=(draws, 1), features=(count, 2))
+    check_generator("match_samples", generator)
     found: dict[str, Any]
     value_of: Callable[[Tensor], float]
     if callable(objective):
@@ -181,18 +182,18 @@ def match_samples(
         found = {"objective": objective.__name__ if inspect.isroutine(objective) else type(objective).__name__}
     else:
         form, found = _form(objective, data, p, features, generator)
-        begin = [greedy(form, k), *(_random(p, k, generator) for _ in range(starts - 1))]
-        rows, found["swaps"] = min((swap(form, rows, sweeps) for rows in begin), key=lambda one: distance(form, one[0]))
+        first = [greedy(form, k), *(_random(p, k, generator) for _ in range(starts - 1))]
+        rows, found["swaps"] = min((swap(form, rows, sweeps) for rows in first), key=lambda one: distance(form, one[0]))
         value_of = functools.partial(distance, form)
         found["objective"] = objective
-    indices = counted[rows].sort().values
-    chance = [value_of(_random(p, k, generator)) for _ in range(draws)]
+    indices = weighted[rows].sort().values
+    random_values = [value_of(_random(p, k, generator)) for _ in range(draws)]
     return Match(
         indices=indices.numpy(),
         k=k,
         n=total,
         distance=value_of(rows),
-        random=float(np.mean(chance)),
+        random=float(np.mean(random_values)),
         draws=draws,
         **found,
     )
@@ -208,7 +209,7 @@ def _check_least(**counts: tuple[int, int]) -> None:
 def _form(
     objective: str, data: Tensor, p: Tensor, features: int | None, generator: torch.Generator | None
 ) -> tuple[Quadratic, dict[str, Any]]:
-    """The quadratic form of the objective, and how it was made."""
+    """The quadratic form of the objective, and the options used for it."""
     if objective not in get_args(Objective):
         raise _invalid("the objective must be known.", repr(objective), near_names(str(objective), get_args(Objective)))
     mean = p @ data
@@ -227,7 +228,7 @@ def _form(
 
 
 def _by_gates(loss: Loss, n: int, k: int, steps: int, gate_lr: float) -> Tensor:
-    """The samples that a gate chooses after training on ``loss``."""
+    """The samples that gates choose after training on ``loss``."""
     gate = SampleGate(n, k, steps=max(1, int(_GATED_SHARE * steps)), init_keep_prob=0.5 if k < n else None)
     optimizer = torch.optim.Adam(gate.parameters(), lr=gate_lr)
     for _ in range(steps):
@@ -246,8 +247,8 @@ def _value(loss: Loss, rows: Tensor, n: int) -> float:
 
 def _random(p: Tensor, k: int, generator: torch.Generator | None) -> Tensor:
     """k rows drawn with probabilities p, without replacement."""
-    waiting = torch.empty_like(p).exponential_(generator=generator) / p
-    return waiting.argsort()[:k]
+    arrival = torch.empty_like(p).exponential_(generator=generator) / p
+    return arrival.argsort()[:k]
 
 
 def _numbers(x: Any) -> Tensor:

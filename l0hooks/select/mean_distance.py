@@ -1,4 +1,4 @@
-"""The distance of the mean of k samples to the mean of all as a quadratic form, and its exact descent by exchanges.
+"""The distance of the mean of k samples to the mean of all as a quadratic form, minimised by exact exchanges.
 
 With a kernel K, or features Φ and K = ΦΦᵀ, the squared distance of a subset S is
 
@@ -111,7 +111,7 @@ def distance(form: Quadratic, rows: Tensor) -> float:
 
 
 def greedy(form: Quadratic, k: int) -> Tensor:
-    """k rows, chosen one after another such that each brings the mean closest to that of all; of equal ones the first.
+    """Choose k rows one by one, each time the one that brings the mean closest to that of all; the first of equal ones.
 
     Returns
     -------
@@ -121,19 +121,19 @@ def greedy(form: Quadratic, k: int) -> Tensor:
     ----------
     Chen, Welling & Smola (2010), "Super-samples from kernel herding".
     """
-    toward = torch.zeros_like(form.h)  # Σ_S K[:, j]
+    chosen_sums = torch.zeros_like(form.h)  # Σ_S K[:, j]
     free = form.diagonal.clone()
     chosen: list[int] = []
     for count in range(1, k + 1):
-        i = int((2 * (toward - count * form.h) + free).argmin())
+        i = int((2 * (chosen_sums - count * form.h) + free).argmin())
         chosen.append(i)
         free[i] = math.inf
-        toward += form.column(i)
+        chosen_sums += form.column(i)
     return torch.tensor(chosen)
 
 
 def swap(form: Quadratic, rows: Tensor, sweeps: int) -> tuple[Tensor, int]:
-    """Exchange one chosen row after another for the best other row, as long as that brings the mean closer.
+    """Exchange each chosen row in turn for the best other row while that brings the mean closer.
 
     Every exchange is exact: row j is replaced by the row i of least 2(g − K[:, j])ᵢ + Kᵢᵢ with g = Σ_S K[:, s] − kh.
     The distance never grows.
@@ -160,13 +160,13 @@ def swap(form: Quadratic, rows: Tensor, sweeps: int) -> tuple[Tensor, int]:
     value = k * k * distance(form, rows) ** 2
     for _ in range(sweeps):
         before = exchanges
-        for place, j in enumerate(chosen):
+        for position, j in enumerate(chosen):
             without = g - form.column(j)
             scores = 2 * without + free
             i = int(scores.argmin())
             gain = float(2 * without[j] + form.diagonal[j] - scores[i])
             if gain > _MIN_GAIN * value:
-                free[j], free[i], chosen[place] = form.diagonal[j], math.inf, i
+                free[j], free[i], chosen[position] = form.diagonal[j], math.inf, i
                 g, value = without + form.column(i), value - gain
                 exchanges += 1
         if exchanges == before:
@@ -175,16 +175,16 @@ def swap(form: Quadratic, rows: Tensor, sweeps: int) -> tuple[Tensor, int]:
 
 
 def median_distance(z: Tensor, generator: torch.Generator | None = None) -> float:
-    """The median distance between at most 1000 samples; the mean distance if the median is 0, and 1 if that is too."""
-    some = (
+    """The median distance between at most 1000 samples; the mean distance if that is 0, and 1 if both are."""
+    sample = (
         z
         if len(z) <= _MAX_BANDWIDTH_SAMPLES
         else z[torch.randperm(len(z), generator=generator)[:_MAX_BANDWIDTH_SAMPLES]]
     )
-    apart = torch.nn.functional.pdist(some)
-    if not len(apart):
+    distances = torch.nn.functional.pdist(sample)
+    if not len(distances):
         return 1.0
-    return float(apart.median()) or float(apart.mean()) or 1.0
+    return float(distances.median()) or float(distances.mean()) or 1.0
 
 
 def fourier_features(z: Tensor, count: int, bandwidth: float, generator: torch.Generator | None = None) -> Tensor:

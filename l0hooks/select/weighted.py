@@ -35,7 +35,7 @@ def gated_weights(gate: ItemGate, w: Any, indices: npt.NDArray[np.int64], plain:
     return scaled(take(w, indices, 0), z if plain is None else z.masked_fill(plain.to(z.device), 1.0))
 
 
-def preserving(where: str, wanted: float, found: float) -> float:
+def scale_to_total(where: str, wanted: float, found: float) -> float:
     """The factor that scales a sum of ``found`` to ``wanted``.
 
     Raises

@@ -1,7 +1,8 @@
-"""What the linear estimators share: their parameters and checks, the search and the choice of a size."""
+"""The base class of the linear estimators: parameters and checks, the search, and the choice of a size."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Sequence
 from numbers import Integral, Real
 from typing import Any
@@ -12,7 +13,7 @@ from sklearn.base import BaseEstimator  # type: ignore[import-untyped]
 from sklearn.model_selection import KFold, StratifiedKFold, check_cv  # type: ignore[import-untyped]
 from sklearn.utils.validation import _check_sample_weight, check_is_fitted  # type: ignore[import-untyped]
 
-from l0hooks.errors import InvalidValueError, explain
+from l0hooks.errors import InvalidValueError, L0HooksWarning, explain
 from l0hooks.sklearn.subset.design import Floats, Ints
 from l0hooks.sklearn.subset.results import Subset, SubsetPath
 from l0hooks.sklearn.subset.size_choice import (
@@ -21,7 +22,7 @@ from l0hooks.sklearn.subset.size_choice import (
     fit_path,
     held_out,
     largest_size,
-    ric_places,
+    ric_indices,
     with_ebic,
     with_held_out,
     with_price,
@@ -40,6 +41,7 @@ except ImportError:  # scikit-learn before 1.6
 __all__ = ["FORMATS", "L0LinearModel", "checked_data"]
 
 FORMATS = ("csr", "csc")
+_SELECTED_FROM = 1e-5  # scikit-learn's default threshold for sparse coefficients
 SOLVERS = {
     "squared": "forward and backward passes with exact exchanges",
     "logistic": "exchanges of a quadratic model with exact Newton fits",
@@ -81,21 +83,42 @@ class L0LinearModel(BaseEstimator):  # type: ignore[misc]  # scikit-learn has no
         tags.input_tags.sparse = True
         return tags
 
+    @property
+    def penalty(self) -> str:
+        """``"l1"``, no parameter: by it scikit-learn's ``SelectFromModel`` knows that coefficients are sparse.
+
+        It then keeps the features with a coefficient of at least 1e-5, and warns here of chosen ones below. Without
+        it, it keeps those above the mean.
+        """
+        if "coef_" in vars(self):
+            size = np.abs(np.atleast_2d(self.coef_)).sum(axis=0)
+            lost = int((self.support_ & (size < _SELECTED_FROM)).sum())
+            if lost:
+                text = explain(
+                    "SelectFromModel",
+                    "features are selected by coefficients of at least 1e-5 unless a threshold is given.",
+                    expected=f"the {int(self.support_.sum())} features of the support",
+                    got=f"{lost} of them with smaller coefficients",
+                    hint='SelectFromModel(estimator, importance_getter="support_", threshold=0.5)',
+                )
+                warnings.warn(text, L0HooksWarning, stacklevel=3)
+        return "l1"
+
     def _check_parameters(self) -> None:
         where = type(self).__name__
-        if not (self.k in ("ebic", "cv", "ric") if isinstance(self.k, str) else _whole(self.k)):
+        if not (self.k in ("ebic", "cv", "ric") if isinstance(self.k, str) else _is_count(self.k)):
             rules = 'int >= 0, "ebic", "ric" or "cv"'
             raise InvalidValueError(explain(where, "k must be a size or a rule.", expected=rules, got=repr(self.k)))
         if self.l0 is not None and self.k != "ebic":
-            must = "the price l0 takes the place of k: give only one of them."
+            must = "l0 replaces k: give only one of them."
             raise InvalidValueError(explain(where, must, got=f"k={self.k!r}, l0={self.l0!r}"))
         for name, value in (("alpha", self.alpha), ("l0", self.l0)):
             if value is not None and not (isinstance(value, Real) and 0 <= float(value) < np.inf):
                 raise InvalidValueError(explain(where, f"{name} must be finite and not negative.", got=repr(value)))
-        if isinstance(self.cv, Integral) and not (_whole(self.cv) and int(self.cv) >= 2):
+        if isinstance(self.cv, Integral) and not (_is_count(self.cv) and int(self.cv) >= 2):
             must = "cross-validation needs at least two folds."
             raise InvalidValueError(explain(where, must, expected="cv >= 2", got=f"cv={self.cv!r}"))
-        if self.max_k is not None and not _whole(self.max_k):
+        if self.max_k is not None and not _is_count(self.max_k):
             raise InvalidValueError(explain(where, "max_k must be a size.", expected="int >= 0", got=repr(self.max_k)))
 
     def _columns_of_groups(self, p: int) -> tuple[Ints, ...] | None:
@@ -115,7 +138,7 @@ class L0LinearModel(BaseEstimator):  # type: ignore[misc]  # scikit-learn has no
             return None
         weight = np.asarray(_check_sample_weight(sample_weight, x, dtype=np.float64, copy=True))
         counted, total = np.count_nonzero(weight), float(weight.sum())
-        if 0 < total < counted and weight.min() >= 0:  # shares rather than copies: only their ratios count
+        if 0 < total < counted and weight.min() >= 0:  # shares, not copies: only their ratios count
             weight *= counted / total
         return weight
 
@@ -124,8 +147,10 @@ class L0LinearModel(BaseEstimator):  # type: ignore[misc]  # scikit-learn has no
         items = x.shape[1] if task.groups is None else len(task.groups)
         rows = float(x.shape[0]) if weight is None else float(weight.sum())
         if isinstance(self.k, str):
-            most = largest_size(rows, x.shape[1], task.groups) if self.max_k is None else min(int(self.max_k), items)
-            sizes: Iterable[int] = range(most + 1)
+            max_size = (
+                largest_size(rows, x.shape[1], task.groups) if self.max_k is None else min(int(self.max_k), items)
+            )
+            sizes: Iterable[int] = range(max_size + 1)
         else:
             sizes = [min(int(self.k), items)]
         path, steps, total = fit_path(x, y, weight, task, sizes)
@@ -136,13 +161,13 @@ class L0LinearModel(BaseEstimator):  # type: ignore[misc]  # scikit-learn has no
         elif self.k == "cv":
             path = with_held_out(path, self._held_out(x, y, weight, task, path.k, strata))
         if self.k == "ric":
-            places = ric_places(path, task, total)
-            place = int(places[0])
-            if len(places) > 1:
-                path, place = with_ric(path, places, self._held_out(x, y, weight, task, path.k[places], strata))
+            proposed = ric_indices(path, task, total)
+            index = int(proposed[0])
+            if len(proposed) > 1:
+                path, index = with_ric(path, proposed, self._held_out(x, y, weight, task, path.k[proposed], strata))
         else:
-            place = chosen(path, one_standard_error=self.k == "cv" and self.one_standard_error) if len(path) > 1 else 0
-        subset: Subset = path[place]
+            index = chosen(path, one_standard_error=self.k == "cv" and self.one_standard_error) if len(path) > 1 else 0
+        subset: Subset = path[index]
         self.path_: SubsetPath = path
         self.k_ = subset.k
         self.support_ = subset.support
@@ -154,17 +179,17 @@ class L0LinearModel(BaseEstimator):  # type: ignore[misc]  # scikit-learn has no
         self, x: Any, y: Floats, weight: Floats | None, task: Task, sizes: Any, strata: Any
     ) -> list[tuple[Floats, float]]:
         """The losses on each fold and the weight of the fold, for each of ``sizes``."""
-        if weight is not None and _whole(self.cv):  # rows of weight zero must not fill a fold
+        if weight is not None and _is_count(self.cv):  # rows of weight zero must not fill a fold
             keep = np.flatnonzero(weight)
             x, y, weight = x[keep], y[keep], weight[keep]
             strata = None if strata is None else strata[keep]
         splitter = self._splitter(x.shape[0], strata)
         folds = splitter.split(np.zeros((x.shape[0], 1)), strata)
-        jobs = (delayed(_fold)(x, y, weight, task, sizes, train, test) for train, test in folds)
+        jobs = (delayed(_fit_fold)(x, y, weight, task, sizes, train, test) for train, test in folds)
         return list(Parallel(n_jobs=self.n_jobs)(jobs))
 
     def _splitter(self, n: int, strata: Any) -> Any:
-        if not _whole(self.cv):
+        if not _is_count(self.cv):
             return check_cv(self.cv, strata, classifier=strata is not None)
         if n < 2:
             where = type(self).__name__
@@ -183,11 +208,11 @@ class L0LinearModel(BaseEstimator):  # type: ignore[misc]  # scikit-learn has no
         return np.asarray(x @ self.coef_.T + self.intercept_)
 
 
-def _whole(value: Any) -> bool:
+def _is_count(value: Any) -> bool:
     return isinstance(value, Integral) and not isinstance(value, (bool, np.bool_)) and int(value) >= 0
 
 
-def _fold(
+def _fit_fold(
     x: Any, y: Floats, weight: Floats | None, task: Task, sizes: Any, train: Ints, test: Ints
 ) -> tuple[Floats, float]:
     """Fit on the rows ``train``; return the losses on the rows ``test`` and their weight."""

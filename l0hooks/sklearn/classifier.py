@@ -15,6 +15,7 @@ from sklearn.utils.multiclass import check_classification_targets  # type: ignor
 
 from l0hooks.errors import InvalidValueError, explain
 from l0hooks.sklearn.base import FORMATS, L0LinearModel, checked_data
+from l0hooks.sklearn.magnitudes import check_magnitudes
 from l0hooks.sklearn.subset.design import Floats, Ints
 from l0hooks.sklearn.subset.size_choice import Task
 
@@ -29,10 +30,10 @@ class L0Classifier(ClassifierMixin, L0LinearModel):  # type: ignore[misc]
     ----------
     k : int >= 0, "ebic", "ric" or "cv"
         The number of features, or of groups. "ebic" takes the size of least extended BIC, "cv" that of least
-        held-out loss, "ric" chooses by held-out loss among the few sizes that the risk inflation criterion with
-        1.5 to 2.5 times log p proposes. An int larger than the number of features means all of them.
+        held-out loss. "ric" chooses by held-out loss among the few sizes that the risk inflation criterion proposes
+        with penalties of 1.5 to 2.5 times log p. An int larger than the number of features means all of them.
     l0 : float >= 0, optional
-        A price instead of k: the size minimises ``loss + l0·k``.
+        A price for each feature, instead of k: the size minimises ``loss + l0·k``.
     alpha : float >= 0
         Ridge on the coefficients of the columns as given; the intercept is not penalised. If the chosen features
         separate the classes there is no finite optimum with ``alpha=0``: a ridge of 1e-9 on standardised columns is
@@ -103,12 +104,14 @@ class L0Classifier(ClassifierMixin, L0LinearModel):  # type: ignore[misc]
         Raises
         ------
         InvalidValueError
-            If a parameter or the weights are outside their range, or there is only one class.
+            If a parameter or the weights are outside their range, there is only one class, or the largest entry of a
+            column or of the weights is not 0 and outside of 1e-75 to 1e75.
         """
         self._check_parameters()
         X, y = checked_data(self, X, y, accept_sparse=FORMATS, dtype=(np.float64, np.float32))  # noqa: N806
         check_classification_targets(y)
         weight = self._weights(X, sample_weight)
+        check_magnitudes("L0Classifier", X, sample_weight=weight)
         classes, code = np.unique(y, return_inverse=True)
         if len(classes) < 2:
             must = "y must hold more than one class."
@@ -163,5 +166,5 @@ class L0Classifier(ClassifierMixin, L0LinearModel):  # type: ignore[misc]
     def predict(self, X: Any) -> NDArray[Any]:  # noqa: N803
         """The most probable class of each row, shape (n,)."""
         score = self.decision_function(X)
-        place = (score > 0).astype(np.int64) if len(self.classes_) == 2 else score.argmax(1)
-        return np.asarray(self.classes_[place])
+        index = (score > 0).astype(np.int64) if len(self.classes_) == 2 else score.argmax(1)
+        return np.asarray(self.classes_[index])

@@ -1,4 +1,4 @@
-"""Feature gates in front of a network, trained while the expected number of features falls on a schedule."""
+"""Feature gates in front of a network, trained while the expected number of features falls."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from l0hooks.sklearn.standardised import Floats
 
 _FINAL_TEMPERATURE = 0.3
 _WARM_UP_SHARE = 0.15  # of the steps, before the number of features begins to fall
-_SURE_EVIDENCE = 3.0  # evidence (a p-value of 0.001) from which a gate starts with the whole prior
+_SURE_EVIDENCE = 3.0  # evidence (a p-value of 0.001) that gives a gate the whole prior
 _WEIGHT_DECAY = 1e-4  # of the network
 
 Loss = Callable[[Tensor, Tensor], Tensor]

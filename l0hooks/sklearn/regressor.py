@@ -10,6 +10,7 @@ from sklearn.base import RegressorMixin  # type: ignore[import-untyped]
 
 from l0hooks.errors import InvalidValueError, explain
 from l0hooks.sklearn.base import FORMATS, L0LinearModel, checked_data
+from l0hooks.sklearn.magnitudes import check_magnitudes
 from l0hooks.sklearn.subset.design import Floats
 from l0hooks.sklearn.subset.size_choice import Task
 
@@ -24,17 +25,17 @@ class L0Regressor(RegressorMixin, L0LinearModel):  # type: ignore[misc]  # sciki
     ----------
     k : int >= 0, "ebic", "ric" or "cv"
         The number of features, or of groups. "ebic" takes the size of least extended BIC, "cv" that of least
-        held-out loss, "ric" chooses by held-out loss among the few sizes that the risk inflation criterion with
-        1.5 to 2.5 times log p proposes. An int larger than the number of features means all of them.
+        held-out loss. "ric" chooses by held-out loss among the few sizes that the risk inflation criterion proposes
+        with penalties of 1.5 to 2.5 times log p. An int larger than the number of features means all of them.
     loss : "squared" or "poisson"
     l0 : float >= 0, optional
-        A price instead of k: the size minimises ``loss + l0·k``.
+        A price for each feature, instead of k: the size minimises ``loss + l0·k``.
     alpha : float >= 0
         Ridge on the coefficients of the columns as given; the intercept is not penalised.
     groups : sequence, shape (n_features,), optional
         A label for each column. Columns with the same label, such as the dummies of a factor, enter together.
     max_k : int >= 0, optional
-        The largest size that is tried when data choose it; by default about n/(1.5·log p), at most n/3 and 100.
+        The largest size that is tried if ``k`` is a rule; by default about n/(1.5·log p), at most n/3 and 100.
     cv : int or scikit-learn splitter
         The folds of ``k="cv"`` and "ric"; an int is the number of shuffled folds.
     one_standard_error : bool
@@ -66,8 +67,8 @@ class L0Regressor(RegressorMixin, L0LinearModel):  # type: ignore[misc]  # sciki
     Notes
     -----
     No exchange of a chosen feature for another one lowers the squared loss; a better subset that differs in several
-    features can exist. A sample weight counts as that many copies of the row, also in "ebic"; weights that sum to less
-    than their number are taken as shares and scaled to a mean of 1.
+    features can exist. A sample weight counts as that many copies of the row, also in "ebic". Weights that sum to less
+    than their number count as shares and are scaled to a mean of 1.
 
     Examples
     --------
@@ -131,7 +132,8 @@ class L0Regressor(RegressorMixin, L0LinearModel):  # type: ignore[misc]  # sciki
         Raises
         ------
         InvalidValueError
-            If a parameter, y or the weights are outside their range.
+            If a parameter, y or the weights are outside their range, or the largest entry of a column, of y or
+            of the weights is not 0 and outside of 1e-75 to 1e75.
         """
         self._check_parameters()
         if self.loss not in ("squared", "poisson"):
@@ -142,6 +144,7 @@ class L0Regressor(RegressorMixin, L0LinearModel):  # type: ignore[misc]  # sciki
         )
         weight = self._weights(X, sample_weight)
         y = np.asarray(y, dtype=np.float64)
+        check_magnitudes("L0Regressor", X, y, weight)
         if self.loss == "poisson":
             _check_counts(y, weight)
         task = Task(self.loss, float(self.alpha), self._columns_of_groups(X.shape[1]), bool(self.fit_intercept))

@@ -1,4 +1,4 @@
-"""Evidence for every feature, alone and in pairs, before training; it decides where the gates start."""
+"""The evidence for every feature, alone and in pairs, before training. It sets the start of the gates."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from l0hooks.sklearn.standardised import MAX_DEVIATION, Floats, Indices, Rows
 
 MAX_PAIRED = 1000  # features of which all products of two are tested
 MAX_CONTRASTS = 16  # classes that are tested against the rest
-_NEGLIGIBLE = 1e-12  # a smaller variance of a product is zero
+_MIN_VARIANCE = 1e-12  # a smaller variance of a product is rounding
 
 
 def contrasts(target: Floats, classes: int | None, weights: Floats) -> Floats:
@@ -28,7 +28,7 @@ def contrasts(target: Floats, classes: int | None, weights: Floats) -> Floats:
     Returns
     -------
     ndarray of float64, shape (n_samples, n_contrasts)
-        Of weighted mean 0. Two classes have one contrast; of many classes those 16 with the largest weight have one.
+        Each of weighted mean 0. Two classes have one contrast; of many, only the 16 of largest weight have one.
 
     Examples
     --------
@@ -37,11 +37,11 @@ def contrasts(target: Floats, classes: int | None, weights: Floats) -> Floats:
            [ 0.5]])
     """
     if classes is None:
-        sides = target[:, None]
+        values = target[:, None]
     else:
-        heavy = np.argsort(-np.bincount(target.astype(int), weights, classes), kind="stable")[:MAX_CONTRASTS]
-        sides = (target[:, None] == (np.array([1]) if classes == 2 else np.sort(heavy))).astype(np.float64)
-    centred: Floats = sides - weights @ sides / weights.sum()
+        heaviest = np.argsort(-np.bincount(target.astype(int), weights, classes), kind="stable")[:MAX_CONTRASTS]
+        values = (target[:, None] == (np.array([1]) if classes == 2 else np.sort(heaviest))).astype(np.float64)
+    centred: Floats = values - weights @ values / weights.sum()
     if classes is None:
         spread = math.sqrt(float(weights @ centred[:, 0] ** 2 / weights.sum())) or 1.0
         centred = (centred / spread).clip(-MAX_DEVIATION, MAX_DEVIATION)
@@ -49,7 +49,7 @@ def contrasts(target: Floats, classes: int | None, weights: Floats) -> Floats:
     return centred
 
 
-def evidence(rows: Rows, sides: Floats) -> Floats:
+def evidence(rows: Rows, contrast: Floats) -> Floats:
     r"""The evidence that each feature, alone or in a product with another, is associated with the target.
 
     For one standardised feature v = z_i, or a product v = z_i z_j of two, and a contrast c the statistic is
@@ -59,7 +59,7 @@ def evidence(rows: Rows, sides: Floats) -> Floats:
     Parameters
     ----------
     rows : Rows
-    sides : ndarray of float64, shape (n_rows, n_contrasts)
+    contrast : ndarray of float64, shape (n_rows, n_contrasts)
         Contrasts of weighted mean 0.
 
     Returns
@@ -75,39 +75,39 @@ def evidence(rows: Rows, sides: Floats) -> Floats:
     >>> (evidence(rows, y - y.mean()) > 3).tolist()
     [True, True, False]
     """
-    alone = _single_statistics(rows, sides)
-    n, q = rows.n_features, sides.shape[1]
+    alone = _single_statistics(rows, contrast)
+    n, q = rows.n_features, contrast.shape[1]
     found = _bonferroni_evidence(alone, n * q)
     paired: Indices = np.argsort(-alone, kind="stable")[:MAX_PAIRED]
     together = np.zeros(len(paired))
-    for side in sides.T:
-        np.maximum(together, _pair_statistics(rows, side, paired), out=together)
+    for column in contrast.T:
+        np.maximum(together, _pair_statistics(rows, column, paired), out=together)
     found[paired] = np.maximum(found[paired], _bonferroni_evidence(together, len(paired) * (len(paired) + 1) / 2 * q))
     return found
 
 
-def _single_statistics(rows: Rows, sides: Floats) -> Floats:
-    along = np.zeros((sides.shape[1], rows.n_features))
-    spread = np.zeros_like(along)
+def _single_statistics(rows: Rows, contrast: Floats) -> Floats:
+    sums = np.zeros((contrast.shape[1], rows.n_features))
+    squares = np.zeros_like(sums)
     for part in rows.slices():
-        z, c, w = rows.clipped(part), sides[part], rows.weights[part, None]
-        along += (w * c).T @ z
-        spread += (w * c**2).T @ z**2
-    return np.asarray(_t_statistics(along, spread).max(axis=0))
+        z, c, w = rows.clipped(part), contrast[part], rows.weights[part, None]
+        sums += (w * c).T @ z
+        squares += (w * c**2).T @ z**2
+    return np.asarray(_t_statistics(sums, squares).max(axis=0))
 
 
-def _pair_statistics(rows: Rows, side: Floats, columns: Indices) -> Floats:
-    along = np.zeros((len(columns), len(columns)))
-    spread = np.zeros_like(along)
+def _pair_statistics(rows: Rows, contrast: Floats, columns: Indices) -> Floats:
+    sums = np.zeros((len(columns), len(columns)))
+    squares = np.zeros_like(sums)
     for part in rows.slices():
-        z, c, w = rows.clipped(part, columns), side[part, None], rows.weights[part, None]
-        along += (w * c * z).T @ z
-        spread += (w * c**2 * z**2).T @ z**2
-    return np.asarray(_t_statistics(along, spread).max(axis=0))
+        z, c, w = rows.clipped(part, columns), contrast[part, None], rows.weights[part, None]
+        sums += (w * c * z).T @ z
+        squares += (w * c**2 * z**2).T @ z**2
+    return np.asarray(_t_statistics(sums, squares).max(axis=0))
 
 
-def _t_statistics(along: Floats, spread: Floats) -> Floats:
-    return np.abs(along) / np.sqrt(np.where(spread > _NEGLIGIBLE, spread, np.inf))
+def _t_statistics(sums: Floats, squares: Floats) -> Floats:
+    return np.abs(sums) / np.sqrt(np.where(squares > _MIN_VARIANCE, squares, np.inf))
 
 
 def _bonferroni_evidence(statistic: Floats, tests: float) -> Floats:

@@ -21,6 +21,7 @@ from l0hooks.errors import UnsupportedModuleError, explain
 from l0hooks.select.gates import FeatureGate
 from l0hooks.sklearn.base import checked_data
 from l0hooks.sklearn.classifier import L0Classifier
+from l0hooks.sklearn.magnitudes import check_magnitudes
 from l0hooks.sklearn.networks import (
     Loss,
     Networks,
@@ -167,11 +168,11 @@ class L0FeatureSelector(SelectorMixin, BaseEstimator):  # type: ignore[misc]
         if not weights.any():
             raise invalid("weights must not all be zero.", "at least one above 0", "only zeros")
         k = self._number_to_keep(x.shape[1])
-        for name in ("estimator_", "classes_"):  # of an earlier fit
-            if name in vars(self):
-                delattr(self, name)
+        for name in {"estimator_", "classes_"} & vars(self).keys():  # set by an earlier fit
+            delattr(self, name)
         self.task_ = task_of(y) if self.task == "auto" else self.task
         target, classes = encoded(y, self.task_)
+        check_magnitudes("L0FeatureSelector", x, target if classes is None else None, weights)
         if classes is not None:
             self.classes_ = classes
         if k == x.shape[1]:
@@ -216,14 +217,13 @@ class L0FeatureSelector(SelectorMixin, BaseEstimator):  # type: ignore[misc]
         """Gates on the given columns, trained together with the network and in its dtype."""
         dtype = next((p.dtype for p in network.parameters() if p.is_floating_point()), torch.float32)
         values = torch.tensor(target, dtype=dtype if n_classes is None else torch.int64)
-        ready = None
-        if isinstance(rows.x, np.ndarray):
-            ready = torch.tensor(rows.standardised(slice(None), columns), dtype=dtype)
+        is_dense = isinstance(rows.x, np.ndarray)
+        dense = torch.tensor(rows.standardised(slice(None), columns), dtype=dtype) if is_dense else None
 
         def draw(uniform: Tensor) -> tuple[Tensor, Tensor]:
             index = rows.draw(uniform.numpy())
-            if ready is not None:
-                return ready[index], values[index]
+            if dense is not None:
+                return dense[index], values[index]
             return torch.tensor(rows.standardised(index, columns), dtype=dtype), values[index]
 
         loss: Loss = self.loss or (regression_loss if n_classes is None else classification_loss)
@@ -238,7 +238,7 @@ class L0FeatureSelector(SelectorMixin, BaseEstimator):  # type: ignore[misc]
         return Networks(n_features, n_classes or 1)
 
     def _check_output(self, network: nn.Module, x: Tensor, n_classes: int | None) -> None:
-        """Refuse a module whose output does not fit the task, before training."""
+        """Raise an error before training if the module's output does not fit the task."""
         with torch.no_grad():
             output = network.eval()(x)
         wanted = [(2, n_classes)] if n_classes else [(2,), (2, 1)]

@@ -12,14 +12,14 @@ Floats = npt.NDArray[np.float64]
 Indices = npt.NDArray[np.int64]
 
 MAX_DEVIATION = 3.0  # standard deviations to which outliers are clipped
-_MAX_BATCH_ENTRIES = 1 << 20  # of a batch of rows made dense
+_MAX_BATCH_ENTRIES = 1 << 20  # entries of a batch of rows that is made dense
 _CONSTANT_COLUMN = 1e-12  # a column is constant if its deviation is at most this share of its mean
 
 
 class Rows:
     """Rows with weights: a weight of 2 is the same as the row twice, a weight of 0 leaves the row out.
 
-    A sparse table is never made dense as a whole; its zeros are values like any other.
+    A sparse table is never made dense as a whole; its zeros are ordinary values.
 
     Parameters
     ----------
@@ -49,11 +49,11 @@ class Rows:
         constant = variance <= (_CONSTANT_COLUMN * self.center) ** 2
         self.scale = np.where(constant, 1.0, np.sqrt(variance))
         self._clipped_mean = self._mean(lambda z: z.clip(-MAX_DEVIATION, MAX_DEVIATION))
-        # the order of rows must not change what is drawn: equal rows become neighbours
+        # sorted, so that the order of the rows does not change what is drawn
         direction = np.random.default_rng(0).standard_normal(x.shape[1])
         key = np.concatenate([z @ direction for _, z in self._parts()])
-        self._places: Indices = np.lexsort((key, order[kept]))
-        self._share: Floats = np.cumsum(self.weights[self._places]) / self.total
+        self._sorted_rows: Indices = np.lexsort((key, order[kept]))
+        self._cumulative_share: Floats = np.cumsum(self.weights[self._sorted_rows]) / self.total
 
     @property
     def n_features(self) -> int:
@@ -94,5 +94,7 @@ class Rows:
     def draw(self, uniform: Floats) -> Indices:
         """One row for each number in [0, 1): in proportion to the weights, stratified by the target."""
         levels = (np.arange(len(uniform)) + uniform) / len(uniform)
-        drawn: Indices = self._places[np.searchsorted(self._share, levels, side="right").clip(max=len(self._share) - 1)]
+        drawn: Indices = self._sorted_rows[
+            np.searchsorted(self._cumulative_share, levels, side="right").clip(max=len(self._cumulative_share) - 1)
+        ]
         return drawn

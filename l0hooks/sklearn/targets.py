@@ -1,4 +1,4 @@
-"""The targets of ``L0FeatureSelector``: which task they belong to, and how they are encoded."""
+"""The targets of ``L0FeatureSelector``: their task and their encoding."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from l0hooks.sklearn.standardised import Floats
 def task_of(y: Any) -> Literal["classification", "regression"]:
     """The task that ``task="auto"`` means for a target.
 
-    Whole numbers are classes if there are at most max(10, √n_samples) different ones; so is all that is not numeric.
+    Whole numbers are classes if there are at most max(10, √n_samples) different ones, and so are targets that are not
+    numbers.
 
     Examples
     --------

@@ -1,4 +1,4 @@
-"""A model seen as groups of channels that live and die together."""
+"""The channels, neurons and attention heads that can be removed from a plain model."""
 
 from l0hooks.structure._channel_groups import channel_groups
 from l0hooks.structure.declare import declare_group

@@ -1,4 +1,4 @@
-"""``channel_groups``: the groups of a model, gathered from the labels of its traced graph."""
+"""``channel_groups``: find the channel groups of a model in its exported graph."""
 
 from __future__ import annotations
 
@@ -8,19 +8,25 @@ from typing import Any
 
 import numpy as np
 import torch
+from einops import rearrange
 from torch import nn
 
 from l0hooks.structure.export_trace import export_and_trace
+from l0hooks.structure.frozen import cannot_go, frozen_channels
 from l0hooks.structure.groups import ChannelGroup, ChannelGroups, FrozenChannels, GroupSite, Ints, Kind
-from l0hooks.structure.tracer import Parameter, Tracer
+from l0hooks.structure.references import Parameter
+from l0hooks.structure.tracer import Tracer
+from l0hooks.structure.training_trace import breaking_training
 from l0hooks.structure.union_find import squeeze_constant, varies
 
 
 def channel_groups(model: nn.Module, example_inputs: Sequence[Any]) -> ChannelGroups:
     """The channels, neurons and attention heads that can be removed from ``model``.
 
-    The model is exported in evaluation mode and its graph traced; nothing is changed. A member of a group that is
-    gated where it is *read* may be cut out everywhere else without changing any output.
+    The model is exported in evaluation mode and is not changed; if it has layers that it calls in training only, as
+    the auxiliary heads of GoogLeNet, a second time in training mode. Each group lists every tensor axis that holds its
+    members. If gates multiply the weights that *read* the members, a member with a closed gate can be cut out of
+    all these axes without changing any output.
 
     Parameters
     ----------
@@ -36,6 +42,8 @@ def channel_groups(model: nn.Module, example_inputs: Sequence[Any]) -> ChannelGr
 
     Raises
     ------
+    SpecError
+        If ``example_inputs`` is no sequence.
     UnsupportedModuleError
         If ``torch.export`` cannot trace the model.
 
@@ -47,11 +55,38 @@ def channel_groups(model: nn.Module, example_inputs: Sequence[Any]) -> ChannelGr
     0 outputs → 2 inputs: 16 neurons, 13 parameters each
     frozen: an output of the model: 2
     """
-    _, tracer = export_and_trace(model, example_inputs)
+    return groups_and_program(model, example_inputs)[0]
+
+
+def groups_and_program(
+    model: nn.Module, example_inputs: Sequence[Any]
+) -> tuple[ChannelGroups, torch.export.ExportedProgram]:
+    """The result of :func:`channel_groups`, and the program of the evaluation.
+
+    Parameters
+    ----------
+    model : nn.Module
+    example_inputs : sequence
+    """
+    program, tracer = export_and_trace(model, example_inputs, training=True)
+    found = groups_of(tracer)
+    left = set(breaking_training(model, example_inputs, found) if tracer.training_only else [])
+    if not left:
+        return found, program
+    names = dict.fromkeys(site.module or site.names[0] for number in left for site in found[number].writers)
+    why = FrozenChannels(tuple(names), "what is used in training only would not run without them")
+    stay = tuple(group for number, group in enumerate(found) if number not in left)
+    return ChannelGroups(stay, (*found.frozen, why)), program
+
+
+def groups_of(tracer: Tracer) -> ChannelGroups:
+    """The groups in a traced graph."""
     sites = list(_sites(tracer))
     group_of, rank, heads = _members(tracer, sites)
     groups = _assemble(sites, group_of, rank, heads)
-    return ChannelGroups(groups, tuple(_frozen(tracer, group_of)))
+    left = [number for number, group in enumerate(groups) if cannot_go(group, tracer.training_only)]
+    frozen = frozen_channels(tracer, group_of, groups, left)
+    return ChannelGroups(tuple(group for number, group in enumerate(groups) if number not in left), tuple(frozen))
 
 
 @dataclass(frozen=True)
@@ -71,26 +106,26 @@ def _sites(tracer: Tracer) -> Iterator[_Axis]:
         else:
             roots = tracer.classes.roots(parameter.elements)
             for axis in range(roots.dim()):
-                if varies(roots, axis):  # along one axis at most: its slabs are whole
+                if varies(roots, axis):  # labels vary along one axis at most: the first of each slab is enough
                     first = roots.movedim(axis, 0).reshape(roots.shape[axis], -1)[:, 0]
                     yield _Axis(parameter, axis, first.numpy())
 
 
 def _members(tracer: Tracer, sites: list[_Axis]) -> tuple[Ints, Ints, list[bool]]:
-    """For each class its group and its place in it, -1 without; for each group whether its members are heads.
+    """Each class's group and position in it, -1 for a class without one; for each group whether its members are heads.
 
-    Classes that run through the same sites, with the same width, form a group.
+    Classes that occur at the same sites with the same width form a group.
     """
     random = np.random.default_rng(0)
     signature = np.zeros(len(tracer.classes), np.uint64)
     first_seen = np.full(len(tracer.classes), np.iinfo(np.int64).max)
-    place = 0
+    offset = 0
     for site in sites:
         classes, first, counts = np.unique(site.roots, return_index=True, return_counts=True)
         marks = random.integers(1, 2**63, size=int(counts.max(initial=1)) + 1, dtype=np.uint64)
-        signature[classes] += marks[counts]  # equal sums mean equal sites and widths, but for a chance of 2^-63
-        first_seen[classes] = np.minimum(first_seen[classes], place + first)
-        place += len(site.roots)
+        signature[classes] += marks[counts]  # equal sums: equal sites and widths, wrong with probability 2^-63
+        first_seen[classes] = np.minimum(first_seen[classes], offset + first)
+        offset += len(site.roots)
     signature[0] = 0
     members = np.flatnonzero(signature)
     members = members[np.argsort(first_seen[members], kind="stable")]
@@ -117,7 +152,7 @@ def _assemble(sites: list[_Axis], group_of: Ints, rank: Ints, heads: list[bool])
             positions = np.flatnonzero(groups == group)
             order = positions[np.argsort(ranks[positions], kind="stable")]
             parameter, reads = site.parameter, site.axis in site.parameter.read_axis
-            indices = order.reshape(sizes[group], -1)
+            indices = rearrange(order, "(member width) -> member width", member=int(sizes[group]))
             names, shape = tuple(parameter.names), tuple(parameter.shape)
             found[group].append(GroupSite(names, shape, site.axis, indices, reads, parameter.is_buffer))
     return tuple(
@@ -131,19 +166,3 @@ def _kind(sites: list[GroupSite], in_attention: bool) -> Kind:
     if in_attention and any(s.indices.shape[1] > 1 for s in weights):
         return "head"
     return "channel" if any(len(s.shape) > 2 for s in weights) else "neuron"
-
-
-def _frozen(tracer: Tracer, group_of: Ints) -> Iterator[FrozenChannels]:
-    """Layers whose outputs cannot be removed, all or some of them, by reason."""
-    by_reason: dict[str, list[str]] = {}
-    for parameter in tracer.parameters:
-        if not parameter.read_axis:
-            continue
-        for axis, labels in enumerate(parameter.axes[:2]):
-            stuck = torch.from_numpy(group_of[tracer.classes.roots(labels).numpy()] < 0)
-            if axis not in parameter.read_axis and stuck.any():
-                name = parameter.names[0].rpartition(".")[0] or parameter.names[0]
-                part = "" if stuck.all() else f" ({int(stuck.sum())} of {len(stuck)})"
-                by_reason.setdefault(tracer.why(labels[stuck]), []).append(name + part)
-    for reason, modules in by_reason.items():
-        yield FrozenChannels(tuple(modules), reason)

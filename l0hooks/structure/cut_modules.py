@@ -1,17 +1,17 @@
-"""Cut members of channel groups out of the modules of a model, and keep the modules' own numbers true."""
+"""Cut members of channel groups out of the modules of a model, and update the sizes that the modules store."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from operator import attrgetter
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from l0hooks._torch.modules import NORMS, buffers_of, parameters_of
+from l0hooks._torch.modules import NORMS
 from l0hooks.structure.groups import ChannelGroup
 from l0hooks.structure.layers import CONVOLUTIONS, TRANSPOSED, is_hugging_face_conv1d
 
@@ -20,7 +20,7 @@ Bools = npt.NDArray[np.bool_]
 
 @dataclass(frozen=True)
 class Cut:
-    """What stays of one parameter or buffer: the indices kept along each axis that is cut."""
+    """The indices of one parameter or buffer that are kept along each axis that is cut."""
 
     names: tuple[str, ...]
     shape: tuple[int, ...]
@@ -52,26 +52,49 @@ def plan_cuts(groups: Iterable[tuple[ChannelGroup, Bools]]) -> list[Cut]:
     return cuts
 
 
+def composed(first: Sequence[Cut], second: Sequence[Cut]) -> list[Cut]:
+    """The cuts that do at once what ``first`` and then ``second`` do.
+
+    Examples
+    --------
+    >>> composed([Cut(("a",), (4,), ((0, (0, 2, 3)),))], [Cut(("a",), (3,), ((0, (1, 2)),))])
+    [Cut(names=('a',), shape=(4,), kept=((0, (2, 3)),))]
+    """
+    found = {cut.names: cut for cut in first}
+    for cut in second:
+        names = next((names for names in found if not set(names).isdisjoint(cut.names)), cut.names)
+        earlier = found.get(names, Cut(cut.names, cut.shape, ()))
+        kept = dict(earlier.kept)
+        for axis, indices in cut.kept:
+            kept[axis] = tuple(kept[axis][n] for n in indices) if axis in kept else indices
+        found[names] = Cut(names, earlier.shape, tuple(kept.items()))
+    return list(found.values())
+
+
 @torch.no_grad()
 def apply_cuts(model: nn.Module, cuts: Sequence[Cut]) -> None:
-    """Slice parameters and buffers of ``model`` **in place** and correct the sizes its modules know themselves by."""
+    """Slice parameters and buffers of ``model`` **in place** and update the sizes that its modules store."""
     touched: dict[str, nn.Module] = {}
     for cut in cuts:
         sliced: Tensor | None = None
         for name in cut.names:
             path, _, attribute = name.rpartition(".")
             module = model.get_submodule(path)
-            own = parameters_of(module)
-            table: Any = own if attribute in own else buffers_of(module)
-            old = table[attribute]
+            old: Tensor | None = attrgetter(attribute)(module)
             if old is None:
                 continue
             if sliced is None:
                 sliced = _sliced(old, cut)
-            table[attribute] = sliced  # a Parameter where the old one was
+            setattr(module, attribute, sliced)  # a Parameter if the old tensor was one
             touched[path] = module
-    for module in touched.values():
-        correct_sizes(module)
+    correct_sizes(touched.values())
+
+
+def replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    """Put ``new`` in all places of ``model`` where ``old`` is, **in place**."""
+    for name, module in list(model.named_modules(remove_duplicate=False)):
+        if module is old:
+            model.set_submodule(name, new)
 
 
 def _sliced(tensor: Tensor, cut: Cut) -> Tensor:
@@ -83,15 +106,15 @@ def _sliced(tensor: Tensor, cut: Cut) -> Tensor:
     return result
 
 
-def correct_sizes(module: nn.Module) -> None:
-    """Make ``in_features``, ``num_features``, ``groups`` and the like agree with the tensors of ``module``."""
-    for kinds, correct in _CORRECTIONS:
-        if isinstance(module, kinds):
-            correct(module)
-    if is_hugging_face_conv1d(module):
-        weight = parameters_of(module)["weight"]
-        if weight is not None:
-            module.nx, module.nf = weight.shape  # type: ignore[assignment]  # transformers' names for in and out
+def correct_sizes(modules: Collection[nn.Module]) -> None:
+    """Make ``in_features``, ``num_features``, ``groups`` and the like agree with the tensors of ``modules``."""
+    for module in modules:
+        for kinds, correct in _CORRECTIONS:
+            if isinstance(module, kinds):
+                correct(module)
+    for module in filter(is_hugging_face_conv1d, modules):
+        # transformers' names for in and out
+        module.nx, module.nf = module.get_parameter("weight").shape  # type: ignore[assignment]
 
 
 def _linear(module: nn.Linear) -> None:

@@ -1,4 +1,4 @@
-"""``declare_group``: a coupled group named by hand, for models that ``torch.export`` cannot take."""
+"""``declare_group``: a coupled group declared by hand, for models that ``torch.export`` cannot take."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, get_args
 
 import numpy as np
+from einops import rearrange
 from torch import Tensor, nn
 
 from l0hooks.errors import SpecError, explain, near_names
@@ -20,13 +21,13 @@ _ROLES = {"outputs": written, "through": carried, "inputs": read}
 
 
 @dataclass(frozen=True)
-class _Place:
-    """A layer that a group runs through: axes of its tensors, all of one length."""
+class _Layer:
+    """A declared layer: the axes of its tensors that hold members, all of one length."""
 
     name: str
     axes: tuple[tuple[str, int], ...]
     length: int
-    given: Ints | None
+    indices: Ints | None
     reads: bool
     norm_groups: int | None = None
 
@@ -40,12 +41,12 @@ def declare_group(
     size: int | None = None,
     kind: Kind | None = None,
 ) -> ChannelGroup:
-    """A coupled group named by hand: what :func:`l0hooks.channel_groups` would find, could it trace the model.
+    """A coupled group declared by hand, for a model that :func:`l0hooks.channel_groups` cannot trace.
 
-    Each of ``outputs``, ``inputs`` and ``through`` is a module's name, or a sequence of names; a pair
-    ``(name, indices)`` instead of a name says where along the axis each member lies, as an integer array of shape
-    (members, width). Without indices the members lie in whole blocks of equal width. Pruning proves on its example
-    inputs that nothing was forgotten.
+    Each of ``outputs``, ``inputs`` and ``through`` is a module's name, or a sequence of names. A pair
+    ``(name, indices)`` instead of a name gives the positions of each member along the axis, as an integer array of
+    shape (members, width). Without indices the members are consecutive blocks of equal width. ``prune`` compares
+    outputs on its example inputs and so finds a layer that was forgotten.
 
     Parameters
     ----------
@@ -59,7 +60,7 @@ def declare_group(
         Layers with parameters for each channel in between: BatchNorm, InstanceNorm, GroupNorm, PReLU, depthwise
         convolutions.
     size : int, optional
-        Number of members; by default the number of outputs of the first layer, or of whole groups of a GroupNorm.
+        Number of members; by default the number of outputs of the first layer, or of groups of a GroupNorm.
     kind : "channel", "neuron" or "head", optional
         "channel" if there is a convolution, else "neuron".
 
@@ -71,7 +72,7 @@ def declare_group(
     Raises
     ------
     SpecError
-        If a name is unknown, sizes or indices do not fit, or a tied weight is not declared at all its places.
+        If a name is unknown, sizes or indices do not fit, or a tied weight is not declared in every layer.
     UnsupportedModuleError
         If a layer cannot lose channels in this role.
 
@@ -84,22 +85,22 @@ def declare_group(
     if kind is not None and kind not in get_args(Kind):
         raise _refusal("kind", "the name must be known.", repr(kind), near_names(str(kind), get_args(Kind)))
     tensors = Tensors(model)
-    places = [
-        _place(model, tensors, entry, role)
+    layers = [
+        _layer(model, tensors, entry, role)
         for role, entries in (("outputs", outputs), ("through", through), ("inputs", inputs))
         for entry in _entries(role, entries)
     ]
     for role, reads in (("outputs", False), ("inputs", True)):
         if not _entries(role, inputs if reads else outputs):
             raise _refusal(role, "at least one layer must be named.", "none")
-    members = _size(places, size)
-    sites = _tied_sites(model, tensors, _axes(places, members))
+    members = _size(layers, size)
+    sites = _tied_sites(model, tensors, _axes(layers, members))
     weights = [site for site in sites if len(site.shape) > 2 and not site.buffer]
     return ChannelGroup(kind or ("channel" if weights else "neuron"), members, sites)
 
 
 def _entries(role: str, value: Any) -> list[tuple[str, Any]]:
-    """Names and pairs as pairs; the indices of a mere name are None."""
+    """Names and pairs as pairs; a name alone has the indices None."""
     if isinstance(value, str) or _is_pair(value):
         value = [value]
     if not isinstance(value, Sequence):
@@ -116,13 +117,13 @@ def _is_pair(value: object) -> bool:
     return isinstance(value, tuple) and len(value) == 2 and isinstance(value[0], str) and not isinstance(value[1], str)
 
 
-def _place(model: nn.Module, tensors: Tensors, entry: tuple[str, Any], role: str) -> _Place:
+def _layer(model: nn.Module, tensors: Tensors, entry: tuple[str, Any], role: str) -> _Layer:
     name, indices = entry
     modules = dict(model.named_modules(remove_duplicate=False))
     if name not in modules:
         raise _refusal(role, "the model must have a module of that name.", repr(name), near_names(name, modules))
     module = modules[name]
-    axes = _ROLES[role](f"declare_group: {role} {name!r}", module)
+    axes = _ROLES[role](f"{role} {name!r}", module)
     own = [(".".join(filter(None, (name, tensor))), axis) for tensor, axis in axes.items()]
     present = tuple((full, axis) for full, axis in own if full in tensors.by_name)
     if not present or (own[0] not in present and role != "through"):
@@ -135,11 +136,12 @@ def _place(model: nn.Module, tensors: Tensors, entry: tuple[str, Any], role: str
     full, axis = present[0]
     norm_groups = module.num_groups if isinstance(module, nn.GroupNorm) else None
     length = int(tensors.by_name[full].shape[axis])
-    return _Place(name, present, length, _given(f"{role} {name!r}", indices, length), role == "inputs", norm_groups)
+    checked = _checked_indices(f"{role} {name!r}", indices, length)
+    return _Layer(name, present, length, checked, role == "inputs", norm_groups)
 
 
-def _given(where: str, indices: Any, length: int) -> Ints | None:
-    """Indices as they were given, checked against the axis, ascending within a member."""
+def _checked_indices(where: str, indices: Any, length: int) -> Ints | None:
+    """The user's indices, checked against the axis and sorted within each member."""
     if indices is None:
         return None
     try:
@@ -160,52 +162,52 @@ def _given(where: str, indices: Any, length: int) -> Ints | None:
     return np.sort(got.astype(np.int64), axis=1)
 
 
-def _size(places: Sequence[_Place], size: int | None) -> int:
-    first = places[0]
+def _size(layers: Sequence[_Layer], size: int | None) -> int:
+    first = layers[0]
     if size is None:
-        whole = [p.norm_groups for p in places if p.norm_groups is not None and p.given is None]
-        size = math.gcd(first.length, *whole) if first.given is None else len(first.given)
+        whole = [p.norm_groups for p in layers if p.norm_groups is not None and p.indices is None]
+        size = math.gcd(first.length, *whole) if first.indices is None else len(first.indices)
     if not isinstance(size, (int, np.integer)) or isinstance(size, bool) or size < 2:
         raise _refusal("size", "a group has at least two members.", repr(size))
     return int(size)
 
 
-def _axes(places: Iterable[_Place], size: int) -> dict[tuple[str, int], tuple[Ints, bool]]:
-    """For every tensor and axis where each member lies, and whether it is read there."""
+def _axes(layers: Iterable[_Layer], size: int) -> dict[tuple[str, int], tuple[Ints, bool]]:
+    """For every tensor and axis the positions of each member, and whether the axis is read."""
     found: dict[tuple[str, int], tuple[Ints, bool]] = {}
-    for place in places:
-        indices = _indices(place, size)
-        for key in place.axes:
+    for layer in layers:
+        indices = _member_indices(layer, size)
+        for key in layer.axes:
             before = found[key][0] if key in found else indices[:, :0]
             if np.intersect1d(before, indices).size:
-                raise _refusal(repr(place.name), "a layer is named once, or with other indices.", "an index twice")
-            found[key] = np.sort(np.concatenate([before, indices], axis=1), axis=1), place.reads
+                raise _refusal(repr(layer.name), "a layer named twice must have other indices.", "an index twice")
+            found[key] = np.sort(np.concatenate([before, indices], axis=1), axis=1), layer.reads
     return found
 
 
-def _indices(place: _Place, size: int) -> Ints:
-    indices = place.given
+def _member_indices(layer: _Layer, size: int) -> Ints:
+    indices = layer.indices
     if indices is None:
-        if place.length % size:
+        if layer.length % size:
             raise _refusal(
-                repr(place.name),
-                f"the layer's {place.length} channels must make {size} members of equal width.",
-                f"{place.length} / {size}",
+                repr(layer.name),
+                f"the layer's {layer.length} channels must make {size} members of equal width.",
+                f"{layer.length} / {size}",
                 "size=..., or a pair (name, indices)",
             )
-        indices = np.arange(place.length).reshape(size, -1)
+        indices = rearrange(np.arange(layer.length), "(member width) -> member width", member=size)
     if len(indices) != size:
-        raise _refusal(repr(place.name), "indices have a row for each member.", f"{len(indices)} rows, not {size}")
-    if place.norm_groups is not None:
-        member = np.full(place.length, -1)
+        raise _refusal(repr(layer.name), "indices have a row for each member.", f"{len(indices)} rows, not {size}")
+    if layer.norm_groups is not None:
+        member: Ints = np.full(layer.length, -1)
         member[indices] = np.arange(size)[:, None]
-        together = member.reshape(place.norm_groups, -1)
+        together = rearrange(member, "(group channel) -> group channel", group=layer.norm_groups)
         if (together != together[:, :1]).any():
             raise _refusal(
-                repr(place.name),
-                "a member must be whole groups of a GroupNorm, which mixes the channels of a group.",
-                f"{place.norm_groups} groups of {together.shape[1]} channels, {size} members",
-                f"size={whole}" if (whole := math.gcd(size, place.norm_groups)) > 1 else None,
+                repr(layer.name),
+                "a member must be whole groups of a GroupNorm, which mixes the channels of each group.",
+                f"{layer.norm_groups} groups of {together.shape[1]} channels, {size} members",
+                f"size={whole}" if (whole := math.gcd(size, layer.norm_groups)) > 1 else None,
             )
     return indices
 
@@ -213,7 +215,7 @@ def _indices(place: _Place, size: int) -> Ints:
 def _tied_sites(
     model: nn.Module, tensors: Tensors, axes: dict[tuple[str, int], tuple[Ints, bool]]
 ) -> tuple[GroupSite, ...]:
-    """One site for each tensor and axis, in the order of the model's state; every name of a tied one declared alike."""
+    """One site for each tensor and axis, in the order of the model's state, after checks of tied weights."""
     order = {name: position for position, name in enumerate(tensors.by_name)}
     sites: dict[tuple[int, int], GroupSite] = {}
     for (name, axis), (indices, reads) in axes.items():
@@ -223,13 +225,13 @@ def _tied_sites(
             if not _one_owner(model, name, other) and (alike is None or not np.array_equal(alike[0], indices)):
                 raise _refusal(
                     repr(name),
-                    "a tied weight must be declared alike at all its places.",
+                    "a tied weight must be declared alike in every layer.",
                     f"{other!r}, the same tensor, {'undeclared' if alike is None else 'with other indices'}",
                     f"name {other.rpartition('.')[0]!r}, too, or untie them",
                 )
         part = tensors.overlapping(name)
         if part is not None:
-            raise _refusal(repr(name), "a weight to cut must have its memory to itself.", f"{part!r} in another shape")
+            raise _refusal(repr(name), "a weight to cut must not share memory.", f"{part!r} in another shape")
         key = order[names[0]], axis
         reads = reads or (key in sites and sites[key].reads)
         shape = tuple(tensors.by_name[name].shape)
@@ -238,7 +240,7 @@ def _tied_sites(
 
 
 def _one_owner(model: nn.Module, name: str, other: str) -> bool:
-    """Whether two names are one attribute of one module, which itself has two names."""
+    """Whether two names mean one attribute of one module that has two names."""
     (a, _, tensor), (b, _, other_tensor) = name.rpartition("."), other.rpartition(".")
     return tensor == other_tensor and model.get_submodule(a) is model.get_submodule(b)
 

@@ -1,4 +1,4 @@
-"""Why ``torch.export`` stopped: the model's own line, the module that ran, and the reason in plain words."""
+"""Why ``torch.export`` stopped: the line of the model's code, the module, and the reason."""
 
 from __future__ import annotations
 
@@ -17,19 +17,21 @@ from l0hooks._torch.tensors import beside
 from l0hooks.errors import UnsupportedModuleError, explain
 
 _LIBRARIES = frozenset({"torch", "l0hooks", "numpy", "einops", *sys.stdlib_module_names}) - {"__main__"}
-_DATA = ("GuardOnDataDependent", "DataDependentOutput", "DynamicOutputShape")
-_CACHE = re.compile(r"Found <class 'transformers\.cache_utils\.\w+'> in output")  # of transformers' decoders
-_BRANCH = re.compile(r"(^|[^\w])(if|elif|while|assert)\b")
+_DATA_DEPENDENT_ERRORS = ("GuardOnDataDependent", "DataDependentOutput", "DynamicOutputShape")
+_CACHE_OUTPUT = re.compile(r"Found <class 'transformers\.cache_utils\.\w+'> in output")  # of transformers' decoders
+_LONGEST = 400  # characters of a line of torch's message
+_BRANCH_KEYWORD = re.compile(r"(^|[^\w])(if|elif|while|assert)\b")
 
 
 def export_failure(model: nn.Module, example_inputs: Sequence[Any], error: Exception) -> UnsupportedModuleError:
-    """What to raise when exporting ``model`` failed with ``error``.
+    """The error to raise when exporting ``model`` failed with ``error``.
 
     Parameters
     ----------
     model : nn.Module
-        Run once in evaluation mode, to tell a model that fails by itself from one that only cannot be exported.
+        Run once in evaluation mode, to see whether it fails without ``torch.export``, too.
     example_inputs : sequence
+        Positional arguments of ``model``.
     error : Exception
         What ``torch.export`` raised.
     """
@@ -39,11 +41,11 @@ def export_failure(model: nn.Module, example_inputs: Sequence[Any], error: Excep
             explain(
                 "channel_groups",
                 "the model must run on the example inputs.",
-                got=f"the model itself fails{_place(model, own)[0]}; {_first_line(own)}",
+                got=f"the model itself fails{_location(model, own)[0]}; {_first_line(own)}",
                 hint="example inputs of the usual kind, as a tuple of positional arguments",
             )
         )
-    place, text = _place(model, error)
+    place, text = _location(model, error)
     return UnsupportedModuleError(
         explain(
             "channel_groups",
@@ -65,8 +67,8 @@ def _own_failure(model: nn.Module, example_inputs: Sequence[Any]) -> Exception |
     return None
 
 
-def _place(model: nn.Module, error: Exception) -> tuple[str, str]:
-    """Where a model's own code stopped, for a message, and the text of that line; empty where none is known."""
+def _location(model: nn.Module, error: Exception) -> tuple[str, str]:
+    """Where the model's own code stopped, as part of a message, and the text of that line; empty if unknown."""
     names = {id(module): name for name, module in model.named_modules()}
     line = text = module = ""
     for one in _chain(error):
@@ -86,44 +88,44 @@ def _place(model: nn.Module, error: Exception) -> tuple[str, str]:
 
 
 def _is_own(frame: FrameType) -> bool:
-    """Whether a frame runs the user's code, not that of a library underneath."""
+    """Whether a frame runs the user's code, not that of a library."""
     package = str(frame.f_globals.get("__name__", "")).partition(".")[0]
     return package not in _LIBRARIES and frame.f_code.co_filename != "<string>"
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    """An error and those it came from."""
+    """An error, its cause, the cause of that, and so on."""
     while error is not None:
         yield error
         error = error.__cause__ or error.__context__
 
 
 def _reason(error: Exception, text: str) -> str:
-    """What the code did that an exported graph cannot."""
+    """What the code did that an exported graph cannot do."""
     for one in _chain(error):
         kind, message = type(one).__name__, str(one)
-        if kind.startswith(_DATA):
-            if _BRANCH.search(text):
+        if kind.startswith(_DATA_DEPENDENT_ERRORS):
+            if _BRANCH_KEYWORD.search(text):
                 return "branches on data"
             if "specialized" in message:
-                return "makes a Python number of data"
-            return "decides by data"
+                return "turns data into a Python number"
+            return "depends on the values of data"
         if "numpy" in message:
             return "calls into numpy"
         if "data pointer" in message or "data_ptr" in message:
-            return "reaches into a tensor's memory"
+            return "reads the address of a tensor's memory"
         if "fake impl" in message or kind.startswith(("UnsupportedOperator", "OperatorWithout")):
             return "runs an operator that torch.export does not know"
     return "stops"
 
 
 def _hint(error: Exception) -> str:
-    """What usually helps."""
-    if any(_CACHE.search(str(one)) for one in _chain(error)):
-        return "model.config.use_cache = False until it is pruned; a graph cannot return a cache of keys and values"
+    """The usual remedy."""
+    if any(_CACHE_OUTPUT.search(str(one)) for one in _chain(error)):
+        return "use_cache=False in the call that asks for a cache of keys and values, which a graph cannot return"
     return "groups declared by hand: sparsify(..., groups=[l0hooks.structure.declare_group(model, ...)])"
 
 
 def _first_line(error: Exception) -> str:
     line = next((line for line in str(error).splitlines() if line.strip()), "")
-    return f"{type(error).__name__}: {line.strip()}" if line else type(error).__name__
+    return f"{type(error).__name__}: {line.strip()[:_LONGEST]}" if line else type(error).__name__

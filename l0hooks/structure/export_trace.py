@@ -1,46 +1,87 @@
-"""Walk an exported graph and find which channels of which parameters live and die together."""
+"""Trace an exported graph to find which channels of which parameters must be removed together."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
+from l0hooks._torch.graphs import export
 from l0hooks._torch.running import OUT_OF_MEMORY, evaluating
 from l0hooks._torch.tensors import beside, is_placed, memory_of, same_tensor
+from l0hooks.structure import rules_channels, rules_einsum  # noqa: F401  they fill the table
+from l0hooks.structure.example_inputs import check_examples
 from l0hooks.structure.export_errors import export_failure
-from l0hooks.structure.fx_nodes import first_of, has_shape, is_mutable, name_of, shape_of
-from l0hooks.structure.rules_channels import RULES
-from l0hooks.structure.rules_elementwise import FILLED, POINTWISE
-from l0hooks.structure.tracer import Parameter, Reference, Tracer, constants
+from l0hooks.structure.fx_nodes import first_of, has_shape, is_mutable, name_of, region_of, shape_of
+from l0hooks.structure.references import Parameter, Reference
+from l0hooks.structure.rules_elementwise import FILLED, MOVEMENT, POINTWISE
+from l0hooks.structure.table import RULES
+from l0hooks.structure.tracer import Tracer, constants
+from l0hooks.structure.training_trace import training_program, used_in_training_only
 from l0hooks.structure.union_find import squeeze_constant, varies
 
+FRESH = FILLED | {"empty", "new_empty"}
+_MOST_ELEMENTS = 2**21  # of a tensor that is filled piece by piece; a larger one is frozen
 
-def export_and_trace(model: nn.Module, example_inputs: Sequence[Any]) -> tuple[torch.export.ExportedProgram, Tracer]:
+
+def export_and_trace(
+    model: nn.Module, example_inputs: Sequence[Any], *, training: bool = False
+) -> tuple[torch.export.ExportedProgram, Tracer]:
     """Export ``model`` in evaluation mode and trace the channels of its graph.
+
+    Parameters
+    ----------
+    model : nn.Module
+    example_inputs : sequence
+        Positional arguments of ``model``.
+    training : bool
+        Trace the layers that are used in training only, too. What can be removed is then what both graphs permit.
 
     Raises
     ------
+    SpecError
+        If ``example_inputs`` is no sequence.
     UnsupportedModuleError
         If ``torch.export`` cannot take the model; the message says where it stopped.
     """
-    with evaluating(model):
+    check_examples(model, example_inputs)
+    with exporting(model):
         try:
-            program = torch.export.export(model, beside(model, example_inputs), strict=False)
+            program = export(model, beside(model, example_inputs))
         except OUT_OF_MEMORY:
             raise
         except Exception as error:
             raise export_failure(model, example_inputs, error) from error
-        return program, trace(program)
+        tracer = trace(program)
+    unused = frozenset(name for p in tracer.parameters if not p.is_used for name in p.names)
+    if training and unused and used_in_training_only(model, example_inputs, unused):
+        other = training_program(model, example_inputs)
+        tracer = tracer if other is None else trace(program, other)
+        tracer.training_only = unused
+    return program, tracer
 
 
-def trace(program: torch.export.ExportedProgram) -> Tracer:
-    """Labels for every value of an exported program, its classes settled."""
+@contextmanager
+def exporting(model: nn.Module) -> Iterator[None]:
+    """The state in which ``model`` is exported: evaluation, and nothing kept from before.
+
+    Everything is restored afterwards.
+    """
+    with evaluating(model, afresh=True), warnings.catch_warnings():
+        # torch warns of attributes that the trace sets: they are put back
+        warnings.filterwarnings("ignore", "The tensor attributes? .*during export", UserWarning)
+        yield
+
+
+def trace(*programs: torch.export.ExportedProgram) -> Tracer:
+    """A tracer with labels for every value of exported programs of one model; its classes are final."""
     t = Tracer()
-    _place_inputs(t, program)
-    for node in program.graph.nodes:
+    _place_inputs(t, programs)
+    for node in (node for program in programs for node in program.graph.nodes):
         if node.op == "call_function":
             t.values[node] = _call(t, node)
         elif node.op == "output":
@@ -50,36 +91,38 @@ def trace(program: torch.export.ExportedProgram) -> Tracer:
     return t
 
 
-def _place_inputs(t: Tracer, program: torch.export.ExportedProgram) -> None:
-    signature = program.graph_signature
-    names = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
-    buffers = set(signature.inputs_to_buffers)
+def _place_inputs(t: Tracer, programs: Sequence[torch.export.ExportedProgram]) -> None:
     tied: dict[tuple[Any, ...], Parameter] = {}
+    by_name: dict[str, Parameter] = {}
     memory: list[tuple[int, int, Parameter]] = []
-    outside = t.classes.new(1)
-    t.classes.freeze(outside, "an input of the model")
-    for node in program.graph.nodes:
-        if node.op != "placeholder":
-            continue
-        value = node.meta.get("val")
-        name = names.get(node.name)
-        tensor = None if name is None else program.state_dict.get(name, program.constants.get(name))
-        if isinstance(tensor, Tensor) and tensor.is_floating_point() and tensor.dim() > 0:
+    input_atom = t.classes.new(1)
+    t.classes.freeze(input_atom, "an input of the model")
+    for program in programs:
+        signature = program.graph_signature
+        names = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
+        for node in program.graph.nodes:
+            if node.op != "placeholder":
+                continue
+            name = str(names.get(node.name))
+            tensor = program.state_dict.get(name, program.constants.get(name))
+            if not isinstance(tensor, Tensor) or not tensor.is_floating_point() or tensor.dim() == 0:
+                t.values[node] = constants(node.meta.get("val"), int(input_atom))
+                continue
             key = same_tensor(tensor)
-            if key not in tied:
-                tied[key] = Parameter([], tensor.shape, node.name in buffers)
-                t.parameters.append(tied[key])
-                if is_placed(tensor):
-                    memory.append((*memory_of(tensor), tied[key]))
-            tied[key].names.append(str(name))
-            t.values[node] = Reference(tied[key], tuple(range(tensor.dim())))
-        else:
-            t.values[node] = constants(value, int(outside))
+            if name not in by_name:
+                if key not in tied:
+                    tied[key] = Parameter([], tensor.shape, node.name in signature.inputs_to_buffers)
+                    t.parameters.append(tied[key])
+                    if is_placed(tensor):
+                        memory.append((*memory_of(tensor), tied[key]))
+                by_name[name] = tied[key]
+                tied[key].names.append(name)
+            t.values[node] = Reference(by_name[name], tuple(range(tensor.dim())))
     _freeze_overlapping(t, memory)
 
 
 def _freeze_overlapping(t: Tracer, memory: list[tuple[int, int, Parameter]]) -> None:
-    """Parameters that share memory but not their shape cannot be cut: one is the other's transpose, or a part."""
+    """Freeze parameters that share memory in different shapes: one is the transpose or a part of the other."""
     memory.sort(key=lambda part: part[:2])
     end, last = 0, memory[0][2] if memory else None
     for first, after, parameter in memory:
@@ -91,11 +134,34 @@ def _freeze_overlapping(t: Tracer, memory: list[tuple[int, int, Parameter]]) -> 
             end, last = after, parameter
 
 
+def _run(t: Tracer, region: fx.GraphModule, given: Sequence[Any]) -> Any:
+    """The labels that a region of the graph returns; they pass through it as through the graph itself."""
+    places = [node for node in region.graph.nodes if node.op == "placeholder"]
+    for place, value in zip(places, given, strict=True):
+        if isinstance(value, fx.Node):
+            t.values[place] = t.values.get(value)
+            t.uniform[place] = t.uniform.get(value, frozenset())
+            if value in t.derived:
+                t.derived.add(place)
+    found: Any = None
+    for node in region.graph.nodes:
+        if node.op == "call_function":
+            t.values[node] = _call(t, node)
+        elif node.op == "output":
+            found = node.args[0]
+    return list(map(t.values.get, found)) if isinstance(found, (list, tuple)) else t.values.get(found)
+
+
 def _call(t: Tracer, node: fx.Node) -> Any:
+    region = region_of(node)
+    if region is not None:
+        return _run(t, *region)
     name, mutable = name_of(node), is_mutable(node)
     if node.meta.get("val") is None and not mutable:
         return None  # an assertion
     _note_uniform(t, node, name, mutable)
+    if name in FRESH and has_shape(node) and 0 < shape_of(node).numel() <= _MOST_ELEMENTS and _is_written(node):
+        return t.fresh(node)
     if not _any_labels(t, node):
         return t.frozen_like(node)
     if name not in RULES:
@@ -104,12 +170,24 @@ def _call(t: Tracer, node: fx.Node) -> Any:
         return t.freeze_all(node, f"operator {name} has a shape that depends on the data")
     found = RULES[name](t, node)
     if mutable:
-        t.classes.unite(t.labels(first_of(node)), found)  # whatever shares its memory changes with it
+        target = t.labels(first_of(node))
+        t.classes.unite(target, found)  # tensors that share its memory change, too
+        if t.made and found is not target:
+            t.written.append(squeeze_constant(target))
     return found
 
 
+def _is_written(node: fx.Node) -> bool:
+    """Whether a later operator writes into a tensor, or into a view of it."""
+    for user in node.users:
+        first = user.op == "call_function" and user.all_input_nodes[0] is node
+        if first and (is_mutable(user) or (name_of(user) in MOVEMENT and _is_written(user))):
+            return True
+    return False
+
+
 def _note_uniform(t: Tracer, node: fx.Node, name: str, mutable: bool) -> None:
-    """Fresh tensors of one number, and what elementwise operators make of them."""
+    """Remember tensors filled with one number, and elementwise results of them."""
     if mutable:
         t.uniform.clear()
     elif name in FILLED and has_shape(node):
@@ -123,7 +201,7 @@ def _note_uniform(t: Tracer, node: fx.Node, name: str, mutable: bool) -> None:
 
 
 def _any_labels(t: Tracer, node: fx.Node) -> bool:
-    """Whether a parameter or something removable goes into ``node``."""
+    """Whether an input of ``node`` is a parameter or has channels that can be removed."""
     for source in node.all_input_nodes:
         value = t.values.get(source)
         parts = value if isinstance(value, (list, tuple)) else [value]
@@ -133,18 +211,19 @@ def _any_labels(t: Tracer, node: fx.Node) -> bool:
 
 
 def _settle(t: Tracer) -> None:
-    """At every reshape a class must be whole slabs along one axis; merge until that holds everywhere."""
+    """Merge classes until, at every reshape, each class consists of whole slabs along one axis."""
     for parameter in t.parameters:
         if parameter.elements is not None and parameter.axes:
             for labels in (*parameter.axes, parameter.elements):
                 t.classes.freeze(labels, f"{parameter.names[0]} is used both as a weight and as an activation")
+    t.freeze_unwritten()
     tensors = [*t.reshaped, *(p.elements for p in t.parameters if p.elements is not None)]
     while sum(_make_slabs(t, labels) for labels in tensors):
         pass
 
 
 def _make_slabs(t: Tracer, labels: Tensor) -> bool:
-    """Merge classes until each is whole slabs along one axis; whether there was anything to merge."""
+    """Merge classes until each consists of whole slabs along one axis. Returns whether any were merged."""
     roots = squeeze_constant(t.classes.roots(labels))
     axes = [d for d in range(roots.dim()) if varies(roots, d)]
     if len(axes) < 2:

@@ -1,7 +1,8 @@
-"""What one node of an exported graph is: its operator, its arguments, its shape, and the module that ran it."""
+"""Facts about a node of an exported graph: its operator, arguments and shape, and the module that ran it."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -18,8 +19,31 @@ def name_of(node: fx.Node) -> str:
     return target.__name__ if callable(target) else str(target)
 
 
+_REGIONS = {"wrap_with_autocast": 4, "wrap_with_set_grad_enabled": 1}  # at which place their graph is given
+
+
+def region_of(node: fx.Node) -> tuple[fx.GraphModule, list[Any]] | None:
+    """The graph of a part of the code that runs in a context of its own, and its arguments; None for other nodes."""
+    place = _REGIONS.get(name_of(node)) if node.op == "call_function" else None
+    owner = node.graph.owning_module
+    if place is None or owner is None:
+        return None
+    inner: Any = node.args[place]
+    region = owner.get_submodule(inner.target)
+    return (region, list(node.args[place + 1 :])) if isinstance(region, fx.GraphModule) else None
+
+
+def every_node(graph: fx.Graph) -> Iterator[fx.Node]:
+    """The nodes of a graph, each region's own before the node that calls it."""
+    for node in graph.nodes:
+        region = region_of(node)
+        if region is not None:
+            yield from every_node(region[0].graph)
+        yield node
+
+
 def argument(node: fx.Node, name: str) -> Any:
-    """An argument of an ATen operator by its name in the schema, its default if it was not given."""
+    """An argument of an ATen operator by its name in the schema, or its default."""
     schema = schema_of(node)
     if schema is None:
         raise TypeError(f"{node.target} has no schema")
@@ -32,7 +56,7 @@ def argument(node: fx.Node, name: str) -> Any:
 
 
 def first_of(node: fx.Node) -> fx.Node:
-    """The first tensor that goes into a node."""
+    """The first input tensor of a node."""
     return node.all_input_nodes[0]
 
 
@@ -50,7 +74,7 @@ def is_static(value: object) -> bool:
 
 
 def has_shape(node: fx.Node) -> bool:
-    """Whether a node's value is a tensor, or tensors, of known shape."""
+    """Whether a node's value is a tensor, or tensors, whose shape does not depend on data."""
     return is_static(node.meta.get("val"))
 
 
@@ -60,8 +84,14 @@ def is_mutable(node: fx.Node) -> bool:
     return schema is not None and bool(schema.is_mutable)
 
 
+def called_by(node: fx.Node) -> str:
+    """The qualified name of the innermost module that ran the operator; empty for the model itself."""
+    stack = node.meta.get("nn_module_stack") or {}
+    names = [path for path, _ in stack.values()]
+    return str(names[-1]) if names else ""
+
+
 def place_of(node: fx.Node) -> str:
     """`` at module``: the innermost module that ran the operator."""
-    stack = node.meta.get("nn_module_stack") or {}
-    names = [path for path, _ in stack.values() if path]
-    return f" at {names[-1]}" if names else ""
+    name = called_by(node)
+    return f" at {name}" if name else ""

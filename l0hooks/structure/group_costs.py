@@ -1,4 +1,4 @@
-"""``CoupledPlan``: channel groups that are removed together, and what a model costs when some of their members stay."""
+"""``CoupledPlan``: the coupled groups of a model, and its cost when some of their members stay."""
 
 from __future__ import annotations
 
@@ -21,27 +21,27 @@ Floats = npt.NDArray[np.float64]
 
 @dataclass(frozen=True)
 class CoupledPlan:
-    """The coupled groups of one model, and what the model costs when some of their members are removed.
+    """The coupled groups of a model, and the model's cost when some of their members are removed.
 
     Attributes
     ----------
     groups : tuple of ChannelGroup
     positions : mapping from parameter name to float
-        Multiply-adds per weight in one pass over the example inputs, for each layer under one of its names.
+        Multiply-adds per weight for one of the example inputs; each layer appears under one of its names.
     declared : bool
-        Whether the groups were declared by hand; then no exported graph shows that they are complete.
+        Whether the groups were declared by hand; no exported graph shows then that they are complete.
     """
 
     groups: tuple[ChannelGroup, ...]
     positions: Mapping[str, float] = field(default_factory=dict)
     declared: bool = False
-    _forms: dict[object, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _quadratic_forms: dict[object, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __deepcopy__(self, memo: dict[int, object]) -> CoupledPlan:
-        return CoupledPlan(self.groups, self.positions, self.declared)  # the large index arrays are shared
+        return CoupledPlan(self.groups, self.positions, self.declared)  # the copies share the large index arrays
 
     def tensors(self, without: AbstractSet[str] = frozenset()) -> dict[tuple[str, ...], list[tuple[int, GroupSite]]]:
-        """Every parameter that a group runs through, with its sites and the number of each site's group."""
+        """Every parameter that holds members of a group, with its sites and the number of each site's group."""
         found: dict[tuple[str, ...], list[tuple[int, GroupSite]]] = {}
         for number, group in enumerate(self.groups):
             for site in group.sites:
@@ -50,14 +50,15 @@ class CoupledPlan:
         return found
 
     def parameters(self, kept: Count, without: AbstractSet[str] = frozenset()) -> int:
-        """The parameters left in the tensors that groups run through, when ``kept(g)`` members of group g stay.
+        """The parameters left in the tensors of all groups when ``kept(g)`` members of group g stay.
 
-        A tensor's share is the product of what stays along its axes. Parameters named in ``without`` are not counted.
+        The size of a tensor is the product of the lengths left along its axes. Parameters named in
+        ``without`` are not counted.
         """
         return sum(self._elements(sites, kept) for sites in self.tensors(without).values())
 
     def macs(self, kept: Count, without: AbstractSet[str] = frozenset()) -> float:
-        """The multiply-adds of the layers that groups run through, when ``kept(g)`` members of group g stay."""
+        """The multiply-adds of the layers of all groups when ``kept(g)`` members of group g stay."""
         return sum(
             sum(self.positions.get(name, 0.0) for name in names) * self._elements(sites, kept)
             for names, sites in self.tensors(without).items()
@@ -74,8 +75,8 @@ class CoupledPlan:
     ) -> float:
         """Add the cost of one tensor to a quadratic form in the numbers of members that stay; return its constant part.
 
-        What stays of a tensor is the product of what stays along its axes; each element costs ``each``. ``numbers``
-        gives the place of each group in the form; groups without a place keep all members.
+        The size of a tensor is the product of the lengths left along its axes; each element costs ``each``. ``numbers``
+        maps a group to its index in the form; groups without an index keep all members.
         """
         shape = sites[0][1].shape
         axes = sorted({site.axis for _, site in sites})
@@ -100,21 +101,21 @@ class CoupledPlan:
     def expected(self, keep: Sequence[Tensor], without: AbstractSet[str], *, macs: bool) -> Tensor:
         """Expected :meth:`parameters` or :meth:`macs` when members stay independently, with these probabilities.
 
-        Computed by a few tensor operations, so that gradients flow to the probabilities.
+        Gradients flow to the probabilities.
         """
         key = macs, frozenset(without), keep[0].device
-        if (form := self._forms.get(key)) is None:
-            form = self._form(without, macs=macs, device=keep[0].device)
-            if type(form[1]) is Tensor:  # a tensor subclass of a tracer must not be kept
-                self._forms[key] = form
+        if (form := self._quadratic_forms.get(key)) is None:
+            form = self._quadratic_form(without, macs=macs, device=keep[0].device)
+            if type(form[1]) is Tensor:  # do not cache the tensor subclasses of tracers
+                self._quadratic_forms[key] = form
         constant, linear, square, varies = form
         mean = _sums(keep)
         cost: Tensor = constant + (linear + mean @ square) @ mean
-        if varies:  # groups on both axes of a square: E[k²] = E[k]² + Var[k]
+        if varies:  # groups on both axes of a tensor: E[k²] = E[k]² + Var[k]
             cost = cost + square.diagonal() @ _sums([p * (1 - p) for p in keep])
         return cost
 
-    def _form(
+    def _quadratic_form(
         self, without: AbstractSet[str], *, macs: bool, device: torch.device
     ) -> tuple[float, Tensor, Tensor, bool]:
         count = len(self.groups)

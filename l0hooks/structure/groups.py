@@ -1,4 +1,4 @@
-"""``ChannelGroup``: channels, neurons or heads that can be removed, with all their places; and what cannot be."""
+"""``ChannelGroup``: channels, neurons or heads that can be removed, and every tensor axis that holds them."""
 
 from __future__ import annotations
 
@@ -15,20 +15,21 @@ Ints = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class GroupSite:
-    """One parameter axis that a group runs through.
+    """An axis of a parameter or buffer that holds the members of a group.
 
     Attributes
     ----------
     names : tuple of str
         Qualified names of the parameter or buffer; several if it is tied.
     shape : tuple of int
+        Of the tensor.
     axis : int
     indices : numpy array, int64, shape (members of the group, width)
-        Where along the axis each member lies.
+        The positions of each member along the axis.
     reads : bool
-        Whether layers read their input along this axis: here a gate is exact.
+        Whether layers read their input along this axis. Gates on such axes make removal exact.
     buffer : bool
-        Whether it is a buffer.
+        Whether the tensor is a buffer.
 
     Examples
     --------
@@ -55,7 +56,7 @@ class GroupSite:
 
     @property
     def parameters_each(self) -> int:
-        """Numbers that vanish from this parameter with one member, the others all kept."""
+        """Elements removed from this parameter with one member when all others stay; 0 for a buffer."""
         if self.buffer:
             return 0
         total = int(np.prod(self.shape))
@@ -72,7 +73,7 @@ class ChannelGroup:
     size : int
         Number of members.
     sites : tuple of GroupSite
-        Everywhere a member has to be cut out.
+        Every tensor axis that holds the members.
 
     Examples
     --------
@@ -100,13 +101,18 @@ class ChannelGroup:
         return tuple(s for s in self.sites if s.reads)
 
     @property
+    def first(self) -> GroupSite:
+        """The first weight that produces the members; the first place of any kind if none does."""
+        return (*self.writers, *self.sites)[0]
+
+    @property
     def name(self) -> str:
         """Name of the first module that produces the members (that reads them, if none does)."""
-        return _names((*self.writers, *self.sites)[:1])
+        return _names((self.first,))
 
     @property
     def parameters_each(self) -> int:
-        """Parameters that vanish with one member, all others kept."""
+        """Parameters removed with one member when all others stay."""
         return sum(site.parameters_each for site in self.sites)
 
     def __str__(self) -> str:
@@ -117,8 +123,16 @@ class ChannelGroup:
             _names(between),
             _names(self.readers) + " inputs" if self.readers else "",
         ]
-        noun = self.kind if self.size == 1 else self.kind + "s"
-        return f"{' → '.join(p for p in parts if p)}: {self.size:,} {noun}, {self.parameters_each:,} parameters each"
+        return f"{' → '.join(p for p in parts if p)}: {self._count()}, {self.parameters_each:,} parameters each"
+
+    def _count(self) -> str:
+        """The members in words: blocks of channels that only go together, as under a GroupNorm, are groups."""
+        nouns = self.kind + "s"
+        first = self.first.indices
+        width = first.shape[1]
+        if self.kind == "head" or width == 1 or (first != first[:, :1] + np.arange(width)).any():
+            return f"{self.size:,} {self.kind if self.size == 1 else nouns}"
+        return f"{self.size:,} group{'' if self.size == 1 else 's'} of {width:,} {nouns}"
 
 
 @dataclass(frozen=True)
@@ -130,6 +144,7 @@ class FrozenChannels:
     modules : tuple of str
         Qualified names of the layers.
     reason : str
+        Why they stay.
 
     Examples
     --------
@@ -146,12 +161,13 @@ class FrozenChannels:
 
 @dataclass(frozen=True)
 class ChannelGroups(Sequence[ChannelGroup]):
-    """All groups of a model, in the order of its layers; prints one line each, and what is frozen.
+    """All groups of a model in the order of its layers; ``print`` shows one line for each, then what is frozen.
 
     Attributes
     ----------
     groups : tuple of ChannelGroup
     frozen : tuple of FrozenChannels
+        Layers with outputs that cannot be removed.
 
     Examples
     --------

@@ -1,6 +1,6 @@
-"""The layers that can carry gates, and how a gate array lies over a weight.
+"""The layers that can carry gates, and how an array of gates broadcasts to a weight.
 
-A weight's first axis counts all its channels on one side, its second axis those of one group on the other side:
+The first axis of a weight counts all channels of one side; the second counts the channels of one group on the other:
 ``(g o) i …`` for Linear and Conv, ``(g i) o …`` for ConvTranspose, Embedding and Hugging Face's Conv1D.
 """
 
@@ -31,7 +31,7 @@ _PROJECTIONS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weig
 
 @dataclass(frozen=True)
 class WeightLayout:
-    """Which axis of a weight is which: ``output_first``, and the number of ``groups`` in its first axis."""
+    """The axes of a weight: whether outputs come first, and the number of ``groups`` in its first axis."""
 
     output_first: bool
     groups: int = 1
@@ -39,7 +39,7 @@ class WeightLayout:
 
 @dataclass(frozen=True)
 class GateLayout:
-    """How gates of ``shape`` spread over a weight: an einops pattern, or None for one gate per weight.
+    """How gates of ``shape`` broadcast to a weight: an einops pattern, or None for one gate per weight.
 
     Examples
     --------
@@ -76,7 +76,7 @@ def gateable_weights(name: str, module: nn.Module) -> list[tuple[nn.Module, str,
     Raises
     ------
     UnsupportedModuleError
-        If the module has no such weight, or uses it in a way that gates cannot follow.
+        If the module has no such weight, or uses it in a way that gates do not support.
     """
     if isinstance(module, nn.MultiheadAttention):
         own = [(module, p, WeightLayout(True)) for p in _PROJECTIONS if p in dict(tensors_of(module))]
@@ -85,7 +85,7 @@ def gateable_weights(name: str, module: nn.Module) -> list[tuple[nn.Module, str,
         raise UnsupportedModuleError(
             explain(
                 repr(name),
-                "max_norm rewrites the weight, and sparse gradients bypass it: gates can follow neither.",
+                "gates support neither max_norm, which rewrites the weight, nor sparse gradients, which bypass it.",
                 got=f"max_norm={module.max_norm}, sparse={module.sparse}",
                 hint="max_norm=None and sparse=False, or exclude it",
             )
@@ -109,16 +109,17 @@ def gateable_weights(name: str, module: nn.Module) -> list[tuple[nn.Module, str,
 def gate_layout(
     granularity: Granularity, weight: WeightLayout, shape: torch.Size, *, where: str = "gates"
 ) -> GateLayout:
-    """Where the gates of ``granularity`` lie over a weight of ``shape``.
+    """How gates of ``granularity`` broadcast to a weight of ``shape``.
 
     Parameters
     ----------
     granularity : "weight", "input", "output", "kernel" or (rows, cols)
         Blocks have ``rows`` output and ``cols`` input channels and span the kernel.
     weight : WeightLayout
-    shape : torch.Size, at least two axes
+    shape : torch.Size
+        At least two axes.
     where : str
-        Name for messages.
+        The name that error messages start with.
 
     Raises
     ------

@@ -1,4 +1,4 @@
-"""The tensors of a model by name, and which of them are one memory."""
+"""The tensors of a model by name, and which of them share memory."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from l0hooks._torch.tensors import is_placed, memory_of, same_tensor
 
 
 class Tensors:
-    """Initialised parameters and floating buffers under every name they have, in the order of the model's state.
+    """Initialised parameters and floating-point buffers under all their names, in the order of the model's state.
 
     Attributes
     ----------
@@ -39,7 +39,7 @@ class Tensors:
         return tuple(self._tied[same_tensor(self.by_name[name])])
 
     def overlapping(self, name: str) -> str | None:
-        """Another tensor that shares memory with this one in another shape: its transpose, or a part."""
+        """The name of another tensor, a transpose or a part, that shares memory with this one; None if none does."""
         tensor = self.by_name[name]
         if not is_placed(tensor):
             return None

@@ -27,6 +27,11 @@ def matches(pattern: Pattern, name: str, module: nn.Module) -> bool:
     name : str
     module : nn.Module
 
+    Raises
+    ------
+    SpecError
+        If it is no pattern.
+
     Examples
     --------
     >>> matches("layer*.conv?", "layer1.0.conv2", nn.Conv2d(1, 1, 1)), matches(nn.Linear, "fc", nn.Linear(1, 1))
@@ -36,6 +41,8 @@ def matches(pattern: Pattern, name: str, module: nn.Module) -> bool:
         return pattern.fullmatch(name) is not None
     if isinstance(pattern, type):
         return isinstance(module, pattern)
+    if not isinstance(pattern, str):
+        raise _no_pattern(pattern)
     if pattern == "all":
         return is_gateable(module) and not isinstance(module, EMBEDDINGS)
     if pattern == "all-linear":
@@ -47,7 +54,23 @@ def matches(pattern: Pattern, name: str, module: nn.Module) -> bool:
 
 def as_patterns(patterns: Pattern | Sequence[Pattern]) -> tuple[Pattern, ...]:
     """One pattern or several, as a tuple."""
-    return (patterns,) if isinstance(patterns, (str, re.Pattern, type)) else tuple(patterns)
+    if isinstance(patterns, (str, re.Pattern, type)):
+        return (patterns,)
+    if isinstance(patterns, nn.Module) or not isinstance(patterns, Iterable):
+        raise _no_pattern(patterns)
+    return tuple(patterns)
+
+
+def _no_pattern(got: object) -> SpecError:
+    return SpecError(
+        explain(
+            "pattern",
+            "modules are named by patterns.",
+            expected="a name, a compiled regular expression, a module type, or a sequence of these",
+            got=f"an object of type {type(got).__name__}",
+            hint="the module's name in named_modules()",
+        )
+    )
 
 
 def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
+from einops import rearrange, repeat
 from torch import Tensor, fx
 
 from l0hooks.structure.fx_nodes import argument, first_of, name_of, shape_of
 from l0hooks.structure.rules_elementwise import pointwise
 from l0hooks.structure.table import RULES, rule
 from l0hooks.structure.tracer import Tracer
-from l0hooks.structure.union_find import along, compress, varies
+from l0hooks.structure.union_find import along, compress, constant, varies
 
-__all__ = ["RULES"]  # the whole table, which importing this room has filled
+__all__ = ["RULES"]  # importing this module fills the table
 
 # --- reading: Linear and convolutions -------------------------------------------------------------------------------
 
@@ -105,14 +106,14 @@ def _convolution(t: Tracer, node: fx.Node) -> Tensor:
 def _grouped(
     t: Tracer, node: fx.Node, groups: int, inputs: Tensor, first: Tensor, second: Tensor, *, transposed: bool
 ) -> Tensor:
-    """Whole groups only: a group's inputs, outputs and its part of the kernel are one class."""
-    by_group = inputs.reshape(groups, -1)
+    """Only whole groups can be removed: the inputs, outputs and kernels of a group are one class."""
+    by_group = rearrange(inputs, "(group channel) -> group channel", group=groups)
     t.unite(node, by_group, by_group[:, :1])
-    kernel = first.reshape(groups, -1)
+    kernel = rearrange(first, "(group channel) -> group channel", group=groups)
     t.unite(node, kernel, by_group[:, :1])
     t.classes.freeze(second, "counts the channels inside a group")
     if transposed:
-        return by_group[:, :1].expand(groups, second.numel()).reshape(-1)
+        return repeat(by_group[:, 0], "group -> (group channel)", channel=second.numel())
     return first
 
 
@@ -121,25 +122,41 @@ def _embedding(t: Tracer, node: fx.Node) -> Tensor:
     weight = argument(node, "weight")
     if not t.is_weight(weight):
         return t.freeze_all(node, "an embedding whose table is computed")
+    return along(_columns(t, node, weight, argument(node, "indices")), -1, shape_of(node))
+
+
+def _columns(t: Tracer, node: fx.Node, weight: fx.Node, *indices: fx.Node) -> Tensor:
+    """The channels of a table whose rows are looked up, and stay."""
     rows, columns = t.axes(weight)
-    t.freeze_indices(node, argument(node, "indices"))
+    t.freeze_indices(node, *indices)
     t.classes.freeze(rows, "rows of an embedding: one for each token")
-    return along(columns, -1, shape_of(node))
+    return columns
+
+
+@rule("embedding_bag")
+def _embedding_bag(t: Tracer, node: fx.Node) -> Any:
+    """The sums of rows come first; then what says which rows they are of."""
+    weight = argument(node, "weight")
+    if not t.is_weight(weight):
+        return t.freeze_all(node, "an embedding whose table is computed")
+    columns = _columns(t, node, weight, *(source for source in node.all_input_nodes if source is not weight))
+    sums, *others = node.meta["val"]
+    return [along(columns, -1, sums.shape), *(constant(value.shape) for value in others)]
 
 
 @rule("scaled_dot_product_attention")
 def _attention(t: Tracer, node: fx.Node) -> Tensor:
-    """Heads are what is left of the channels: q, k and v are merged within each head."""
+    """Only whole heads can be removed: the channels of q, k and v are merged within each head."""
     query, key, value = (argument(node, n) for n in ("query", "key", "value"))
     mask, out = argument(node, "attn_mask"), shape_of(node)
     if len(out) < 4:
         return t.freeze_all(node, "attention without an axis of heads")
     heads = [t.collapse(n, -3) for n in (query, key, value)]
-    few = min(len(h) for h in heads)
-    heads = [h.reshape(few, -1) for h in heads]
+    shared = min(len(h) for h in heads)  # the number of key heads, each shared by several query heads
+    heads = [rearrange(h, "(key_head head) -> key_head head", key_head=shared) for h in heads]
     for h in heads:
         t.unite(node, heads[0][:, :1], h)
-    found = along(heads[0].reshape(-1), -3, out)
+    found = along(rearrange(heads[0], "key_head head -> (key_head head)"), -3, out)
     t.heads.append(found)
     if isinstance(mask, fx.Node):
         labels = t.operand(mask)
@@ -160,12 +177,13 @@ def _batch_norm(t: Tracer, node: fx.Node) -> Tensor:
 @rule("group_norm")
 def _group_norm(t: Tracer, node: fx.Node) -> Tensor:
     vector = t.collapse(argument(node, "input"), 1)
-    t.merge(node, vector.reshape(argument(node, "num_groups"), -1), 1, "normalised together by group_norm")
+    by_group = rearrange(vector, "(group channel) -> group channel", group=argument(node, "num_groups"))
+    t.merge(node, by_group, 1, "normalised together by group_norm")
     return _tied(t, node, vector, "weight", "bias")
 
 
 def _tied(t: Tracer, node: fx.Node, vector: Tensor, *names: str) -> Tensor:
-    """Labels of the channels along axis 1, tied to the parameters of one number for each."""
+    """Labels of the channels along axis 1, merged with those of the parameters ``names``, one number per channel."""
     for name in names:
         parameter = argument(node, name)
         if isinstance(parameter, fx.Node):
@@ -194,14 +212,14 @@ def _reduction(t: Tracer, node: fx.Node) -> Any:
     for d in axes:
         labels = labels.narrow(d, 0, 1)
     value = node.meta["val"]
-    if isinstance(value, (list, tuple)):  # the numbers, and where they stood
+    if isinstance(value, (list, tuple)):  # values and their indices
         return [labels.reshape(part.shape) for part in value]
     return labels.reshape(value.shape)
 
 
 @rule("max", "min")
 def _extreme(t: Tracer, node: fx.Node) -> Any:
-    """Of two tensors, or over axes."""
+    """An elementwise result of two tensors, or a reduction over axes."""
     of_two = len(node.args) > 1 and isinstance(node.args[1], fx.Node)
     return pointwise(t, node) if of_two else _reduction(t, node)
 

@@ -1,7 +1,7 @@
-"""The one table: operator → how labels flow through it.
+"""The table of rules: how labels pass through each operator.
 
-A rule gets the tracer and the graph's node and returns the labels of the node's value. What no rule covers is frozen,
-which is always safe: its channels simply cannot be removed.
+A rule takes the tracer and a node of the graph and returns the labels of the node's value. Inputs of operators without
+a rule are frozen, which is always safe: their channels are never removed.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ RULES: dict[str, Rule] = {}
 
 
 def rule(*operators: str) -> Callable[[Rule], Rule]:
-    """Register a rule for the ATen operators called so, without overload names."""
+    """Register a rule for the ATen operators with these names, without overload names."""
 
     def add(function: Rule) -> Rule:
         for name in operators:

@@ -3,47 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from l0hooks.structure.fx_nodes import has_shape, is_static, place_of
+from l0hooks.structure.fx_nodes import has_shape, is_static, place_of, shape_of
+from l0hooks.structure.references import Parameter, Reference
 from l0hooks.structure.union_find import Classes, compress, constant, squeeze_constant, squeeze_other, varies
-
-
-@dataclass
-class Parameter:
-    """One parameter or float buffer, tied names together, with the labels of its axes or of its elements.
-
-    Attributes
-    ----------
-    names : list of str
-        Qualified names; several if tied.
-    shape : torch.Size
-    axes : list of Tensor
-        Labels along each axis, once an operator used it as a weight or a vector.
-    elements : Tensor or None
-        Labels of single elements, once it was used as an activation.
-    read_axis : set of int
-        Axes along which Linear and convolution layers read channels.
-    """
-
-    names: list[str]
-    shape: torch.Size
-    is_buffer: bool
-    axes: list[Tensor] = field(default_factory=list)
-    elements: Tensor | None = None
-    read_axis: set[int] = field(default_factory=set)
-
-
-@dataclass
-class Reference:
-    """A parameter as it stands in the graph, its axes in ``order``."""
-
-    parameter: Parameter
-    order: tuple[int, ...]
 
 
 class Tracer:
@@ -53,17 +20,23 @@ class Tracer:
     ----------
     classes : Classes
     parameters : list of Parameter
-        With ``classes``, the result.
+        With ``classes`` the result of tracing.
     values : dict
         The labels of each node's value; None for what has no labels, such as numbers and shapes known only at run time.
     reshaped : list
         Labels after each reshape.
     heads : list of Tensor
-        Labels along axes that attention takes for heads.
+        Labels that vary along the head axis of attention.
     mixed : list
         Labels that were merged, and why.
     uniform : dict
-        Of tensors made by the graph itself, the axes (from the right) along which their numbers are all equal.
+        Of tensors that the graph itself fills: the axes, counted from the right, along which their numbers are equal.
+    derived : set
+        Nodes whose labels are those of elements of parameters alone, moved or transformed.
+    made, written : list
+        Tensors that the graph makes empty or filled, to write into them later, and what was written into.
+    training_only : frozenset of str
+        Parameters and buffers that are used in training only; empty unless that was traced, too.
     """
 
     def __init__(self) -> None:
@@ -74,18 +47,27 @@ class Tracer:
         self.heads: list[Tensor] = []
         self.mixed: list[tuple[Tensor, str]] = []
         self.uniform: dict[fx.Node, frozenset[int]] = {}
+        self.derived: set[fx.Node] = set()
+        self.made: list[tuple[fx.Node, Tensor]] = []
+        self.written: list[Tensor] = []
+        self.training_only: frozenset[str] = frozenset()
 
-    # --- what rules ask ------------------------------------------------------------------------------------------
+    # --- for the rules -------------------------------------------------------------------------------------------
 
     def is_weight(self, node: object) -> bool:
         """Whether ``node`` is a parameter, perhaps transposed."""
         return isinstance(node, fx.Node) and isinstance(self.values.get(node), Reference)
 
+    def is_derived(self, node: fx.Node) -> bool:
+        """Whether ``node`` is a parameter of several axes, perhaps moved or transformed element by element."""
+        value = self.values.get(node)
+        return node in self.derived or (isinstance(value, Reference) and len(value.parameter.shape) > 1)
+
     def axes(self, node: fx.Node) -> list[Tensor]:
         """The labels along each axis of a parameter."""
         reference: Reference = self.values[node]
         axes = self.axes_of(reference.parameter)
-        return [axes[d] for d in reference.order]
+        return [constant((1,)) if d < 0 else axes[d] for d in reference.order]
 
     def labels(self, node: fx.Node) -> Any:
         """The labels of a node's value; of a parameter, those of its elements."""
@@ -98,14 +80,21 @@ class Tracer:
         if parameter.elements is None:
             count = parameter.shape.numel()
             parameter.elements = self.classes.new(count).reshape(parameter.shape)
-        return parameter.elements.permute(value.order)
+        own = [d for d in value.order if d >= 0]
+        gone = [d for d in range(len(parameter.shape)) if d not in own]  # of length 1
+        labels = parameter.elements.permute(*own, *gone)
+        for _ in gone:
+            labels = labels.select(-1, 0)
+        for axis, d in enumerate(value.order):
+            labels = labels.unsqueeze(axis) if d < 0 else labels
+        return labels
 
     def roots(self, node: fx.Node) -> Tensor:
         """The roots of a node's labels."""
         return self.classes.roots(self.labels(node))
 
     def operand(self, node: fx.Node) -> Tensor:
-        """A node's labels, with length 1 along axes where all its numbers are equal anyway."""
+        """A node's labels, with length 1 along axes where all its numbers are equal."""
         labels: Tensor = self.labels(node)
         for axis in self.uniform.get(node, ()):
             if self.classes.is_frozen(labels):
@@ -117,7 +106,7 @@ class Tracer:
         return compress(self.labels(node), self.roots(node))
 
     def collapse(self, node: fx.Node, axis: int) -> Tensor:
-        """Merge labels that share an index along ``axis``; the labels along that axis."""
+        """Merge labels that share an index along ``axis``; returns the labels along that axis."""
         labels = self.labels(node)
         return self.collapse_labels(labels, axis % labels.dim())
 
@@ -143,7 +132,7 @@ class Tracer:
                     self.freeze(node, labels, reason)
 
     def merge(self, node: fx.Node, labels: Tensor, axis: int, reason: str) -> bool:
-        """Merge labels that vary along ``axis``, and remember why; whether they did."""
+        """Merge labels that vary along ``axis``, and remember the reason. Returns whether they varied."""
         if not varies(self.classes.roots(labels), axis):
             return False
         self.classes.unite(labels, labels.narrow(axis, 0, 1))
@@ -151,23 +140,23 @@ class Tracer:
         return True
 
     def freeze(self, node: fx.Node, labels: Tensor, reason: str) -> None:
-        """Make sure that nothing in ``labels`` is ever removed."""
+        """Mark everything in ``labels`` as never removed."""
         self.classes.freeze(labels, _reason(node, reason))
 
     def freeze_indices(self, node: fx.Node, *indices: fx.Node) -> None:
-        """Activations that decide where ``node`` looks cannot be removed."""
+        """Freeze the activations that ``node`` uses as indices."""
         for source in indices:
             self.freeze_value(node, source, "used as an index")
 
     def freeze_all(self, node: fx.Node, reason: str) -> Tensor:
-        """Freeze everything that goes into ``node``; the labels of a frozen result."""
+        """Freeze all inputs of ``node``; returns the labels of a frozen result."""
         for value in node.all_input_nodes:
             self.freeze_value(node, value, reason)
         frozen: Tensor = self.frozen_like(node)
         return frozen
 
     def why(self, labels: Tensor) -> str:
-        """Why what ``labels`` describe cannot be removed piece by piece."""
+        """Why single members of ``labels`` cannot be removed."""
         reason = self.classes.reason_of(labels)
         if not reason:
             roots = set(self.classes.roots(labels).reshape(-1).tolist())
@@ -176,24 +165,30 @@ class Tracer:
                     return mixed
         return reason or "a single channel or head"
 
-    def permute_weight(self, node: fx.Node, source: fx.Node) -> Reference:
-        """A parameter with its axes in another order."""
-        reference: Reference = self.values[source]
-        sizes = torch.empty(tuple(range(1, len(reference.order) + 1)), device="cpu")
-        order = tuple(n - 1 for n in node.target(sizes, *node.args[1:]).shape)  # type: ignore[operator]
-        return Reference(reference.parameter, tuple(reference.order[d] for d in order))
+    def fresh(self, node: fx.Node) -> Tensor:
+        """Labels of a tensor that the graph makes and then writes into, one for each element."""
+        labels = self.classes.new(shape_of(node).numel()).reshape(shape_of(node))
+        self.made.append((node, labels))
+        return labels
+
+    def freeze_unwritten(self) -> None:
+        """Freeze the elements of such tensors that nothing was written into."""
+        none = torch.zeros(1, dtype=torch.int64, device="cpu")
+        written = torch.cat([none, *(labels.reshape(-1) for labels in self.written)])
+        for node, labels in self.made:
+            self.freeze(node, labels[~torch.isin(labels, written)], "filled by the model's own code")
 
     def combine(self, node: fx.Node, tensors: Sequence[Tensor], shape: torch.Size) -> Tensor:
         """Labels of an elementwise result.
 
-        Operands whose channels line up are merged. An operand that is broadcast across another's channels keeps
-        nothing removable of its own; a frozen operand that is not broadcast there freezes them.
+        Channels that line up are merged. An operand that is broadcast across the channels of another is frozen. A
+        frozen operand that is not broadcast freezes the channels of the others.
         """
         rank = len(shape)
         operands = [t.reshape((1,) * (rank - t.dim()) + tuple(t.shape)) for t in tensors]
-        self._flatten_met(node, operands)
+        self._flatten_at_frozen(node, operands)
         if self.freeze_broadcast(node, operands, range(rank)):
-            self._flatten_met(node, operands)
+            self._flatten_at_frozen(node, operands)
         carriers = [t for t in operands if not self.classes.is_frozen(t)]
         if not carriers:
             return self._frozen(operands, shape)
@@ -202,16 +197,17 @@ class Tracer:
         return compress(carriers[0], self.classes.roots(carriers[0])).expand(shape)
 
     def freeze_broadcast(self, node: fx.Node, operands: Sequence[Tensor], axes: Iterable[int]) -> bool:
-        """Freeze each operand that has length 1 along one of ``axes`` along which another's labels vary; if any."""
+        """Freeze operands of length 1 along an axis where another's labels vary. Returns whether there were any."""
         found = False
         moving = [{d for d in axes if varies(self.classes.roots(t), d)} for t in operands]
-        for i, t in enumerate(operands):
+        for i in sorted(range(len(operands)), key=lambda i: self.classes.count(operands[i])):  # the most channels stay
+            t = operands[i]
             if any(t.shape[d] == 1 for d in set().union(*moving)) and not self.classes.is_frozen(t):
                 self.freeze(node, t, "broadcast across channels")
                 moving[i], found = set(), True
         return found
 
-    # --- what the walk asks, too ---------------------------------------------------------------------------------
+    # --- for the trace of the graph ------------------------------------------------------------------------------
 
     def axes_of(self, parameter: Parameter) -> list[Tensor]:
         """The labels along each axis of ``parameter``, made at the first call."""
@@ -220,15 +216,17 @@ class Tracer:
         return parameter.axes
 
     def collapse_labels(self, labels: Tensor, axis: int) -> Tensor:
-        """Merge those of ``labels`` that share an index along ``axis``; the labels along that axis."""
+        """Merge those of ``labels`` that share an index along ``axis``; returns the labels along that axis."""
         labels = squeeze_other(labels, axis)
+        if labels.numel() == 0:
+            return constant((labels.shape[axis],))
         rows = labels.movedim(axis, 0).reshape(labels.shape[axis], -1)
         if rows.shape[1] > 1:
             self.classes.unite(rows[:, :1], rows)
         return rows[:, 0].contiguous()
 
     def freeze_value(self, node: fx.Node, source: fx.Node, reason: str) -> None:
-        """Freeze whatever labels the value of ``source`` has, on behalf of ``node``."""
+        """Freeze all labels of the value of ``source``; ``node`` is named in the reason."""
         value = self.values.get(source)
         if isinstance(value, Reference):
             elements = value.parameter.elements
@@ -241,7 +239,7 @@ class Tracer:
                 self.freeze(node, part, reason)
 
     def frozen_like(self, node: fx.Node) -> Any:
-        """Frozen labels for a node's value, with the reason of what goes into it."""
+        """Frozen labels for a node's value, with the reason of its inputs."""
         value = node.meta.get("val")
         if isinstance(value, Tensor) and has_shape(node):
             inputs = [t for t in map(self.values.get, node.all_input_nodes) if isinstance(t, Tensor)]
@@ -252,17 +250,17 @@ class Tracer:
         """Frozen labels of ``shape``, with the first reason found in ``inputs``."""
         return constant(shape, next(filter(None, map(self.classes.first_frozen, inputs)), 0))
 
-    def _flatten_met(self, node: fx.Node, operands: Sequence[Tensor]) -> None:
+    def _flatten_at_frozen(self, node: fx.Node, operands: Sequence[Tensor]) -> None:
         """Along axes where an operand is frozen but not broadcast, the others cannot be cut either."""
-        plain = [t for t in operands if self.classes.is_frozen(t)]
-        met = {d for t in plain for d in range(t.dim()) if t.shape[d] > 1}
-        reason = next(filter(None, map(self.classes.reason_of, plain)), "combined with a tensor that has no channels")
+        frozen = [t for t in operands if self.classes.is_frozen(t)]
+        met = {d for t in frozen for d in range(t.dim()) if t.shape[d] > 1}
+        reason = next(filter(None, map(self.classes.reason_of, frozen)), "combined with a tensor that has no channels")
         for t in operands if met else ():
             self.flatten(node, t, [d for d in met if t.shape[d] > 1], reason)
 
 
 def constants(value: object, label: int = 0) -> Any:
-    """Labels of what cannot be removed; None for what has none."""
+    """Frozen labels for a tensor or a sequence of tensors; None for other values."""
     if isinstance(value, (list, tuple)):
         return [constants(v, label) for v in value]
     return constant(value.shape, label) if isinstance(value, Tensor) and is_static(value) else None

@@ -12,20 +12,20 @@ import torch
 from torch import Tensor
 
 Ints = npt.NDArray[np.int64]
-_OPEN = np.int64(2**62)
-_UNKNOWN = _OPEN - 1  # frozen by a union with atom 0
+_NOT_FROZEN = np.int64(2**62)
+_NO_REASON = _NOT_FROZEN - 1  # frozen by a union with atom 0
 
 
 class Classes:
-    """A union–find over atoms, every operation vectorised; the smallest atom of a class is its root.
+    """A union–find over atoms with vectorised operations; the smallest atom of a class is its root.
 
-    Freezing a class marks it and merges nothing, so that each keeps its own reason; to the outside the root of every
-    frozen class is 0.
+    Freezing marks a class and merges nothing, so that each class keeps its own reason. :meth:`roots` returns 0 for
+    every frozen class.
     """
 
     def __init__(self) -> None:
         self._parent: Ints = np.zeros(1, np.int64)
-        self._why: Ints = np.full(1, _UNKNOWN)  # of a root: index of its reason, _OPEN if it is not frozen
+        self._why: Ints = np.full(1, _NO_REASON)  # of a root: index of its reason, _NOT_FROZEN if it is not frozen
         self._size = 1
         self._reasons: list[str] = []
 
@@ -38,14 +38,14 @@ class Classes:
         if self._size > len(self._parent):
             spare = np.arange(len(self._parent), 2 * self._size)
             self._parent = np.concatenate([self._parent, spare])
-            self._why = np.concatenate([self._why, np.full(len(spare), _OPEN)])
+            self._why = np.concatenate([self._why, np.full(len(spare), _NOT_FROZEN)])
         return torch.arange(first, self._size, device="cpu")
 
     def roots(self, labels: Tensor) -> Tensor:
-        """The root of every label, with the strides of 0 kept."""
+        """The root of every label, 0 if frozen; axes of stride 0 keep it."""
         small = squeeze_constant(labels)
         found = self._find(small.numpy())
-        found = np.where(self._why[found] < _OPEN, 0, found)
+        found = np.where(self._why[found] < _NOT_FROZEN, 0, found)
         return torch.from_numpy(found).reshape(small.shape).expand(labels.shape)
 
     def unite(self, a: Tensor, b: Tensor) -> None:
@@ -56,7 +56,7 @@ class Classes:
             a, b = a.narrow(d, 0, 1), b.narrow(d, 0, 1)
         left, right = self._find(a.reshape(-1).numpy()), self._find(b.reshape(-1).numpy())
         while True:
-            frozen = (self._why[left] < _OPEN) & (self._why[right] < _OPEN)
+            frozen = (self._why[left] < _NOT_FROZEN) & (self._why[right] < _NOT_FROZEN)
             differ = (left != right) & ~frozen
             if not differ.any():
                 return
@@ -65,26 +65,26 @@ class Classes:
             left, right = self._find(left), self._find(right)
 
     def freeze(self, labels: Tensor, reason: str) -> None:
-        """Mark every class in ``labels`` as one that is never removed, and remember why."""
+        """Mark every class in ``labels`` as never removed, and remember the reason."""
         roots = self._find(squeeze_constant(labels).reshape(-1).numpy())
-        roots = roots[self._why[roots] == _OPEN]
+        roots = roots[self._why[roots] == _NOT_FROZEN]
         if len(roots):
             self._why[roots] = len(self._reasons)
             self._reasons.append(reason)
 
     def is_frozen(self, labels: Tensor) -> bool:
-        """Whether no element can be removed."""
-        return bool((self._why[self._find(squeeze_constant(labels).numpy())] < _OPEN).all())
+        """Whether all labels are frozen."""
+        return bool((self._why[self._find(squeeze_constant(labels).numpy())] < _NOT_FROZEN).all())
 
     def count(self, labels: Tensor) -> int:
-        """The number of classes in ``labels``, all frozen ones together as one."""
+        """The number of classes in ``labels``; all frozen classes count as one."""
         return len(np.unique(squeeze_constant(self.roots(labels)).numpy()))
 
     def first_frozen(self, labels: Tensor) -> int:
         """The atom in ``labels`` that was frozen first; 0 if none is, or none with a reason."""
         atoms = squeeze_constant(labels).reshape(-1).numpy()
         why = self._why[self._find(atoms)]
-        return int(atoms[why.argmin()]) if why.min(initial=_UNKNOWN) < _UNKNOWN else 0
+        return int(atoms[why.argmin()]) if why.min(initial=_NO_REASON) < _NO_REASON else 0
 
     def reason_of(self, labels: Tensor) -> str:
         """Why ``labels`` are frozen: the first reason that was given for one of them, "" if there is none."""
@@ -92,15 +92,15 @@ class Classes:
         return self._reasons[int(self._why[self._find(np.array([atom]))[0]])] if atom else ""
 
     def save(self) -> tuple[Ints, Ints]:
-        """The present state, to come back to before there are new atoms or reasons."""
+        """The present state, for :meth:`restore` while there are no new atoms or reasons."""
         return self._parent.copy(), self._why.copy()
 
     def restore(self, state: tuple[Ints, Ints]) -> None:
-        """Come back to a saved state."""
+        """Return to a saved state."""
         self._parent, self._why = state
 
     def _find(self, atoms: Ints) -> Ints:
-        """The true roots of ``atoms``; their links are made short on the way."""
+        """The roots of ``atoms``, frozen or not; shortens their paths."""
         roots = self._parent[atoms]
         while True:
             further = self._parent[roots]
@@ -111,12 +111,12 @@ class Classes:
         return roots
 
     def _link(self, low: Ints, high: Ints) -> None:
-        """Merge pairs of roots; atom 0 freezes instead, so that reasons stay apart."""
+        """Merge pairs of roots; a pair with atom 0 freezes the other root instead, so that it keeps its reason."""
         zero = low == 0
-        self._why[high[zero]] = np.minimum(self._why[high[zero]], _UNKNOWN)
+        self._why[high[zero]] = np.minimum(self._why[high[zero]], _NO_REASON)
         low, high = low[~zero], high[~zero]
         np.minimum.at(self._parent, high, low)
-        while True:  # chains among these pairs halve in each round
+        while True:  # each round halves the chains among these pairs
             further = self._parent[self._parent[high]]
             if np.array_equal(further, self._parent[high]):
                 break

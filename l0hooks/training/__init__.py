@@ -1,25 +1,41 @@
 """What a training loop needs: penalties, budgets, parameter groups, schedules at work, and the tracker."""
 
+from l0hooks.training._finish_budget import finish_budget
+from l0hooks.training._keep_zeros import KeptZeros, keep_zeros
 from l0hooks.training._param_groups import param_groups
+from l0hooks.training._recover import RecoveredLayer, Recovery, recover
+from l0hooks.training._score import Scores, score
 from l0hooks.training._set_budget import set_budget
-from l0hooks.training.budget import Budget, BudgetRule
+from l0hooks.training.budget import Budget
+from l0hooks.training.budget_rule import BudgetRule
 from l0hooks.training.cost import Size
+from l0hooks.training.distillation import Distillation
 from l0hooks.training.lagrangian import LagrangianRule
+from l0hooks.training.metrics import ScalarWriter
 from l0hooks.training.penalties import penalty, register_penalty
 from l0hooks.training.scheduled import Scheduled, temperature_schedule
-from l0hooks.training.tracker import ScalarWriter, Tracker
+from l0hooks.training.tracker import Tracker
 
 __all__ = [
     "Budget",
     "BudgetRule",
+    "Distillation",
+    "KeptZeros",
     "LagrangianRule",
+    "RecoveredLayer",
+    "Recovery",
     "ScalarWriter",
     "Scheduled",
+    "Scores",
     "Size",
     "Tracker",
+    "finish_budget",
+    "keep_zeros",
     "param_groups",
     "penalty",
+    "recover",
     "register_penalty",
+    "score",
     "set_budget",
     "temperature_schedule",
 ]

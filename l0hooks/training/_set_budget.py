@@ -1,22 +1,22 @@
-"""``set_budget``: put the gates of a model under budgets that they can meet."""
+"""``set_budget``: put the gates of a model under budgets."""
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from l0hooks.attach.by_pattern import by_pattern
 from l0hooks.attach.spec import Pattern
 from l0hooks.attach.walk import Gated, iter_gated
 from l0hooks.errors import SpecError, StateError, explain
-from l0hooks.training.budget import Budget, BudgetRule, invalid_budget
+from l0hooks.training.budget import Budget, invalid_budget
+from l0hooks.training.budget_rule import BudgetRule
 from l0hooks.training.cost import Size, size_of
 from l0hooks.training.lagrangian import LagrangianRule
-
-_FARTHEST = 3.0  # standard deviations that a weight counts for: many are next to nothing
+from l0hooks.training.start_scores import check_scores, start_scores
 
 
 def set_budget(
@@ -24,6 +24,7 @@ def set_budget(
     budget: Budget | Mapping[Pattern, Budget],
     *,
     example_inputs: Sequence[Any] | None = None,
+    scores: Mapping[str, Tensor] | None = None,
 ) -> list[BudgetRule]:
     """Put the gates of ``model`` that have none yet under a budget, **in place**; all or, on any error, none.
 
@@ -36,6 +37,9 @@ def set_budget(
         the modules that the pattern matches (the first that does), and the tensors that they remove from.
     example_inputs : sequence, optional
         Positional arguments of ``model``, for budgets of multiply-adds.
+    scores : mapping from the name of a gate to Tensor, >= 0, shape of the gate, optional
+        What closing each gate would cost, from :func:`l0hooks.score`. The gates start from it, divided by what a gate's
+        removal saves in the budget's unit, in place of the size of the weights behind them.
 
     Returns
     -------
@@ -48,9 +52,10 @@ def set_budget(
     StateError
         If there are no gates without a budget.
     SpecError
-        If a pattern matches no gate, or multiply-adds are asked for without example inputs.
+        If a pattern matches no gate, multiply-adds are asked for without example inputs, or ``scores`` lack a gate that
+        multiplies weights or have another shape.
     InvalidValueError
-        If a size cannot be reached; the message has the smallest that can.
+        If a size cannot be reached, the message has the smallest that can; if scores are negative or not finite.
 
     Examples
     --------
@@ -67,23 +72,40 @@ def set_budget(
     if not free:
         got = "gates that have budgets" if every else "none"
         raise StateError(explain("set_budget", "the model must hold gates without a budget.", got=got))
+    own = {id(p) for one in every for p in one.gate.parameters()}
+    weights = tuple(weakref.ref(p) for p in model.parameters() if id(p) not in own)
     rules: list[BudgetRule] = []
-    scores: list[list[Tensor | None]] = []
+    starts: list[list[Tensor | None]] = []
+    given = None if scores is None else check_scores(model, free, scores)
     for part, one_budget in _parts(model, free, budget):
         size = size_of(model, part, every, one_budget.unit, example_inputs, whole=not isinstance(budget, Mapping))
         _refuse_unreachable(one_budget, size)
         kind = LagrangianRule if one_budget.method == "lagrangian" else BudgetRule
         rules.append(kind(one_budget, [one.gate for one in part], size))
-        scores.append(prior_scores(part, one_budget.prior) if one_budget.prior else [])
-    for rule, score in zip(rules, scores, strict=True):
-        if any(part is not None for part in score):
-            rule.start_from(score)
-        for gate in rule.gates:
-            gate.rule = rule
-            gate.limits = rule.limits or gate.limits
-        if isinstance(rule, LagrangianRule):
-            rule.add_multipliers()
+        starts.append(start_scores(part, one_budget, size, given))
+    before = [(one.gate, one.gate.log_alpha.detach().clone(), one.gate.limits) for one in free]
+    try:
+        for rule, start in zip(rules, starts, strict=True):
+            _begin(rule, start, weights)
+    except BaseException:  # the user may interrupt
+        for gate, log_alpha, limits in before:
+            gate.rule, gate.multipliers, gate.limits = None, None, limits
+            gate.mask = gate.held = None
+            gate.log_alpha.detach().copy_(log_alpha)
+        raise
     return rules
+
+
+def _begin(rule: BudgetRule, start: list[Tensor | None], weights: tuple[weakref.ref[nn.Parameter], ...]) -> None:
+    """Put the gates of ``rule`` under it, **in place**."""
+    rule.weights = weights
+    for gate in rule.gates:
+        gate.rule = rule
+        gate.limits = rule.limits or gate.limits
+    if any(part is not None for part in start) or not rule.budget.steps:
+        rule.start_from(start)
+    if isinstance(rule, LagrangianRule):
+        rule.add_multipliers()
 
 
 def _parts(
@@ -99,47 +121,6 @@ def _parts(
                 explain("set_budget", "each budget must have gates.", got=f"{pattern!r}, whose gates have others")
             )
     return [(part, one_budget) for one_budget, part in parts]
-
-
-@torch.no_grad()
-def prior_scores(part: Sequence[Gated], prior: float) -> list[Tensor | None]:
-    """How much the weights behind the gates of each array speak for them; None for an array without weights.
-
-    The logarithm of the root mean square of the weights behind a gate, in standard deviations from the mean: that of
-    all single weights together, or of the array's own gates where these are channels, kernels or blocks.
-    """
-    sizes = [_log_size(one) for one in part]
-    single = [s for s, one in zip(sizes, part, strict=True) if s is not None and _is_single(one)]
-    together = torch.cat([s.flatten().to(single[0].device) for s in single]) if single else None
-    scores: list[Tensor | None] = []
-    for size, one in zip(sizes, part, strict=True):
-        known = together if _is_single(one) else size
-        if size is None or known is None or not bool(known.isfinite().any()):
-            scores.append(None)
-            continue
-        finite = known[known.isfinite()]
-        spread = finite.std(correction=0).clamp(min=1e-6).to(size.device)
-        scores.append(prior * ((size - finite.mean().to(size.device)) / spread).clamp(-_FARTHEST, _FARTHEST))
-    return scores
-
-
-def _is_single(one: Gated) -> bool:
-    return bool(one.sites) and one.sites[0].gating.granularity == "weight"
-
-
-def _log_size(one: Gated) -> Tensor | None:
-    """log of the root mean square of the weights behind each gate; None without weights."""
-    squares, counts = torch.zeros_like(one.gate.log_alpha), torch.zeros_like(one.gate.log_alpha)
-    for site in one.weights():
-        gates = site.gating.gates
-        with torch.enable_grad():
-            values = [torch.ones_like(gate.log_alpha, requires_grad=gate is one.gate) for gate in gates]
-            factor = site.gating.factor(values, 0.0)
-            mine = next(v for v, gate in zip(values, gates, strict=True) if gate is one.gate)
-            weight = site.weight.detach().to(factor)
-            squares += torch.autograd.grad((factor * weight.square()).sum(), mine, retain_graph=True)[0]
-            counts += torch.autograd.grad((factor * torch.ones_like(weight)).sum(), mine)[0]
-    return (squares / counts.clamp(min=1)).log() / 2 if one.sites else None
 
 
 def _refuse_unreachable(budget: Budget, size: Size) -> None:

@@ -37,7 +37,7 @@ class Size:
     linear : float64, shape (arrays,)
     square : float64, shape (arrays, arrays)
     floor : int64, shape (arrays,)
-        How many gates of each array stay whatever happens: one of a coupled group, which cannot be cut to nothing.
+        How many gates of each array always stay: one of a coupled group, which cannot be cut to nothing.
 
     Examples
     --------
@@ -67,10 +67,10 @@ class Size:
         spread = 0.0 if variance is None else float(np.diagonal(self.square) @ variance)
         return float(self.constant + self.linear @ kept + kept @ self.square @ kept) + spread
 
-    def price(self, kept: Floats) -> Floats:
+    def gradient(self, kept: Floats) -> Floats:
         """What one gate more or less of each array changes."""
-        price: Floats = self.linear + 2 * self.square @ kept
-        return price
+        gradient: Floats = self.linear + 2 * self.square @ kept
+        return gradient
 
 
 def fitting(size: Size, array_of: Ints, allowed: float) -> npt.NDArray[np.bool_]:
@@ -101,9 +101,9 @@ def fitting(size: Size, array_of: Ints, allowed: float) -> npt.NDArray[np.bool_]
     rest = [low + np.flatnonzero(array_of[low:] == array) for array in range(arrays)]
     place = np.zeros(arrays, np.int64)
     while True:
-        more = size.price(kept) + np.diagonal(size.square)
-        room = allowed - size.of(kept)
-        next_ = [r[n] if n < len(r) and c <= room else len(fits) for r, n, c in zip(rest, place, more, strict=True)]
+        more = size.gradient(kept) + np.diagonal(size.square)
+        left = allowed - size.of(kept)
+        next_ = [r[n] if n < len(r) and c <= left else len(fits) for r, n, c in zip(rest, place, more, strict=True)]
         best = int(np.argmin(next_))
         if next_[best] == len(fits):
             return fits
@@ -112,7 +112,7 @@ def fitting(size: Size, array_of: Ints, allowed: float) -> npt.NDArray[np.bool_]
         if size.square[best, best]:
             run = run[:1]
         elif more[best]:
-            run = run[: int(room / more[best] * (1 + 1e-12))]
+            run = run[: int(left / more[best] * (1 + 1e-12))]
         fits[run] = True
         kept[best] += len(run)
         place[best] += len(run)

@@ -70,7 +70,7 @@ class FittingSupport:
         rank = torch.cat([a.to(device) for a in arrays])
         least = self._size.least(self._min_keep).tolist()
         for part, n in zip(torch.split(rank, [len(a) for a in arrays]), least, strict=True):
-            part[part.topk(int(n)).indices] = torch.inf
+            part[_first_largest(part, int(n))] = torch.inf
         order = rank.argsort(descending=True, stable=True).cpu().numpy()
         array_of = np.repeat(np.arange(len(arrays)), self._size.counts)[order]
         stays = np.zeros(len(order), np.bool_)
@@ -78,9 +78,44 @@ class FittingSupport:
         masks = torch.split(torch.from_numpy(stays), [len(a) for a in arrays])
         return [m.view(g.log_alpha.shape).to(g.log_alpha.device) for m, g in zip(masks, self._gates, strict=True)]
 
+    @torch.no_grad()
+    def ties(self, masks: Sequence[Tensor]) -> tuple[int, int]:
+        """How many gates have the log-odds of one that is decided otherwise, of those that stay and of the others."""
+        device = self._gates[0].log_alpha.device
+        rank = torch.cat([whole(gate.log_alpha.detach()).flatten().to(device) for gate in self._gates])
+        stays = torch.cat([mask.flatten().to(device) for mask in masks])
+        kept, lost = rank[stays], rank[~stays]
+        return int(torch.isin(kept, lost).sum()), int(torch.isin(lost, kept).sum())
+
+
+def _first_largest(values: Tensor, count: int) -> Tensor:
+    """Which are the ``count`` largest, of equal ones the first; ``topk`` takes any of these."""
+    chosen = torch.zeros_like(values, dtype=torch.bool)
+    if count:
+        found = values.topk(count)
+        chosen[found.indices] = True
+        equal = values == found.values[-1]
+        taken = int((chosen & equal).sum())
+        chosen[equal] = False
+        chosen[equal.nonzero().flatten()[:taken]] = True
+    return chosen
+
 
 def _state_of(gate: Gate) -> tuple[object, ...]:
     """What the support and the final values depend on."""
     found = gate.log_alpha
     changes = None if found.is_inference() else version(found)
     return changes, found.data_ptr(), found.device, gate.temperature, gate.estimator
+
+
+@torch.no_grad()
+def choose_at_once(gates: Sequence[Gate], masks: Sequence[Tensor]) -> None:
+    """Open the gates of ``masks`` to exactly 1 and close all others, **in place**; the order of both is kept."""
+    for gate, stays in zip(gates, masks, strict=True):
+        location = gate.log_alpha.nan_to_num(posinf=3e38, neginf=-3e38)
+        order = torch.sigmoid((location - location.median()) / location.std(correction=0).clamp(min=1e-6))
+        family, temperature = gate.family, gate.temperature
+        shut, wide = (family.start_keep_prob(p, temperature) for p in (1e-6, 1 - 1e-6))
+        while float(family.median(torch.tensor(wide), temperature)) < 1:
+            wide += abs(wide) / 2 + 1
+        gate.log_alpha.copy_(torch.where(stays, wide + order, shut - 1 + order))

@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from l0hooks.errors import StateError, explain
 from l0hooks.gates.gate import Gate
 from l0hooks.gates.protocols import OptimizedGate
-from l0hooks.training.budget import Budget, BudgetRule
+from l0hooks.training.budget import Budget
+from l0hooks.training.budget_rule import BudgetRule
 from l0hooks.training.cost import Size
 
 
@@ -84,7 +85,7 @@ class LagrangianRule(BudgetRule):
         return excess + (square * kept * kept[:, None]).sum() + (square.diagonal() * variance).sum()
 
     def penalty(self) -> Tensor:
-        """What the loss pays for the size; once the support is fixed, nothing."""
+        """The term for the loss; once the support is fixed, 0."""
         if self.finished:  # distributed training wants to see every parameter used
             return (torch.zeros_like(self.multipliers) * self.multipliers).sum()
         excess = self.excess()
@@ -93,19 +94,19 @@ class LagrangianRule(BudgetRule):
         return self.multipliers[0] * excess
 
     def before_step(self) -> None:
-        """Keep the gradient as it is; once the support is fixed, nothing moves any more."""
+        """Leave the gradient as it is; once the support is fixed, remove it."""
         if self.finished:
             super().before_step()
             self.multipliers.grad = None
 
     def after_step(self, moved: Sequence[OptimizedGate]) -> None:
         """Count an optimiser's step, if the budget is to count them itself."""
-        priced = self.multipliers.grad is not None or not self.multipliers.requires_grad
-        if not priced and not self.finished:
+        in_loss = self.multipliers.grad is not None or not self.multipliers.requires_grad
+        if not in_loss and not self.finished:
             raise StateError(
                 explain(
                     "optimizer.step",
-                    "the loss must hold the price of the budget.",
+                    "the loss must hold the penalty of the budget.",
                     got="multipliers without a gradient",
                     hint="loss + penalty(model, budget=1.0)",
                 )
@@ -113,7 +114,7 @@ class LagrangianRule(BudgetRule):
         super().after_step(moved)
 
     def after_ascent(self) -> None:
-        """Bring the multipliers back: not negative, and zero as soon as an inequality holds."""
+        """Project the multipliers: not negative, and zero once an inequality holds."""
         with torch.no_grad():
             if self.equality:
                 self.multipliers[1].clamp_(min=0)
@@ -123,4 +124,4 @@ class LagrangianRule(BudgetRule):
                 self.multipliers.clamp_(min=0)
 
     def _settle(self) -> None:
-        """Nothing: the gates stay where the optimiser has brought them."""
+        """Do nothing: the optimiser alone moves the gates."""

@@ -70,7 +70,7 @@ def register_penalty(
         raise SpecError(
             explain(
                 f"register_penalty {name!r}",
-                "only a sum that one strength multiplies can be formed together.",
+                "only terms with one strength can be summed together.",
                 expected="strengths=1",
                 got=f"strengths={strengths}",
             )
@@ -103,8 +103,8 @@ def penalty(model: nn.Module, **strengths: Strength | Mapping[Pattern, Strength]
     ``expected_l2=λ``       λ Σ keep_prob·w² over the gated weights
     ``l0l2=(λ0, λ2)``       Σ keep_prob·(λ0 + λ2/2·w²) over the gated weights (the paper's)
     ``params=λ``            λ times the expected number of gated weights that stay
-    ``macs=λ``              λ times their expected multiply-adds on the example inputs
-    ``budget=1.0``          the price of every ``Budget(method="lagrangian")``
+    ``macs=λ``              λ times their expected multiply-adds for one of the example inputs
+    ``budget=1.0``          the term of every ``Budget(method="lagrangian")``
     ======================  ==================================================================
 
     Parameters
@@ -112,7 +112,7 @@ def penalty(model: nn.Module, **strengths: Strength | Mapping[Pattern, Strength]
     model : nn.Module
         Its gates may sit in parametrizations, stand alone, or belong to a fitter.
     **strengths : float, Tensor, tuple, or mapping from pattern to one of these
-        With a mapping, the first pattern that matches a gated module counts; unmatched ones cost nothing.
+        With a mapping, the first pattern that matches a gated module counts; for unmatched ones it is 0.
 
     Returns
     -------
@@ -254,6 +254,6 @@ def _macs(gated: Gated) -> Tensor:
 @register_penalty("budget")
 def _budget(gated: Gated) -> Tensor:
     gate = gated.gate
-    if gate.rule is None or gate.multipliers is None:  # told once, by the gate that holds them
+    if gate.rule is None or gate.multipliers is None:  # counted once, for the gate that holds them
         return gate.log_alpha.new_zeros(())
     return gate.rule.penalty()

@@ -5,6 +5,7 @@ One step is one step of an optimiser: passes that only accumulate gradients, eva
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,7 +16,8 @@ from l0hooks.attach.by_pattern import by_pattern
 from l0hooks.attach.spec import Pattern
 from l0hooks.attach.walk import iter_gated
 from l0hooks.errors import InvalidValueError, StateError, explain
-from l0hooks.gates.hard_concrete import GAMMA, ZETA, check_constants
+from l0hooks.gates.constants import GAMMA, ZETA, check_constants
+from l0hooks.gates.optimizer_hooks import is_skipped
 from l0hooks.schedules import Schedule
 
 
@@ -104,8 +106,27 @@ class Scheduled:
     def __init__(self, schedule: Schedule, optimizer: torch.optim.Optimizer | None = None) -> None:
         self._schedule = schedule
         self._steps = 0
+        self._count(optimizer)
+
+    def _count(self, optimizer: torch.optim.Optimizer | None) -> None:
+        """Count the steps of ``optimizer``, if there is one."""
+        self._optimizer = None if optimizer is None else weakref.ref(optimizer)
         if optimizer is not None:
-            optimizer.register_step_post_hook(lambda *_: self.step())
+            optimizer.register_step_post_hook(self._after_step)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """With the optimiser itself: copied or pickled together they belong together again."""
+        optimizer = None if self._optimizer is None else self._optimizer()
+        return {"schedule": self._schedule, "steps": self._steps, "optimizer": optimizer}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Count the steps of the optimiser that came with the state, which torch gives no hooks."""
+        self._schedule, self._steps = state["schedule"], state["steps"]
+        self._count(state["optimizer"])
+
+    def _after_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        if not is_skipped(optimizer):
+            self.step()
 
     @property
     def steps(self) -> int:

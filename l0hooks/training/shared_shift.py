@@ -16,14 +16,15 @@ from l0hooks.gates.gate import Gate
 from l0hooks.training.cost import Floats, Size
 
 _ACCURACY, _EXACT = 1e-6, 1e-9  # of the size that is wanted
-_FARTHEST = 2.0  # that one Newton step may go
+_LONGEST_STEP = 2.0  # of Newton's method, in log-odds
 
 
 class SharedShift:
     """Log-odds a + δ of several arrays of gates, δ solving E[size] = wanted.
 
-    Every pass over the gates leaves p′ = dp/da behind, with which the gradient is projected; and a shift is first
-    guessed to be the last one, so that a step seldom costs more than one pass.
+    A shift is first guessed to be the last one, so that it seldom costs more than one pass over the gates. The gradient
+    is projected with p′ = dp/da of the gates as they stand, which is one more. So what follows depends on the gates
+    and on ``last`` alone, and a run that is resumed from them goes on like one that was not interrupted.
 
     Parameters
     ----------
@@ -38,20 +39,20 @@ class SharedShift:
         self._spread: Floats = np.ascontiguousarray(np.diagonal(size.square))  # what the variance of an array costs
         self._slopes: list[Tensor] = []
         self._sums = np.zeros((len(gates), 4))
-        self._last = 0.0
+        self.last = 0.0
         self._key: object = None
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy measures anew: its gates lie elsewhere."""
+        """A copy measures its own gates."""
         return self.__dict__ | {"_slopes": [], "_key": None}
 
     def expected(self) -> float:
         """The expected size of the gates as they stand."""
         return self._expected(self._measure(0.0, [None] * len(self._gates)))
 
-    def forget(self) -> None:
-        """Measure anew: a run that saves its state goes on as one that loads it."""
-        self._last, self._key = 0.0, None
+    def restart(self, last: float = 0.0) -> None:
+        """Measure the gates again, and guess the next shift to be ``last``."""
+        self.last, self._key = last, None
 
     @torch.no_grad()
     def project_gradients(self) -> None:
@@ -64,22 +65,22 @@ class SharedShift:
         if self._key is None or self._key != self._state():
             self._pass(0.0)
         common = total / max(self._slope(self._sums), 1e-30)
-        price = self._size.price(self._sums[:, 0])
+        marginal = self._size.gradient(self._sums[:, 0])
         for number, (gate, grad) in enumerate(zip(self._gates, grads, strict=True)):
             if grad is None:
                 continue
             spread = float(self._spread[number])
             if spread or is_sharded(grad):
                 p, slope = _with_slope(gate, gate.log_alpha.detach())
-                slope = slope * (float(price[number]) + spread * (1 - 2 * p))
+                slope = slope * (float(marginal[number]) + spread * (1 - 2 * p))
                 grad.add_(slope, alpha=-common)
             else:
-                grad.add_(self._slopes[number].view_as(grad), alpha=-float(price[number]) * common)
+                grad.add_(self._slopes[number].view_as(grad), alpha=-float(marginal[number]) * common)
 
     @torch.no_grad()
     def shift_to(self, wanted: float) -> None:
         """Add the shift that makes the expected size ``wanted``: damped Newton steps between bounds that close in."""
-        shift, low, high = self._last, -math.inf, math.inf
+        shift, low, high = self.last, -math.inf, math.inf
         for _ in range(100):
             self._pass(shift)
             error, step = self._expected(self._sums) - wanted, 0.0
@@ -90,31 +91,29 @@ class SharedShift:
                 return
             slope = max(self._slope(self._sums), 1e-30)
             low, high = (low, shift) if error > 0 else (shift, high)
-            step = min(max(-error / slope, -_FARTHEST), _FARTHEST)
+            step = min(max(-error / slope, -_LONGEST_STEP), _LONGEST_STEP)
             newton = step == -error / slope and low < shift + step < high
             shift = shift + step if low < shift + step < high else (low + high) / 2
             # |p″| <= p′, so this bounds the error that a whole Newton step leaves
             if newton and slope * step * step * math.exp(abs(step)) / 2 <= _ACCURACY * wanted:
                 break
-        self._sums[:, 0] += self._sums[:, 1] * step
-        self._last = shift
+        self.last, self._key = shift, None
         for gate in self._gates:
             gate.log_alpha.add_(shift)
-        self._key = self._state()
 
     def _expected(self, sums: Floats) -> float:
         return self._size.of(sums[:, 0], sums[:, 2])
 
     def _slope(self, sums: Floats) -> float:
         """d E[size] / dδ."""
-        return float(self._size.price(sums[:, 0]) @ sums[:, 1] + self._spread @ sums[:, 3])
+        return float(self._size.gradient(sums[:, 0]) @ sums[:, 1] + self._spread @ sums[:, 3])
 
     @property
     def _device(self) -> torch.device:
         return self._gates[0].log_alpha.device
 
     def _state(self) -> object:
-        """What tells whether the gates are where the last pass left them; None if nothing does."""
+        """A key that changes when the gates do; None if there is none."""
         tensors = [gate.log_alpha for gate in self._gates]
         if any(is_sharded(t) or t.is_inference() for t in tensors):
             return None

@@ -5,61 +5,41 @@ from __future__ import annotations
 import csv
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from numbers import Integral, Real
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 from torch import Tensor, nn
 
 from l0hooks import plots
+from l0hooks._files import replacing, save_figure
 from l0hooks.attach._summary import summary
 from l0hooks.attach.measured_size import Unit, evaluated_size, expected_size, exported_size
 from l0hooks.attach.spec import check_one_of
 from l0hooks.errors import InvalidValueError, SpecError, StateError, explain, import_extra
 from l0hooks.gates.gate import iter_gates
+from l0hooks.training.metrics import Number, Row, ScalarWriter, is_integer, is_number, plain_numbers
 from l0hooks.training.penalties import Strength, penalty
 
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
 
-Number = int | float
-Row = dict[str, Number]
 _OWN = ("step", "expected", "evaluated", "exported", "temperature")
-
-
-class ScalarWriter(Protocol):
-    """What a writer must do; ``torch.utils.tensorboard.SummaryWriter`` does.
-
-    Examples
-    --------
-    >>> class Lines:
-    ...     def add_scalar(self, tag, value, global_step):
-    ...         if "l0hooks" not in tag:
-    ...             print(global_step, tag, value)
-    >>> from l0hooks import Gate
-    >>> _ = Tracker(Gate(4), unit="gates", writer=Lines()).log(loss=2.0)
-    0 loss 2.0
-    """
-
-    def add_scalar(self, tag: str, value: float, global_step: int, /) -> object:
-        """Write one number."""
 
 
 class Tracker:
     """Records how a gated model shrinks while it trains; each :meth:`log` is one row.
 
     Logging reads the gates and nothing else: it draws no random numbers, records no gradients, and changes neither
-    tensors nor modes. On a GPU it waits for the gates' values, so ``every`` is worth setting there.
+    tensors nor modes. On a GPU it waits for the gates' values, so a larger ``every`` saves time there.
 
     Parameters
     ----------
     model : nn.Module
         With gates.
     unit : "params", "gates" or "macs"
-        What sizes count: parameters of the whole model, gates, or multiply-adds of the gated layers on the example
-        inputs of ``sparsify``.
+        What sizes count: parameters of the whole model, gates, or multiply-adds of the gated layers for one of the
+        example inputs of ``sparsify``.
     penalties : names, or mapping from name to strength
         Recorded as ``penalty_<name>``; strength 1 if only named.
     every : int, > 0
@@ -97,7 +77,7 @@ class Tracker:
         every: int = 1,
         writer: ScalarWriter | None = None,
     ) -> None:
-        if not _is_integer(every) or every < 1:
+        if not is_integer(every) or every < 1:
             raise InvalidValueError(explain("Tracker", "every must be a positive integer.", got=repr(every)))
         self.model = model
         check_one_of("Tracker's unit", unit, get_args(Unit))
@@ -118,7 +98,7 @@ class Tracker:
         return [dict(row) for row in self._rows]
 
     def log(self, step: int | None = None, **metrics: object) -> bool:
-        """Record the model as it is now, and ``metrics``, if it is this call's turn; after an error nothing changed.
+        """Record the model as it is now, and ``metrics``, at every n-th call; after an error nothing has changed.
 
         Parameters
         ----------
@@ -149,7 +129,7 @@ class Tracker:
         now = self._next_step(step)
         self._check_metrics(metrics)
         turn = self._calls % self.every == 0
-        row, values = ({"step": now, **self._measure()}, _numbers(metrics)) if turn else ({}, {})
+        row, values = ({"step": now, **self._measure()}, plain_numbers(metrics)) if turn else ({}, {})
         self._calls += 1
         self._step = now
         if turn:
@@ -185,7 +165,7 @@ class Tracker:
         36
         """
         self._check_metrics(metrics)
-        size, values = exported_size(self.model, pruned_model, self.unit, example_inputs), _numbers(metrics)
+        size, values = exported_size(self.model, pruned_model, self.unit, example_inputs), plain_numbers(metrics)
         self._step = 0 if self._step is None else self._step
         self._add({"step": self._step, "exported": size}, values)
         return size
@@ -198,16 +178,10 @@ class Tracker:
 
     def to_csv(self, path: str | os.PathLike[str]) -> None:
         """Write the history, one line for each row; a file that was there is replaced only by a whole one."""
-        target = Path(path)
-        beside = target.with_name(f".{target.name}.{os.getpid()}")
-        try:
-            with beside.open("w", newline="", encoding="utf-8") as file:
-                table = csv.DictWriter(file, self._columns())
-                table.writeheader()
-                table.writerows(self._rows)
-            beside.replace(target)
-        finally:
-            beside.unlink(missing_ok=True)
+        with replacing(path) as beside, beside.open("w", newline="", encoding="utf-8") as file:
+            table = csv.DictWriter(file, self._columns())
+            table.writeheader()
+            table.writerows(self._rows)
 
     def plot(self, path: str | os.PathLike[str] | None = None) -> Figure:
         """Sizes over the steps, and the metrics beneath, those of different scale in panels of their own.
@@ -224,7 +198,7 @@ class Tracker:
         """
         figure = plots.history_plot(self._rows, unit=self.unit)
         if path is not None:
-            figure.savefig(path, dpi=120)
+            save_figure(figure, path, dpi=120)
         return figure
 
     def state_dict(self) -> dict[str, Any]:
@@ -266,7 +240,7 @@ class Tracker:
         last = self._step
         if step is None:
             return 0 if last is None else last + 1
-        if not _is_integer(step) or (last is not None and step <= last):
+        if not is_integer(step) or (last is not None and step <= last):
             after = "" if last is None else f" after {last}"
             raise InvalidValueError(
                 explain("Tracker.log", f"the step must be an integer{after}.", got=repr(step), hint="no step at all")
@@ -280,7 +254,7 @@ class Tracker:
                 raise SpecError(
                     explain("Tracker.log", "the tracker fills this column itself.", got=repr(name), hint="another name")
                 )
-            if not _is_number(value):
+            if not is_number(value):
                 got = f"Tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
                 raise InvalidValueError(
                     explain(f"Tracker.log metric {name!r}", "a metric must be one number.", got=got, hint="float(...)")
@@ -295,16 +269,3 @@ class Tracker:
             step, own = int(row["step"]), {f"l0hooks/{name}": value for name, value in row.items() if name != "step"}
             for tag, number in {**own, **values}.items():
                 self.writer.add_scalar(tag, number, step)
-
-
-def _is_integer(value: object) -> bool:
-    return isinstance(value, Integral) and not isinstance(value, bool)
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, Real) or (isinstance(value, Tensor) and value.ndim == 0 and not value.is_complex())
-
-
-def _numbers(metrics: Mapping[str, Any]) -> Row:
-    plain = {name: value.item() if isinstance(value, Tensor) else value for name, value in metrics.items()}
-    return {name: int(value) if isinstance(value, Integral) else float(value) for name, value in plain.items()}

@@ -1,28 +1,15 @@
 """``examples/calibrate_survey.py`` and ``calibrate_nation.py`` meet their targets, and write what they say."""
 
-import json
-import runpy
-import sys
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
 
-
-def run(name, output, monkeypatch):
-    example = EXAMPLES / f"{name}.py"
-    monkeypatch.setattr(sys, "argv", [str(example), "--quick", "--quiet", "--output", str(output)])
-    runpy.run_path(str(example), run_name="__main__")
-    return json.loads((output / "report.json").read_text())
-
-
-def test_a_quarter_of_the_respondents_keeps_the_margins(tmp_path, monkeypatch, capsys):
-    for needed in ("matplotlib", "pandas", "statsmodels"):
-        pytest.importorskip(needed)
+def test_a_quarter_of_the_respondents_keeps_the_margins(run_example: Any, tmp_path: Path) -> None:
     output = tmp_path / "out"
-    figures = run("calibrate_survey", output, monkeypatch)
+    figures, printed = run_example("calibrate_survey", "--quick", output=output)
     assert {path.name for path in output.iterdir()} == {
         *("weights.csv", "targets.csv", "report.html", "plot.png", "report.json"),
     }
@@ -33,12 +20,11 @@ def test_a_quarter_of_the_respondents_keeps_the_margins(tmp_path, monkeypatch, c
     assert weights["weight"].between(1 - 1e-6, 16 + 1e-6).all()
     assert weights["weight"].sum() == pytest.approx(944, rel=1e-3)
     assert pd.read_csv(output / "targets.csv")["relative_error"].abs().max() < 1e-2
-    assert "236 of 944 households" in capsys.readouterr().out
+    assert "236 of 944 households" in printed
 
 
-def test_a_nation_adds_up_from_its_districts(tmp_path, monkeypatch, capsys):
-    pytest.importorskip("matplotlib")
-    figures = run("calibrate_nation", tmp_path, monkeypatch)
+def test_a_nation_adds_up_from_its_districts(run_example: Any, tmp_path: Path) -> None:
+    figures, printed = run_example("calibrate_nation", "--quick", output=tmp_path)
     assert figures["chosen"]["households"] == figures["at random"]["households"] == 1000
     assert figures["chosen"]["error"] < 1e-6
     assert {path.name for path in tmp_path.iterdir()} == {"targets.csv", "report.html", "plot.png", "report.json"}
@@ -47,4 +33,4 @@ def test_a_nation_adds_up_from_its_districts(tmp_path, monkeypatch, capsys):
     for kind in ("income", "children"):
         estimates = targets.set_index("target")["estimate"].filter(like=f"{kind}, ")
         assert estimates.filter(like="district").sum() == pytest.approx(estimates[f"{kind}, nation"], rel=1e-6)
-    assert "1,000 of 4,000 households" in capsys.readouterr().out
+    assert "1,000 of 4,000 households" in printed

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,6 +21,14 @@ ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", *sorted(DOCS.glob("**/*.md"))]
 LINKED = [*PAGES, ROOT / "benchmarks" / "README.md", ROOT / "CHANGELOG.md"]
+# they fit models, train, compile or start commands; of guides and migrations a few are fast
+SLOW = {
+    *("docs/calibration.md", "docs/calibration_migration.md", "docs/selection.md", "docs/sklearn.md"),
+    *("docs/guides/onnx.md", "docs/guides/transformers.md", "docs/guides/distributed.md", "docs/guides/precision.md"),
+    *("docs/guides/cnns.md", "docs/guides/checkpoints.md", "docs/guides/strength_or_budget.md"),
+    *("docs/installation.md", "docs/integrations.md", "docs/lagrangian.md", "docs/tracking.md"),
+    *("docs/migration.md", "docs/migration_amlab.md", "docs/migration_l0_python.md"),
+}
 FENCE = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 INSTALL = re.compile(r'pip install -c constraints\.txt -e ("\.\[\w+\]"|\.)')
@@ -37,6 +46,10 @@ def python(page: Path) -> list[str]:
 
 def name_of(page: Path) -> str:
     return page.relative_to(ROOT).as_posix()
+
+
+def marked(page: Path) -> Any:
+    return pytest.param(page, marks=pytest.mark.slow if name_of(page) in SLOW else ())
 
 
 def run(page: Path) -> Iterator[str]:
@@ -63,7 +76,7 @@ def shown(text: str) -> re.Pattern[str]:
 @pytest.mark.filterwarnings("ignore:Sparse (CSR|BSR) tensor support:UserWarning")  # torch says so once a process
 @pytest.mark.filterwarnings("ignore:Sparse invariant checks:UserWarning")  # and so, of l0-python's sparse tensors
 @pytest.mark.filterwarnings("ignore:.*(LeafSpec|does not have many workers|Found .* module)")  # lightning's own
-@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)], ids=name_of)
+@pytest.mark.parametrize("page", [marked(page) for page in PAGES if blocks(page)], ids=name_of)
 def test_the_blocks_of_a_page_run_in_order(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(penalties, "_registry", dict(penalties._registry))  # pages register their own
     monkeypatch.chdir(tmp_path)
@@ -87,6 +100,10 @@ def test_there_is_no_block_that_is_not_run() -> None:
         assert not re.search(r"<pre|^\t", text, re.MULTILINE), page
 
 
+def test_slow_pages_exist() -> None:
+    assert {name_of(page) for page in PAGES} >= SLOW
+
+
 def test_text_blocks_are_output_not_code() -> None:
     for page in PAGES:
         for language, source, line in blocks(page):
@@ -106,7 +123,9 @@ def test_ci_installs_and_tests_as_the_readme_says() -> None:
     install, test = (part.strip() for part in commands[1].split("&&")[2:])
     assert install.replace("pip install", "pip install -q") in ci
     assert test in ci
-    assert commands[0].split("&&")[-1].strip() in ci
+    main_job = Path(commands[0].split()[-1])  # .ci/run runs it as a slow test
+    assert f'run_example("{main_job.stem}"' in (ROOT / "tests" / "docs" / "test_examples.py").read_text()
+    assert '-m "slow or not slow"' in ci
 
 
 def headings(page: Path) -> set[str]:

@@ -109,7 +109,7 @@ def test_the_readmes_figures_are_those_of_the_benchmarks() -> None:
 def test_the_page_of_examples_lists_them_all() -> None:
     listed = re.findall(r"^\| `(\w+\.py)` \|", (ROOT / "docs" / "examples.md").read_text(), re.MULTILINE)
     assert sorted(listed) == sorted(path.name for path in (ROOT / "examples").glob("*.py"))
-    assert all(len((ROOT / "examples" / name).read_text().splitlines()) < 130 for name in listed)
+    assert all(len((ROOT / "examples" / name).read_text().splitlines()) < 140 for name in listed)
 
 
 def test_the_laws_name_tests_that_exist() -> None:

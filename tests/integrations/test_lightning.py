@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+from parameters import slow
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 import l0hooks
-from l0hooks.errors import StateError
+from l0hooks.errors import L0HooksWarning, StateError
 
 pytest.importorskip("lightning")
 from lightning import pytorch as pl
@@ -70,11 +71,8 @@ class Spy(Callback):
 
 
 OPTIONS = [
-    {},
-    {"precision": "bf16-mixed"},
-    {"gradient_clip_val": 0.1},
-    {"accumulate_grad_batches": 2},
-    {"precision": "bf16-true"},
+    *({}, {"accumulate_grad_batches": 2}),
+    *slow([{"precision": "bf16-mixed"}, {"gradient_clip_val": 0.1}, {"precision": "bf16-true"}]),
 ]
 
 
@@ -183,5 +181,16 @@ def test_coupled_gates_are_cut(tmp_path: Path) -> None:
 def test_gates_that_decay_are_refused(tmp_path: Path) -> None:
     module = Module()
     module.configure_optimizers = lambda: torch.optim.AdamW(module.parameters(), weight_decay=0.1)  # type: ignore[method-assign]
-    with pytest.raises(StateError, match=r"must not decay(?s:.)*param_groups"):
+    with pytest.raises(StateError, match=r"must have no weight decay(?s:.)*param_groups"):
         trainer_of(tmp_path, SparsifyCallback()).fit(module, loader())
+
+
+def test_training_that_is_too_short_for_a_budget_says_so_when_it_begins_and_when_it_ends(tmp_path: Path) -> None:
+    module = Module(budget=l0hooks.Budget(keep=48, steps=STEPS))
+    with pytest.warns(L0HooksWarning) as caught:
+        trainer_of(tmp_path, SparsifyCallback(part="net"), max_steps=3).fit(module, loader())
+    begin, end = (str(one.message) for one in caught if issubclass(one.category, L0HooksWarning))
+    assert "48 gates after 6 steps" in begin
+    assert "3 steps of training" in begin
+    assert end.startswith("prune: the schedule of a budget has not ended.\n  expected: 48 gates after 6 steps")
+    assert "gates at step 3" in end

@@ -90,8 +90,16 @@ def fresh_compiler() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("fresh_compiler")
-@pytest.mark.parametrize("spec", ["weight", "output", "coupled"])
-@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("backend", "spec"),
+    [
+        ("aot_eager", "coupled"),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (("aot_eager", "weight"), ("aot_eager", "output"), ("inductor", "coupled"))
+        ),
+    ],
+)
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own use of torch.jit
 def test_a_compiled_model_runs_a_budget_to_its_end_and_beyond(backend: str, spec: str) -> None:
     steps, ends = 10, []  # more than the compiler would recompile

@@ -11,7 +11,7 @@ from scipy.optimize import nnls
 
 from l0hooks import Gate, penalty
 from l0hooks.calibration import Calibrator
-from l0hooks.calibration.numerics.preparation import prepare
+from l0hooks.calibration.numerics.preparation import ErrorOptions, prepare
 
 pytestmark = pytest.mark.filterwarnings("ignore:Sparse invariant checks:UserWarning")  # torch, of their tensors
 
@@ -108,7 +108,7 @@ def test_groups_count_as_there(normalize, multipliers):
         .fit(matrix, y)
         .inputs
     )
-    problem = prepare(inputs.matrix, inputs.lower, importance=inputs.importance, dtype="float64")
+    problem = prepare(inputs.matrix, inputs.lower, errors=ErrorOptions(importance=inputs.importance), dtype="float64")
     ours = 0.5 * float(np.square(problem.scale * (matrix @ weights - y)).sum())
     assert ours == pytest.approx(relative_loss(matrix, y, weights, counts) / counts.mean() / 2, rel=1e-9)
 
@@ -116,7 +116,7 @@ def test_groups_count_as_there(normalize, multipliers):
 def test_the_squared_loss_is_theirs_but_for_a_constant():
     matrix, y = survey()
     weights = np.random.default_rng(1).random(300)
-    problem = prepare(matrix, y, loss="squared", dtype="float64")
+    problem = prepare(matrix, y, errors=ErrorOptions("squared"), dtype="float64")
     ours = 0.5 * float(np.square(problem.scale * (matrix @ weights - y)).sum())
     theirs = float(np.square(matrix @ weights - y).sum())
     assert ours == pytest.approx(theirs / 2 / np.square((y + 1).mean()), rel=1e-9)

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from l0hooks.gates import hard_concrete as hc
+from l0hooks.gates import moments
 
 GRID = 2**20  # noise k / GRID: 1 - noise is exact
 ROUNDING = 1e-12
@@ -79,7 +80,8 @@ def test_the_atom_at_zero_and_keep_prob_share_the_probability(location: float, c
 def test_moments_and_probabilities_are_ordered(location: float, c: Constants) -> None:
     """P(z = 1) ≤ E[z²] ≤ E[z] ≤ P(z ≠ 0), because 1[z = 1] ≤ z² ≤ z ≤ 1[z ≠ 0]."""
     one, second, first, kept = (
-        function(number(location), *c).item() for function in (hc.prob_one, hc.second_moment, hc.mean, hc.keep_prob)
+        function(number(location), *c).item()
+        for function in (hc.prob_one, moments.second_moment, moments.mean, hc.keep_prob)
     )
     assert 0 <= one <= second + ROUNDING <= first + 2 * ROUNDING <= kept + 3 * ROUNDING <= 1 + 4 * ROUNDING
 
@@ -87,7 +89,7 @@ def test_moments_and_probabilities_are_ordered(location: float, c: Constants) ->
 @examples
 @given(locations, constants)
 def test_variance_is_that_of_a_variable_in_the_unit_interval(location: float, c: Constants) -> None:
-    mean, variance = hc.mean(number(location), *c).item(), hc.variance(number(location), *c).item()
+    mean, variance = moments.mean(number(location), *c).item(), moments.variance(number(location), *c).item()
     assert -ROUNDING <= variance <= mean * (1 - mean) + ROUNDING
 
 
@@ -95,7 +97,7 @@ def test_variance_is_that_of_a_variable_in_the_unit_interval(location: float, c:
 @given(locations, locations, constants, noises)
 def test_everything_grows_with_log_alpha(a: float, b: float, c: Constants, u: float) -> None:
     low, high = map(number, sorted((a, b)))
-    for function in (hc.keep_prob, hc.prob_one, hc.mean, hc.second_moment, hc.median):
+    for function in (hc.keep_prob, hc.prob_one, moments.mean, moments.second_moment, hc.median):
         assert function(low, *c).item() <= function(high, *c).item() + ROUNDING
     assert hc.paper_estimate(low) <= hc.paper_estimate(high)
     assert hc.sample(low, number(u), *c) <= hc.sample(high, number(u), *c)
@@ -118,10 +120,10 @@ def test_a_symmetric_stretch_mirrors_the_gate(location: float, c: Constants, u: 
     x = number(u)
     pairs = [
         (hc.sample(here, x, *c), 1 - hc.sample(there, 1 - x, *c)),
-        (hc.mean(here, *c), 1 - hc.mean(there, *c)),
+        (moments.mean(here, *c), 1 - moments.mean(there, *c)),
         (hc.median(here, *c), 1 - hc.median(there, *c)),
-        (hc.variance(here, *c), hc.variance(there, *c)),
-        (hc.entropy(here, *c), hc.entropy(there, *c)),
+        (moments.variance(here, *c), moments.variance(there, *c)),
+        (moments.entropy(here, *c), moments.entropy(there, *c)),
         (hc.keep_prob(here, *c), 1 - hc.prob_one(there, *c)),
         (hc.log_prob(x, here, *c), hc.log_prob(1 - x, there, *c)),
     ]
@@ -133,7 +135,7 @@ def test_a_symmetric_stretch_mirrors_the_gate(location: float, c: Constants, u: 
 @given(st.floats(1e-6, 1 - 1e-6), constants)
 def test_both_starts_are_inverted(start: float, c: Constants) -> None:
     kept = hc.keep_prob(number(hc.log_alpha_from_keep_prob(start, *c)), *c).item()
-    mean = hc.mean(number(hc.log_alpha_from_mean(start, *c)), *c).item()
+    mean = moments.mean(number(moments.log_alpha_from_mean(start, *c)), *c).item()
     assert abs(kept - start) <= ROUNDING * start + 1e-15
     assert abs(mean - start) <= ROUNDING * start + 1e-15
 

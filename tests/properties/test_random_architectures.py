@@ -375,19 +375,20 @@ def check(recipe, ending):
     return model, inputs, groups
 
 
-@quick(100)
+@quick(30)
 @given(recipes(), st.integers(0, 4))
 def test_closed_members_are_irrelevant(recipe, ending):
     check(recipe, ending)
 
 
 @pytest.mark.slow
-@quick(300)
+@quick(60)
 @given(recipes(14), st.integers(0, 4))
 def test_closed_members_are_irrelevant_in_deep_graphs(recipe, ending):
     check(recipe, ending)
 
 
+@pytest.mark.slow
 def test_every_kind_of_step_leaves_something_free():
     """The oracle is not satisfied by freezing everything, and it can fail."""
     for kind in KINDS:

@@ -12,21 +12,23 @@ from pathlib import Path
 
 import pytest
 import torch
+from kernel_product import gated_by
 from torch import Tensor
 
 from l0hooks import Gate
 from l0hooks.gates import hard_concrete as hc
+from l0hooks.gates.constants import Constants
 from l0hooks.gates.expected_count import expected_count
-from l0hooks.gates.noise import _stream
-from l0hooks.gates.random import Native, kernels_on, stream
-from l0hooks.gates.sampling import Constants, gated_weight
+from l0hooks.gates.noise import _mixed
+from l0hooks.gates.random import Native, kernels_for, kernels_on, stream
+from l0hooks.gates.sampling import gated_weight
 
 pytest.importorskip("numba")
+from l0hooks.gates.kernels import cpu as kernels
 from l0hooks.gates.kernels import threads as compiled
-from l0hooks.gates.kernels.autograd import fits, levelled
 
 CPU, SIDE = torch.device("cpu"), 64
-CONSTANTS = (2 / 3, -0.1, 1.1)
+CONSTANTS = Constants()
 Hook = Callable[[Tensor], Tensor]
 
 
@@ -43,7 +45,7 @@ def same(tensor: Tensor) -> Tensor:
 def slopes(pack: Hook = same, unpack: Hook = same, hook: Hook | None = None) -> tuple[Tensor, ...]:
     weight, log_alpha = pair()
     with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
-        product = levelled(weight, log_alpha, (3, 0), CONSTANTS)
+        product = gated_by(kernels, weight, log_alpha, CONSTANTS)
     if hook is not None:
         product.register_hook(hook)
     return torch.autograd.grad(product, (weight, log_alpha), torch.linspace(-1, 1, SIDE * SIDE).view(SIDE, SIDE))
@@ -54,10 +56,11 @@ def slopes(pack: Hook = same, unpack: Hook = same, hook: Hook | None = None) -> 
     [
         (lambda t: t.t().contiguous(), lambda t: t.t(), 1e-5),
         (lambda t: t.double() if t.is_floating_point() else t.long(), same, 1e-5),
+        (lambda t: t if t.is_floating_point() else t.long(), same, 0),
         (lambda t: t.bfloat16() if t.is_floating_point() else t, same, 0.02),
         (lambda t: t.detach().clone(), same, 0),
     ],
-    ids=["other strides", "wider", "narrower", "copies"],
+    ids=["other strides", "wider", "wider levels", "narrower", "copies"],
 )
 def test_saved_tensors_may_come_back_in_another_form(pack: Hook, unpack: Hook, off: float) -> None:
     for got, want in zip(slopes(pack, unpack), slopes(), strict=True):
@@ -75,7 +78,7 @@ def test_a_penalty_is_owed_where_saved_tensors_come_back_in_another_form() -> No
     for pack in (same, torch.Tensor.double):
         log_alpha = torch.zeros(side, side, requires_grad=True)
         with torch.autograd.graph.saved_tensors_hooks(lambda t, p=pack: p(t) if t.is_floating_point() else t, same):
-            product = levelled(torch.ones(side, side), log_alpha, (3, 0), CONSTANTS)
+            product = gated_by(kernels, torch.ones(side, side), log_alpha, CONSTANTS)
         node = product.grad_fn
         assert node is not None
         (product.sum() + 5 * expected_count(log_alpha, CONSTANTS, weakref.ref(node))).backward()
@@ -91,14 +94,14 @@ def test_a_penalty_is_owed_where_saved_tensors_come_back_in_another_form() -> No
 )
 def test_a_weight_that_does_not_match_its_gates_is_an_error(weight: Tensor) -> None:
     log_alpha = torch.zeros(SIDE, SIDE)
-    assert not fits(weight, log_alpha)
+    assert not kernels.fits(weight, log_alpha)
     with pytest.raises(RuntimeError):
-        gated_weight(weight, log_alpha, stream(1, log_alpha.numel(), CPU), Constants())
+        gated_weight(weight, log_alpha, 1, Constants())
 
 
 def test_a_lazily_negated_weight() -> None:
     weight, log_alpha = torch._neg_view(torch.ones(SIDE, SIDE)), torch.full((SIDE, SIDE), 30.0)
-    product = gated_weight(weight, log_alpha, stream(1, log_alpha.numel(), CPU), Constants())
+    product = gated_weight(weight, log_alpha, 1, Constants())
     assert torch.equal(product, -torch.ones(SIDE, SIDE))
 
 
@@ -142,7 +145,7 @@ def test_a_penalty_of_sharded_gates_is_not_left_to_the_sampler(monkeypatch: pyte
     monkeypatch.setattr("l0hooks.gates.gate.is_sharded", lambda tensor: True)
     monkeypatch.setattr("l0hooks.gates.gate.whole", same)
     monkeypatch.setattr("l0hooks.gates.gate.expected_count", lambda *arguments: asked.append(arguments[-1]))
-    product = levelled(torch.ones(40_000), gate.log_alpha, (3, 0), CONSTANTS)
+    product = gated_by(kernels, torch.ones(40_000), gate.log_alpha, CONSTANTS)
     gate.last_sample.note(product)
     gate.expected_l0()
     assert asked == [None]
@@ -228,11 +231,13 @@ def test_without_a_numba_that_works_gates_are_drawn_by_torch(
     else:
         monkeypatch.setattr("numba.config.DISABLE_JIT", 1)
     kernels_on.cache_clear()
+    kernels_for.cache_clear()
     assert isinstance(stream(1, 1000, CPU), Native)
     (told,) = caplog.records
     assert told.levelname == "WARNING"
     assert "gates on cpu run without Numba kernels: the package numba cannot be imported" in told.message
     kernels_on.cache_clear()
+    kernels_for.cache_clear()
 
 
 # --- what held --------------------------------------------------------------------------------------------------------
@@ -241,18 +246,21 @@ def test_without_a_numba_that_works_gates_are_drawn_by_torch(
 @pytest.mark.parametrize("changed", [0, 1])
 def test_a_change_in_place_between_forward_and_backward_is_an_error(changed: int) -> None:
     arguments = pair()
-    loss = levelled(*arguments, (3, 0), CONSTANTS).sum()
+    loss = gated_by(kernels, *arguments, CONSTANTS).sum()
     with torch.no_grad():
         arguments[changed].add_(1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
 
 
-def test_noise_of_layers_and_neighbouring_tickets_is_uncorrelated() -> None:
+def test_noise_of_layers_and_neighbouring_seeds_is_uncorrelated() -> None:
     count = 1 << 18
-    like = torch.empty(count)
     drawn = torch.stack(
-        [_stream(torch.tensor(t), i, like).uniform_(torch.empty(count)) for t in (5, 6, 2**61) for i in range(3)]
+        [
+            stream(_mixed(torch.tensor(seed), i), count, CPU).uniform_(torch.empty(count))
+            for seed in (5, 6, 2**61)
+            for i in range(3)
+        ]
     )
     correlations = torch.corrcoef(drawn).fill_diagonal_(0)
     assert float(correlations.abs().max()) * count**0.5 < 5
@@ -260,8 +268,6 @@ def test_noise_of_layers_and_neighbouring_tickets_is_uncorrelated() -> None:
 
 
 def test_many_threads_at_once_change_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
-    from l0hooks.gates.kernels import cpu as kernels
-
     monkeypatch.setattr(compiled.torch, "get_num_threads", lambda: 3)
     monkeypatch.setattr(compiled, "SHARE", kernels.BLOCK)
     weight, log_alpha, count = torch.randn(60_001), torch.randn(60_001), 6

@@ -19,8 +19,8 @@ from l0hooks.attach.gated_weight import iter_sites
 from l0hooks.gates import hard_concrete as hc
 from l0hooks.gates.gate import Gate
 from l0hooks.gates.noise import _uniform_op
-from l0hooks.gates.random import _MANY, stream
-from l0hooks.gates.shared_sampling import Team
+from l0hooks.gates.random import LEAST_FOR_PACKED, stream
+from l0hooks.gates.shared_sampling import SharedSampling
 
 pytestmark = pytest.mark.usefixtures("both_ways")
 CPU = torch.device("cpu")
@@ -79,13 +79,13 @@ def test_gates_of_two_dtypes_keep_theirs_and_their_noise(monkeypatch: pytest.Mon
     first, _ = gates_of(model)
     first.log_alpha = nn.Parameter(first.log_alpha.detach().double())
     pairs: list[tuple[Tensor, Tensor]] = []
-    together = Team.sample
+    together = SharedSampling.sample
 
-    def both(self: Team, gate: Gate, examples: int | None = None) -> Tensor:
+    def both(self: SharedSampling, gate: Gate, examples: int | None = None) -> Tensor:
         pairs.append((together(self, gate, examples), gate.sample(examples)))
         return pairs[-1][0]
 
-    monkeypatch.setattr(Team, "sample", both)
+    monkeypatch.setattr(SharedSampling, "sample", both)
     model(torch.randn(3, 4))
     assert [ours.dtype for ours, _ in pairs] == [torch.float64, torch.float32]
     for ours, alone in pairs:
@@ -115,12 +115,12 @@ def held() -> nn.Module:
 
 CASES: dict[str, Callable[[], tuple[nn.Module, Tensor]]] = {
     "weights": lambda: with_output(weights(6)),
-    "many weights": lambda: with_output(weights(_MANY // 4 + 3)),
+    "many weights": lambda: with_output(weights(LEAST_FOR_PACKED // 4 + 3)),
     "held weights": lambda: with_output(held()),
     "coupled": lambda: with_output(coupled(6, 7, 5)),
     "coupled, by example": lambda: with_output(coupled(6, 7, 5, noise="example")),
     "a gate": lambda: (gate := Gate(9, init_mean=0.5), gate()),
-    "expected count": lambda: (gate := Gate(_MANY), gate.expected_l0()[None]),
+    "expected count": lambda: (gate := Gate(LEAST_FOR_PACKED), gate.expected_l0()[None]),
 }
 
 
@@ -151,7 +151,7 @@ KEEP: dict[str, Any] = {"retain_graph": True, "allow_unused": True}
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # torch's own, for some derivatives
 @pytest.mark.parametrize("ask", [Gate.sample, Gate.expected_l0], ids=["sample", "expected count"])
 def test_forward_mode(ask: Callable[[Gate], Tensor]) -> None:
-    gate = Gate(_MANY, init_mean=0.5)
+    gate = Gate(LEAST_FOR_PACKED, init_mean=0.5)
     torch.manual_seed(0)
     y = ask(gate)
     (slope,) = torch.autograd.grad(y.sum(), gate.log_alpha)
@@ -178,13 +178,13 @@ def test_uniform_numbers_in_half_precision_lie_between_zero_and_one(dtype: torch
     assert torch.equal(drawn, wide.to(dtype))
 
 
-@pytest.mark.parametrize("shape", [(3, 5), (_MANY // 8, 9)])
+@pytest.mark.parametrize("shape", [(3, 5), (LEAST_FOR_PACKED // 8, 9)])
 def test_the_compiler_is_told_the_strides_of_the_noise(shape: tuple[int, int]) -> None:
     for like in (torch.empty(shape).t(), torch.empty(shape[0], 1).expand(shape)):
         torch.library.opcheck(_uniform_op, (torch.tensor(3), 0, like))
 
 
-@pytest.mark.parametrize("size", [10, _MANY])
+@pytest.mark.parametrize("size", [10, LEAST_FOR_PACKED])
 @pytest.mark.parametrize("temperature", [1e-3, 1e-30, 1e-44])
 def test_a_temperature_near_zero_gives_binary_gates(size: int, temperature: float) -> None:
     """1/β is then beyond what a float32 holds."""

@@ -1,5 +1,6 @@
-"""Small models with coupled channels, and what tests read off their gates."""
+"""Small models with coupled channels, their groups, and what tests read off their gates."""
 
+import functools
 import itertools
 
 import pytest
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 
 from l0hooks import iter_gates
 from l0hooks.attach.walk import iter_gated
+from l0hooks.structure import channel_groups
 
 
 class Branched(nn.Module):
@@ -77,6 +79,20 @@ MODELS = {
 models = pytest.mark.parametrize("name", MODELS)
 
 
+@functools.cache
+def coupled_groups(name):
+    """The groups of a model, traced once a process: exporting a model takes most of the time of a test."""
+    with torch.random.fork_rng():  # the first test that asks sees the same random numbers as the next
+        return tuple(channel_groups(MODELS[name][0](), (MODELS[name][1](),)))
+
+
+@functools.cache
+def perceptron_groups(*sizes):
+    """Those of a perceptron."""
+    with torch.random.fork_rng():
+        return tuple(channel_groups(mlp(*sizes), (torch.randn(2, sizes[0]),)))
+
+
 def gates_of(model):
     return [gate for _, gate in iter_gates(model)]
 
@@ -92,7 +108,7 @@ def state_of(model):
 
 
 def fingerprint(model):
-    """Everything an unsuccessful call must leave as it was."""
+    """Everything that a failed call must leave unchanged."""
     hooks = [{k: dict(v) for k, v in vars(m).items() if "hooks" in k and isinstance(v, dict)} for m in model.modules()]
     return (
         [(name, type(m), m.training, sorted(vars(m))) for name, m in model.named_modules()],

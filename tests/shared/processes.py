@@ -1,4 +1,4 @@
-"""Two processes on the CPU that talk through gloo, for tests; a failure in one of them fails the test."""
+"""Two processes on the CPU that communicate by gloo, for tests; a failure in one of them fails the test."""
 
 from __future__ import annotations
 
@@ -26,23 +26,26 @@ def _serve(rank: int, work: Callable[..., Any], port: int, folder: str, argument
     dist.init_process_group("gloo", rank=rank, world_size=WORLD, timeout=timedelta(seconds=60))
     try:
         torch.save(work(rank, *arguments), Path(folder) / f"{rank}.pt")
-        dist.barrier()  # rank 0 keeps the store that the other still needs
+        dist.barrier()  # rank 0 holds the store that the other still needs
     finally:
         dist.destroy_process_group()
-    # A thread of gloo that lets a tensor go while the interpreter shuts down aborts the process, its work long done:
-    # PyTorch pull request 179291. Only a success comes here, so none is hidden.
+    # A thread of gloo that frees a tensor during the interpreter's shutdown aborts the process (PyTorch pull request
+    # 179291). Only successful work gets here, so no failure is hidden.
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)
 
 
 def in_processes(work: Callable[..., Any], *arguments: Any, seconds: float = 120) -> list[Any]:
-    """``work(rank, *arguments)`` in two processes; what each returned. None of them outlives the call."""
+    """The results of ``work(rank, *arguments)`` in two processes, which end with the call."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     with tempfile.TemporaryDirectory() as folder:
-        context = mp.spawn(_serve, (work, port, folder, arguments), nprocs=WORLD, join=False)
+        # forks of a process that has no threads and imports these once for all tests
+        mp.get_context("forkserver").set_forkserver_preload(["l0hooks", "torch.distributed.fsdp", "pytest"])
+        given = work, port, folder, arguments
+        context = mp.start_processes(_serve, given, nprocs=WORLD, join=False, start_method="forkserver")
         try:
             for _ in range(2 * WORLD):  # each join returns when one more has ended
                 if context.join(timeout=seconds):

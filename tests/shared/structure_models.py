@@ -1,5 +1,6 @@
-"""Models with every way that channels, neurons and heads hang together; small, with random weights."""
+"""Small models with random weights that couple channels, neurons and heads in every way."""
 
+import functools
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from torch.nn.utils import parametrizations
 
 @dataclass(frozen=True)
 class Entry:
-    """A model, how it is fed, and what has been worked out by hand about it.
+    """A model, its inputs, and facts about it that were worked out by hand.
 
     ``free`` counts the members of all groups by kind, ``frozen`` names parts of the reasons that must be given.
     """
@@ -157,7 +158,7 @@ def ResNeXt():
 
 @zoo(images(3, 8, 8), channel=4)
 class PaddedShortcut(nn.Module):
-    """The shortcut of the CIFAR ResNets, padded with zeros: channels that meet only padding stay."""
+    """The shortcut of the CIFAR ResNets, padded with zeros: channels that are added to padding only stay."""
 
     def __init__(self):
         super().__init__()
@@ -459,7 +460,7 @@ class ChannelMean(nn.Module):
 
 @zoo(images(6), neuron=12 + 10 + 8 + 6)
 class Activations(nn.Module):
-    """What maps zero elsewhere: a closed channel is not zero until it is read."""
+    """Activations that do not map 0 to 0: a closed channel is not zero until it is read."""
 
     def __init__(self):
         super().__init__()
@@ -525,7 +526,7 @@ class UsedTwice(nn.Module):
 
 @zoo(lambda: (torch.randn(2, 6), torch.randn(2, 4)), neuron=10 + 8)
 class DictOutput(nn.Module):
-    """Two inputs, one that is a keyword in spirit, and named outputs; one of them shows a hidden layer."""
+    """Two inputs and named outputs; one of them is a hidden layer."""
 
     def __init__(self):
         super().__init__()
@@ -548,7 +549,7 @@ class Einsum(nn.Module):
         return self.out(torch.einsum("bnc,bmc->bnm", x, x) @ x)
 
 
-@zoo(images(6), "broadcast across channels", neuron=4)
+@zoo(images(6), "broadcast across channels", neuron=5)
 class Outer(nn.Module):
     """Every neuron of one layer times every one of another: only one side can be free."""
 
@@ -575,19 +576,45 @@ class NormsByHand(nn.Module):
         return self.out(x / x.std(-1, keepdim=True))
 
 
-@zoo(images(6), "wrap_with_autocast has no rule", neuron=8)
-class OwnPrecision(nn.Module):
+class OwnContext(nn.Module):
     """A part that runs in a graph of its own."""
 
-    def __init__(self):
+    def __init__(self, context, size_by_hand=False):
         super().__init__()
         self.one, self.two, self.three, self.out = nn.Linear(6, 8), nn.Linear(8, 7), nn.Linear(7, 7), nn.Linear(7, 3)
+        self.context, self.size_by_hand = context, size_by_hand
 
     def forward(self, x):
         x = self.two(self.one(x).relu())
-        with torch.autocast("cpu", enabled=False):
+        with self.context():
             x = self.three(x.relu())
+            x = x.view(-1, 1, 7).squeeze(1) if self.size_by_hand else x
         return self.out(x)
+
+
+@zoo(images(6), "an output of the model", neuron=8 + 7 + 7)
+def OwnPrecision():
+    return OwnContext(functools.partial(torch.autocast, "cpu", enabled=False))
+
+
+@zoo(images(6), "an output of the model", neuron=8 + 7 + 7)
+def OwnGradients():
+    return OwnContext(torch.enable_grad)
+
+
+@zoo(images(6), "an output of the model", neuron=8 + 7 + 7)
+def SizesInARegion():
+    return OwnContext(functools.partial(torch.autocast, "cpu", enabled=False), size_by_hand=True)
+
+
+@zoo(tokens(10, 5), "an output of the model", neuron=8 + 7)
+class Bag(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.bag, self.one, self.out = nn.EmbeddingBag(10, 8), nn.Linear(8, 7), nn.Linear(7, 3)
+
+    def forward(self, ids):
+        return self.out(self.one(self.bag(ids)).relu())
 
 
 def _recurrent(kind):
@@ -646,7 +673,7 @@ class Standardised(nn.Module):
 
 @zoo(images(6))
 class SharedStorage(nn.Module):
-    """An autoencoder whose decoder is the encoder's weight seen from the other side."""
+    """An autoencoder whose decoder uses the transpose of the encoder's weight."""
 
     def __init__(self):
         super().__init__()
@@ -675,7 +702,7 @@ class WeightShown(nn.Module):
 
 @zoo(images(5, 8), head=4, neuron=8)
 class ZeroBias(nn.Module):
-    """Attention that adds zeros made for a number of heads held by hand."""
+    """Attention that adds zeros made for a fixed number of heads."""
 
     def __init__(self):
         super().__init__()
@@ -690,7 +717,7 @@ class ZeroBias(nn.Module):
         return self.out(torch.tanh(self.proj(y.transpose(1, 2).reshape(x.shape[0], 5, 16)))).mean(1)
 
 
-@zoo(images(6), neuron=8 + 7 + 4)
+@zoo(images(6), "no weight reads them", neuron=8 + 7 + 4)
 class InPlace(nn.Module):
     """Activations written into others through views: one neuron of the second layer, half of the third's."""
 
@@ -711,7 +738,7 @@ class InPlace(nn.Module):
 
 @zoo(images(6), "used as an index", neuron=8)
 class Steered(nn.Module):
-    """Activations that decide where to look."""
+    """Activations that are used as indices."""
 
     def __init__(self):
         super().__init__()
@@ -726,7 +753,7 @@ class Steered(nn.Module):
 
 @zoo(images(6), neuron=12)
 class Repeated(nn.Module):
-    """Channels copied, turned round and put together again."""
+    """Channels copied, reversed and concatenated."""
 
     def __init__(self):
         super().__init__()
@@ -741,7 +768,7 @@ class Repeated(nn.Module):
 
 @zoo(images(6), "channels that are padded", neuron=8)
 class PaddedNeurons(nn.Module):
-    """With zeros, and with copies of what lies at the edge."""
+    """Padding with zeros, and with copies of the edge."""
 
     def __init__(self):
         super().__init__()
@@ -841,7 +868,7 @@ class ShownAttention(CrossAttention):
 
 @zoo(images(5, 16), head=4, neuron=16)
 class PlainAttention(nn.Module):
-    """Attention written out, with a scale, a mask and a bias for each head; the stream has no norm."""
+    """Attention written out, with a scale, a mask and a bias for each head; the residual stream has no norm."""
 
     def __init__(self):
         super().__init__()
@@ -893,6 +920,68 @@ class RotaryAttention(nn.Module):
 
 
 @zoo(images(5, 16), head=4)
+class MovedAttention(nn.Module):
+    """Heads that are reshaped after another tensor, broadcast, and copied into a fresh tensor piece by piece."""
+
+    def __init__(self):
+        super().__init__()
+        self.heads = 4
+        self.q, self.k, self.v, self.proj = (nn.Linear(16, 16) for _ in range(4))
+
+    def forward(self, x):
+        b, n, _ = x.shape
+        q, k, v = (f(x).view(b, n, self.heads, 4).transpose(1, 2) for f in (self.q, self.k, self.v))
+        q = torch.stack([q[..., ::2], q[..., 1::2]], -1).reshape_as(q)
+        k = torch.broadcast_to(k, (b, self.heads, n, 4))
+        copied = v.new_empty(b, self.heads, n, 4)
+        copied[..., :2] = v[..., :2]
+        copied[..., 2:] = v[..., 2:]
+        copied[:, :, 0].zero_()
+        first, second = torch.tensor_split(copied, 2, -1)
+        h = F.scaled_dot_product_attention(q, k, torch.cat([first, second], -1))
+        return self.proj(h.transpose(1, 2).flatten(2))
+
+
+@zoo(images(5, 16), head=4)
+class EinsumAttention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.heads = 4
+        self.q, self.k, self.v = (nn.Linear(16, 16) for _ in range(3))
+        self.proj = nn.Parameter(torch.empty(16, 3))
+
+    def forward(self, x):
+        q, k, v = (f(x).unflatten(-1, (self.heads, 4)) for f in (self.q, self.k, self.v))
+        scores = torch.einsum("bqhd,bkhd->bhqk", q, k) / 2
+        h = torch.einsum("bhqk,bkhd->bqhd", scores.softmax(-1), v)
+        return torch.einsum("...i,io->...o", h.flatten(2), self.proj)
+
+
+@zoo(images(5, 8), channel=12)
+class StateSpace(nn.Module):
+    """Mamba's inner channels: a depthwise kernel without its middle axis, a parameter of states for each channel."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = 12
+        self.into, self.conv = nn.Linear(8, 24), nn.Conv1d(12, 12, 3, groups=12)
+        self.states, self.skip = nn.Parameter(torch.empty(12, 3)), nn.Parameter(torch.empty(12))
+        self.out = nn.Linear(12, 3)
+
+    def forward(self, x):
+        h, gate = self.into(x).transpose(1, 2).chunk(2, 1)
+        kernel = self.conv.weight.squeeze(1)
+        h = F.silu(F.conv1d(F.pad(h, (2, 0)), kernel.unsqueeze(1), self.conv.bias, groups=kernel.shape[0]))
+        decay = torch.exp(-torch.exp(self.states.float()))[None]
+        state, seen = h.new_zeros(h.shape[0], self.inner, 3), []
+        for i in range(h.shape[2]):
+            state = decay * state + h[:, :, i, None]
+            seen.append(state.sum(-1))
+        h = (torch.stack(seen, -1) + h * self.skip[None, :, None]) * F.silu(gate)
+        return self.out(h.transpose(1, 2))
+
+
+@zoo(images(5, 16), head=4)
 class ComplexRotation(nn.Module):
     """Rotary positions by complex numbers, and keys that attend over channels instead of tokens."""
 
@@ -926,7 +1015,7 @@ class MultiQuery(nn.Module):
         return self.proj(mixed.transpose(1, 2).flatten(2))
 
 
-@zoo(images(5, 16), head=4, neuron=16 + 5)
+@zoo(images(5, 16), head=4, neuron=16)
 class OneMaskForAllHeads(nn.Module):
     """A bias on the scores that is computed from the sample and shared by all heads; half of it is not used."""
 

@@ -33,7 +33,7 @@ def close(model, chosen):
 
 @torch.no_grad()
 def overwrite(model, chosen):
-    """Put noise wherever the chosen members stand, but not where they are read."""
+    """Put noise into all positions of the chosen members except where they are read."""
     tensors = tensors_of(model)
     for group, members in chosen:
         for site in group.sites:
@@ -64,7 +64,7 @@ def gap(first, second):
 
 
 def leak(model, inputs, chosen):
-    """How far noise in closed members moves the outputs; the model is put back."""
+    """The change of the outputs by noise in closed members; the model is restored."""
     state = {name: tensor.detach().clone() for name, tensor in tensors_of(model).items()}
     close(model, chosen)
     expected = outputs(model, inputs)
@@ -77,7 +77,7 @@ def leak(model, inputs, chosen):
 
 
 def effect(model, inputs, chosen):
-    """How far the same noise moves the outputs while the members are open; the model is put back."""
+    """The change of the outputs by the same noise while the members are open; the model is restored."""
     state = {name: tensor.detach().clone() for name, tensor in tensors_of(model).items()}
     expected = outputs(model, inputs)
     overwrite(model, chosen)
@@ -87,7 +87,7 @@ def effect(model, inputs, chosen):
 
 
 def check_consistent(model, groups):
-    """Sites exist and lack none, indices are within bounds, no position belongs to two members or two groups."""
+    """Sites exist and are complete, indices are within bounds, no position belongs to two members or two groups."""
     tensors, seen = tensors_of(model), {}
     for group in groups:
         check_vectors(tensors, group)
@@ -112,6 +112,22 @@ def check_vectors(tensors, group):
         for name, tensor in tensors.items() if not site.reads else ():
             same = name.rpartition(".")[0] == site.module and tensor.shape == site.shape[site.axis : site.axis + 1]
             assert not same or name in present, f"{name} is missing beside {site.names}"
+
+
+def attributes_of(model):
+    """Everything the modules of a model hold, down to the objects in their attributes, to be compared with ==."""
+    return {name: _held(vars(module), 6) for name, module in model.named_modules()}
+
+
+def _held(value, depth):
+    if isinstance(value, (Tensor, nn.Module, type)) or callable(value) or depth < 0:
+        return id(value)
+    if isinstance(value, dict):
+        return [(key, _held(one, depth - 1)) for key, one in value.items()]
+    if isinstance(value, (list, tuple, set)):
+        return [_held(one, depth - 1) for one in value]
+    own = getattr(value, "__dict__", None)
+    return value if own is None else _held(own, depth - 1)
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""Runs l0hooks once for each private name of torch, in a process whose torch has not got it while l0hooks is imported.
+"""Runs l0hooks once for each private name of torch, in a process whose torch lacks it while l0hooks is imported.
 
 Prints what each check gives, as JSON: numbers, or the error. torch itself gets its names back after the import, since
 its own Python files need many of them.
@@ -29,7 +29,7 @@ def owner_of(path: str) -> tuple[dict[str, Any], str]:
 
 
 def import_without(paths: Sequence[str]) -> None:
-    """Import l0hooks while torch lacks these names, as far as it has them."""
+    """Import l0hooks while torch lacks these names."""
     taken = []
     for path in paths:
         table, name = owner_of(path)

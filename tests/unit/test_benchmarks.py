@@ -8,16 +8,18 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks import machine, memory, report
+from benchmarks import contenders, machine, memory, report
 from benchmarks.contenders import Contender
+from benchmarks.docstrings import pairs
 from benchmarks.pruned import wins_from
 from benchmarks.registry import REGISTRY, Aim, Panel, Scale, Table, register
-from benchmarks.running import RESULTS, tables_of, write_docs
+from benchmarks.running import RESULTS, run, tables_of, write_docs
 from benchmarks.scripts import means
 from benchmarks.timing import extra, medians, ratio, rounds
 
@@ -118,6 +120,18 @@ def test_bytes_of_a_dense_layer_are_counted() -> None:
     assert 4 * 64**2 <= memory.peak_bytes(dense, x) <= 4 * 64**2 + 4 * 4 * 4 * 64 + 64  # the gradient, few activations
 
 
+def test_memory_that_the_library_reuses_is_counted() -> None:
+    side, x = 600, torch.randn(4, 600)  # more than a megabyte for each array of gates
+    dense, gated = (memory.peak_bytes(one, x) for one in (Contender(torch.nn.Linear(side, side)), ours(side)))
+    assert gated >= dense + 4 * side**2  # the product of weight and gates
+
+
+def ours(side: int) -> Contender:
+    contender = contenders.ours(torch.nn.Linear(side, side))
+    memory.loss_of(contender, torch.randn(4, side)).backward()  # the first step sets things up
+    return contender
+
+
 def test_gating_alone_is_compared_with_the_bytes_it_must_move() -> None:
     gpu = importlib.import_module("benchmarks.gpu")  # not above: the order of first imports is that of the tables
     assert gpu.ideal_bytes(torch.bfloat16) == 8 + 14
@@ -160,6 +174,16 @@ def test_the_results_kept_can_be_read() -> None:
 
 
 @pytest.mark.slow
+def test_a_benchmark_has_a_process_of_its_own() -> None:
+    filters = list(warnings.filters)
+    told = run("memory", Scale(), 1)
+    assert (told["skipped"], told["failed"]) == (None, None)
+    assert told["seconds"] > 0
+    assert [row["layer"] for row in tables_of(told)[0].rows][:2] == ["dense", "l0hooks"]
+    assert warnings.filters == filters  # it changes them, there
+
+
+@pytest.mark.slow
 def test_a_smoke_run_of_the_fast_ones(tmp_path: Path) -> None:
     for needed in ("matplotlib", "transformers"):
         pytest.importorskip(needed)
@@ -187,3 +211,12 @@ def test_a_smoke_run_of_the_fast_ones(tmp_path: Path) -> None:
             continue
         assert all(table.title in done.stdout and table.rows for table in tables_of(told))
         assert (tmp_path / "plots" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_pairs_of_docstrings_are_summaries_and_paragraphs() -> None:
+    found = dict(pairs(("json", "a_package_that_is_not_installed")))
+    head = "Implement this method in a subclass such that it returns a serializable object for ``o``, or calls"
+    (body,) = [body for summary, body in found.items() if summary.startswith(head)]
+    assert body.startswith("For example, to support arbitrary iterators")
+    assert all(20 <= len(head) <= 200 and 60 <= len(body) <= 400 for head, body in found.items())
+    assert not any(body.startswith("Parameters") for body in found.values())

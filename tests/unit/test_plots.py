@@ -112,7 +112,8 @@ def test_the_history_has_a_panel_for_each_scale(tmp_path):
     sizes, small, large = figure.axes
     assert [axes.get_ylabel() for axes in figure.axes] == ["parameters", "", "perplexity"]
     lines = {line.get_label().split(" ")[0]: line for line in sizes.lines}
-    assert list(lines) == ["expected", "evaluated", "target", "exported"]
+    assert list(lines) == ["evaluated", "expected", "target", "exported"]
+    assert lines["expected"].get_linestyle() == "--"  # seen where it lies on the other
     assert list(lines["expected"].get_ydata()) == [row["expected"] for row in tracker.rows[:-1]]
     assert list(lines["exported"].get_ydata()) == [size]
     assert [line.get_label() for line in small.lines] == [*("accuracy", "accuracy, pruned", "loss")]

@@ -3,6 +3,7 @@
 import copy
 import io
 import re
+from contextlib import nullcontext
 
 import pytest
 import safetensors.torch
@@ -12,7 +13,7 @@ from torch.nn.utils import parametrizations, parametrize
 
 from l0hooks import Gate, GateSpec, iter_gates, param_groups, penalty, prune, set_temperature, sparsify
 from l0hooks.attach.gated_weight import iter_sites
-from l0hooks.errors import InvalidValueError, L0HooksError, SpecError, UnsupportedModuleError
+from l0hooks.errors import InvalidValueError, L0HooksError, L0HooksWarning, SpecError, UnsupportedModuleError
 
 HOOKS = (
     *("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks"),
@@ -125,6 +126,39 @@ def frozen_bn_eval():
     return model
 
 
+class Int8Params(nn.Parameter):
+    """As in bitsandbytes: it quantises itself when it is moved."""
+
+    def __new__(cls, data, requires_grad=False):
+        return torch.Tensor._make_subclass(cls, data, requires_grad)
+
+    def to(self, *args, **options):
+        return Int8Params(self.data.mul(100).to(torch.int8))
+
+
+class Quantised(torch.Tensor):
+    """As in torchao: it says that its numbers are floating-point and computes with integers."""
+
+    @staticmethod
+    def __new__(cls, data):
+        return torch.Tensor._make_wrapper_subclass(cls, data.shape, dtype=data.dtype, device=data.device)
+
+    def __init__(self, data):
+        self.numbers = data.detach().mul(100).to(torch.int8)
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten.detach.default:
+            return cls(args[0].numbers / 100)
+        raise NotImplementedError(f"{cls.__name__} has no {function}")
+
+
+def quantised(kind, **options):
+    model = mlp()
+    model[0].weight = kind(model[0].weight.detach(), **options)
+    return model
+
+
 RNN = ("rnn", lambda: nn.ModuleDict({"rnn": nn.LSTM(4, 4), "fc": nn.Linear(4, 4)}))
 # id: (model, spec, options, error, message)
 BAD = {
@@ -160,7 +194,14 @@ BAD = {
     "gated_already_by_all": (gated, "output", {}, SpecError, "gated only once"),
     "tied_left_out": (Tied, {"embed": "weight"}, {}, SpecError, "'embed.weight'(.|\n)*'decode.weight'(.|\n)*left out"),
     "tied_excluded": (Tied, {"*e": "weight"}, {"exclude": "embed"}, SpecError, "tied weight needs the same gates"),
-    "tied_by_default": (Tied, "weight", {}, SpecError, "'decode.weight'(.|\n)*'embed.weight'(.|\n)*left out"),
+    "tied_alone": (
+        Tied,
+        "weight",
+        {"exclude": "body"},
+        SpecError,
+        "'decode.weight'(.|\n)*'embed.weight'(.|\n)*left out",
+    ),
+    "tied_named": (Tied, {"decode": "weight", "all": "weight"}, {}, SpecError, "'decode.weight'(.|\n)*left out"),
     "tied_other_axes": (
         Tied,
         {"embed": "input", "decode": "input"},
@@ -206,6 +247,27 @@ BAD = {
         {},
         SpecError,
         r"'0.weight'(.|\n)*got: torch\.int8",
+    ),
+    "quantised_when_moved": (
+        lambda: quantised(Int8Params),
+        "weight",
+        {},
+        SpecError,
+        "'0.weight'(.|\n)*not quantised(.|\n)*got: torch.float32, Int8Params(.|\n)*before it is quantised",
+    ),
+    "quantised_already": (
+        lambda: quantised(lambda w: Int8Params(w).to("cpu")),
+        "output",
+        {},
+        SpecError,
+        "got: torch.int8, Int8Params",
+    ),
+    "quantised_writer": (
+        lambda: quantised(Int8Params),
+        "coupled",
+        {"example_inputs": (torch.zeros(2, 4),)},
+        SpecError,
+        "'0.weight'(.|\n)*Int8Params",
     ),
     "complex": (
         lambda: with_weight(torch.ones(6, 4, dtype=torch.complex64)),
@@ -257,7 +319,18 @@ BAD = {
         UnsupportedModuleError,
         "max_norm=None, sparse=True",
     ),
-    "bare_tensor": (mlp, "weight", {"example_inputs": torch.zeros(2, 4)}, SpecError, r"example_inputs=\(x,\)"),
+    **{
+        f"examples_{kind}_{spec}": (mlp, spec, {"example_inputs": examples}, SpecError, f"got: {kind}\n  try: {hint}")
+        for spec in ("weight", "coupled")
+        for kind, examples, hint in (
+            ("Tensor", torch.zeros(2, 4), r"example_inputs=\(x,\)"),
+            ("ndarray", torch.zeros(2, 4).numpy(), r"example_inputs=\(x,\)"),
+            ("str", "x", r"example_inputs=\(x,\)"),
+            ("dict", {"input": torch.zeros(2, 4)}, r'example_inputs=\(inputs\["input"\],\)'),
+            ("generator", (t for t in [torch.zeros(2, 4)]), r"example_inputs=\(x,\)"),
+            ("set", {1}, r"example_inputs=\(x,\)"),
+        )
+    },
     "wrong_shape": (frozen_bn_eval, "weight", {"example_inputs": (torch.zeros(2, 5),)}, RuntimeError, "shape"),
     "wrong_count": (mlp, "weight", {"example_inputs": ()}, TypeError, "argument"),
     "failing_forward": (Stumbling, "weight", {"example_inputs": (torch.zeros(2, 4),)}, RuntimeError, "stumbled"),
@@ -281,6 +354,14 @@ def test_a_failed_call_says_why_and_leaves_the_model_bit_identical(case):
 @pytest.mark.parametrize("case", [case for case, row in BAD.items() if issubclass(row[3], L0HooksError)])
 def test_the_errors_are_also_the_built_in_ones(case):
     assert issubclass(BAD[case][3], (ValueError, TypeError))
+
+
+def test_a_weight_that_computes_with_its_own_numbers_is_refused_by_name():
+    model = mlp()
+    del model[0].weight
+    model[0].weight = nn.Parameter(Quantised(torch.randn(6, 4)), requires_grad=False)
+    with pytest.raises(SpecError, match=r"'0.weight'(.|\n)*, Quantised of "):
+        sparsify(model, "weight")
 
 
 def test_a_failed_call_leaves_a_gated_model_as_it_was():
@@ -426,6 +507,36 @@ def test_embedding_and_decoder_share_gates_over_the_same_axis(embed, decode):
         gates[0][1].log_alpha.uniform_(-3, 3)
     model.eval()
     assert torch.equal(model.embed.weight, model.decode.weight)
+
+
+@pytest.mark.parametrize(
+    ("spec", "exclude", "left"),
+    [
+        ("weight", (), "'decode.weight'"),
+        ({"*": "output"}, (), "'embed.weight', 'decode.weight'"),
+        ({"*": "weight"}, "embed", "'decode.weight'"),
+        ({"b*": "input", "*": "weight"}, (), None),
+    ],
+)
+def test_a_weight_that_is_tied_to_one_left_out_stays_without_gates_and_the_others_get_theirs(spec, exclude, left):
+    model = Tied()
+    with (
+        nullcontext() if left is None else pytest.warns(L0HooksWarning, match=f"(?s)without gates stays {left}. .*tied")
+    ):
+        sparsify(model, spec, exclude=exclude)
+    names = {site.module_name for site in iter_sites(model)}
+    assert names == ({"body"} if left else {"embed", "body", "decode"})
+    assert model.decode.weight is model.embed.weight or left is None
+
+
+def test_what_is_tied_to_a_weight_left_out_is_left_out_in_turn():
+    buffer = torch.randn(8, 4)
+    model = nn.Sequential(*(nn.Linear(4, 4) for _ in range(4)))
+    for start, layer in zip((0, 2, 3), model, strict=False):  # the first overlaps the second, the second the third
+        layer.weight = nn.Parameter(buffer[start : start + 4])
+    with pytest.warns(L0HooksWarning, match="'0.weight', '1.weight', '2.weight'"):
+        sparsify(model, "weight")
+    assert [site.module_name for site in iter_sites(model)] == ["3"]
 
 
 def test_tied_blocks_are_named_from_each_side():
@@ -730,3 +841,16 @@ def test_standalone_gates_of_the_model_are_left_alone():
     sparsify(model, "weight")
     assert model["features"] is gate
     torch.testing.assert_close(gate.keep_prob(), torch.full((4,), 0.3))
+
+
+@pytest.mark.parametrize(
+    ("spec", "exclude"),
+    [("weight", nn.Linear(2, 2)), ("weight", nn.Sequential(nn.ReLU())), ("weight", [nn.ReLU()]), ("weight", 3)],
+)
+def test_what_is_no_pattern_is_refused(spec, exclude):
+    model = nn.Sequential(nn.Linear(2, 2))
+    with pytest.raises(SpecError, match=r"modules are named by patterns(?s:.)*got: an object of type"):
+        sparsify(model, spec, exclude=exclude)
+    with pytest.raises(SpecError, match=r"modules are named by patterns(?s:.)*got: an object of type"):
+        sparsify(model, {model[0]: "weight"})
+    assert type(model[0]) is nn.Linear

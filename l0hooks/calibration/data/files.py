@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import zipfile
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,12 +11,13 @@ from typing import Any
 import numpy as np
 from scipy import sparse
 
+from l0hooks.calibration.data.indices import load_sparse
 from l0hooks.calibration.data.matrix import NamedMatrix
 from l0hooks.calibration.data.names import few
 from l0hooks.errors import InvalidValueError, explain, import_extra, near_names
 
 _MATRIX_SUFFIXES = (".npz", ".mtx", ".mtx.gz", ".parquet", ".csv")
-_VALUE_COLUMNS = ("value", "lower", "upper", "group", "importance", "weight", "cluster")  # columns that name nothing
+_VALUE_COLUMNS = ("value", "lower", "upper", "group", "importance", "weight", "cluster")  # columns that hold no names
 _NAME_COLUMNS = ("target", "household")  # columns that name the rows of a matrix
 
 
@@ -70,10 +70,10 @@ class TextTable:
         return found
 
     def by_name(self, key: str, values: Sequence[Any]) -> Any:
-        """``values`` under the names in column ``key``, or as they stand if there is none."""
+        """``values`` under the names in column ``key``, or in their order if there is none."""
         if key not in self.columns:
             others = [name for name in self.columns if name not in _VALUE_COLUMNS]
-            if others and len(self.columns) > 1:  # one of them may be the names: an order is not to be guessed
+            if others and len(self.columns) > 1:  # one of them may hold the names: the order is not guessed
                 must = f"it needs a column {key!r}, or no column but those that are read."
                 raise InvalidValueError(explain(str(self.path), must, got=few(others)))
             return list(values)
@@ -109,7 +109,7 @@ def read_table(path: Path) -> TextTable:
     Raises
     ------
     InvalidValueError
-        If there is no such file, or it is no table.
+        If there is no such file, or it is not a table.
     MissingExtraError
         If pyarrow is needed and not installed.
     """
@@ -170,15 +170,17 @@ def read_matrix_file(path: Path, *, transpose: bool = False) -> NamedMatrix:
 
 
 def _sparse(path: Path) -> Any:
-    try:
-        if path.suffix == ".npz":
-            return sparse.load_npz(path)
-        from scipy.io import mmread
+    if path.suffix == ".npz":
+        return load_sparse(path)
+    from scipy.io import mmread
 
+    try:
         return mmread(path)
-    except (ValueError, KeyError, OSError, zipfile.BadZipFile, OverflowError) as error:
-        must = "it must be a file of scipy.sparse.save_npz." if path.suffix == ".npz" else "it must be Matrix Market."
-        raise InvalidValueError(explain(str(path), must, got=str(error))) from error
+    except MemoryError:
+        raise
+    except Exception as error:  # SciPy, gzip and zlib raise several kinds for damaged files
+        got = f"{type(error).__name__}: {error}"
+        raise InvalidValueError(explain(str(path), "it must be Matrix Market.", got=got)) from error
 
 
 def _from_table(table: TextTable) -> tuple[Any, list[Hashable] | None, list[Hashable]]:

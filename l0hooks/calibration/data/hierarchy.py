@@ -29,7 +29,7 @@ def read_hierarchy(given: Mapping[Any, Any] | None, axis: Axis, lower: Floats, u
     Raises
     ------
     InvalidValueError
-        If a name is unknown, a child stands twice under one parent, or someone is an ancestor of itself.
+        If a name is unknown, a child is named twice under one parent, or a target is an ancestor of itself.
 
     Warns
     -----
@@ -90,7 +90,7 @@ def _refuse_cycles(children: Mapping[int, tuple[int, ...]], axis: Axis) -> None:
             if node in path:
                 circle = [*path[path.index(node) :], node]
                 got = " → ".join(repr(axis.labels[one]) for one in circle)
-                raise InvalidValueError(explain("hierarchy", "nothing may lie beneath itself.", got=got))
+                raise InvalidValueError(explain("hierarchy", "no target may be its own ancestor.", got=got))
             if node in finished:
                 continue
             path.append(node)

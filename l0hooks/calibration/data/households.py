@@ -1,4 +1,4 @@
-"""What the user says about households, checked: design weights, bounds, who must be in, who out, and clusters."""
+"""What the user says about households, checked: design weights, bounds, clusters, and which must be in or out."""
 
 from __future__ import annotations
 
@@ -17,8 +17,30 @@ from l0hooks.errors import InvalidValueError, explain
 
 
 @dataclass(frozen=True, eq=False)
+class GivenHouseholds:
+    """What a user gives about households.
+
+    Attributes
+    ----------
+    design_weights : array_like, Series, mapping or DataFrame, > 0, shape (N,), optional
+    bounds : (lo, hi)
+        Numbers, or one for each household, of its ratio to the design weight or of its weight.
+    bounds_on : "ratio" or "weight"
+    keep, leave_out : names, numbers or flags, optional
+    clusters : array_like, Series or mapping of labels, optional
+    """
+
+    design_weights: object = None
+    bounds: object = (0.0, math.inf)
+    bounds_on: BoundsOn = "ratio"
+    keep: object = None
+    leave_out: object = None
+    clusters: object = None
+
+
+@dataclass(frozen=True, eq=False)
 class Households:
-    """Who can be chosen, and with what weight.
+    """Which households can be chosen, and with what weights.
 
     Attributes
     ----------
@@ -52,16 +74,7 @@ class Households:
         return len(self.keep if self.clusters is None else np.unique(self.clusters[self.keep]))
 
 
-def read_households(
-    axis: Axis,
-    *,
-    design_weights: object = None,
-    bounds: object = (0.0, math.inf),
-    bounds_on: BoundsOn = "ratio",
-    keep: object = None,
-    leave_out: object = None,
-    clusters: object = None,
-) -> Households:
+def read_households(axis: Axis, given: GivenHouseholds) -> Households:
     """Everything about households, checked.
 
     Raises
@@ -72,14 +85,14 @@ def read_households(
 
     Examples
     --------
-    >>> read_households(Axis("household", 3), bounds=(0.5, [2, 2, 4]), leave_out=[1]).high
+    >>> read_households(Axis("household", 3), GivenHouseholds(bounds=(0.5, [2, 2, 4]), leave_out=[1])).high
     array([2., 2., 4.])
     """
-    design = _design(design_weights, axis)
-    low, high = _bounds(bounds, bounds_on, axis)
+    design = _design(given.design_weights, axis)
+    low, high = _bounds(given.bounds, given.bounds_on, axis)
     none = np.zeros(0, np.int64)
-    kept = none if keep is None else axis.places(keep, "keep")
-    out = none if leave_out is None else axis.places(leave_out, "leave_out")
+    kept = none if given.keep is None else axis.places(given.keep, "keep")
+    out = none if given.leave_out is None else axis.places(given.leave_out, "leave_out")
     both = np.intersect1d(kept, out)
     if len(both):
         raise InvalidValueError(
@@ -87,7 +100,7 @@ def read_households(
         )
     if len(out) == axis.count:
         raise InvalidValueError(explain("leave_out", "some household must be left to choose.", got="all left out"))
-    numbers = None if clusters is None else _clusters(clusters, axis)
+    numbers = None if given.clusters is None else _clusters(given.clusters, axis)
     if numbers is not None:
         low, high = _in_common(low, high, numbers, axis)
         torn = np.flatnonzero(np.isin(numbers, numbers[kept]) & np.isin(numbers, numbers[out]))
@@ -101,12 +114,12 @@ def read_households(
 
 
 def check_count(k: object, households: Households) -> int:
-    """``k`` if so many units can be chosen.
+    """``k``, if that many units can be chosen.
 
     Raises
     ------
     InvalidValueError
-        If it is no integer between 1 and the number that can be chosen, or below the number that must be.
+        If it is not an integer between 1 and the number that can be chosen, or below the number that must be.
     """
     unit = "households" if households.clusters is None else "clusters"
     most = households.units
@@ -119,7 +132,12 @@ def check_count(k: object, households: Households) -> int:
         )
     if k < households.kept:
         raise InvalidValueError(
-            explain("k", f"all {unit} that must be kept need room.", expected=f">= {households.kept:,}", got=f"{k:,}")
+            explain(
+                "k",
+                f"all {unit} that must be kept count too.",
+                expected=f">= {households.kept:,}",
+                got=f"{k:,}",
+            )
         )
     return k
 
@@ -186,7 +204,7 @@ def _refuse(bad: Flags, values: Floats, axis: Axis, must: str) -> None:
 
 
 def _clusters(given: object, axis: Axis) -> Integers:
-    """Numbers of clusters; a household without a label (None, NaN) is on its own."""
+    """Numbers of clusters; a household without a label (None, NaN) is a cluster of its own."""
     labels = axis.objects(given, "clusters", fill=math.nan).tolist()
     numbers: dict[Any, int] = {}
     found = np.empty(axis.count, np.int64)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import math
 import warnings
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
@@ -12,13 +11,13 @@ from typing import Any
 import numpy as np
 
 from l0hooks.calibration.data.hierarchy import Conditions, read_hierarchy
-from l0hooks.calibration.data.households import Households, check_count, read_households
+from l0hooks.calibration.data.households import GivenHouseholds, Households, check_count, read_households
 from l0hooks.calibration.data.matrix import read_matrix
 from l0hooks.calibration.data.names import Axis, few, is_frame, is_series
 from l0hooks.calibration.data.reach import reachable_range, weight_limits, within
 from l0hooks.calibration.data.targets import (
     CalibrationWarning,
-    Given,
+    GivenTargets,
     read_ends,
     read_groups,
     read_importance,
@@ -49,7 +48,7 @@ class Inputs:
     hierarchy : tuple of (parent, children)
         Numbers of targets.
     people : Households
-        Design weights, bounds, who must be in or out, clusters.
+        Design weights, bounds, clusters, and which must be in or out.
     bounds_on : "ratio" or "weight"
     reachable : bool, shape (T,)
         False for targets that no allowed weights can meet.
@@ -87,49 +86,26 @@ class Inputs:
 
 def read_inputs(
     matrix: object,
-    y: object = None,
+    given_targets: GivenTargets,
+    given_households: GivenHouseholds | None = None,
     *,
-    lower: object = None,
-    upper: object = None,
     k: int | None = None,
     selects: bool | None = None,
-    design_weights: object = None,
-    bounds: object = (0.0, math.inf),
-    bounds_on: BoundsOn = "ratio",
-    groups: object = None,
-    group_multipliers: Mapping[Any, float] | None = None,
-    normalize_groups: bool = True,
-    importance: object = None,
-    hierarchy: Mapping[Any, Any] | None = None,
-    keep: object = None,
-    leave_out: object = None,
-    clusters: object = None,
     dtype: Precision = "float32",
 ) -> Inputs:
-    """Check everything, in the order in which a reader would: matrix, targets, households, then whether they fit.
+    """Check matrix, targets and households, then whether they fit together.
 
     Parameters
     ----------
     matrix : scipy.sparse array or matrix, array_like, DataFrame or NamedMatrix; shape (T, N)
         What one household adds to each target.
-    y, lower, upper : array_like, Series, mapping or DataFrame
-        Points, or ends of intervals; aligned by name where they have names.
+    given_targets : GivenTargets
+    given_households : GivenHouseholds, optional
+        Design weights of one and no bounds if not given.
     k : int, optional
         How many households (clusters, where there are any) will be chosen.
     selects : bool, optional
-        Whether households may stay without weight; as ``k`` says if not given.
-    design_weights : array_like, Series, mapping or DataFrame, > 0, shape (N,), optional
-    bounds : (lo, hi)
-        Numbers, or one for each household, of its ratio to the design weight or of its weight.
-    bounds_on : "ratio" or "weight"
-    groups, importance : array_like, Series or mapping, shape (T,), optional
-    group_multipliers : mapping from group to float >= 0, optional
-    normalize_groups : bool
-        Whether each group counts as much as any other, whatever its size.
-    hierarchy : mapping, optional
-        Parent → children, or child → parent, by the names of targets.
-    keep, leave_out : names, numbers or flags, optional
-    clusters : array_like, Series or mapping of labels, optional
+        Whether households may stay without weight; if not given, whether ``k`` is.
     dtype : "float32" or "float64"
 
     Returns
@@ -148,28 +124,20 @@ def read_inputs(
 
     Examples
     --------
-    >>> inputs = read_inputs([[1, 1, 0], [0, 20, 30]], {"people": 8, "income": 100})
+    >>> inputs = read_inputs([[1, 1, 0], [0, 20, 30]], GivenTargets({"people": 8, "income": 100}))
     >>> inputs.targets.names, inputs.reachable
     (('people', 'income'), array([ True,  True]))
     """
     _check_precision(dtype)
-    given = take_apart(Given(y, lower, upper, groups, importance))
+    given, about = take_apart(given_targets), given_households or GivenHouseholds()
     values, targets, households = read_matrix(matrix)
-    _refuse_transposed(given.first, design_weights, targets, households)
-    targets, households = targets.adopt(given.first), households.adopt(_weights(design_weights))
+    _refuse_transposed(given.first, about.design_weights, targets, households)
+    targets, households = targets.adopt(given.first), households.adopt(_weights(about.design_weights))
     low, high = read_ends(given, targets)
     labels = read_groups(given.groups, targets)
-    counts = read_importance(given.importance, labels, group_multipliers, normalize_groups, targets)
-    conditions = read_hierarchy(hierarchy, targets, low, high)
-    people = read_households(
-        households,
-        design_weights=design_weights,
-        bounds=bounds,
-        bounds_on=bounds_on,
-        keep=keep,
-        leave_out=leave_out,
-        clusters=clusters,
-    )
+    counts = read_importance(given, labels, targets)
+    conditions = read_hierarchy(given.hierarchy, targets, low, high)
+    people, bounds_on = read_households(households, about), about.bounds_on
     chosen = None if k is None else check_count(k, people)
     if dtype == "float32":
         _refuse_overflow(values, low, high, people, targets)
@@ -209,7 +177,7 @@ def _length(given: Any) -> int | None:
 
 
 def _refuse_transposed(y: Any, design_weights: Any, targets: Axis, households: Axis) -> None:
-    """Lengths, or names where the matrix has them, that fit the other axis only."""
+    """Refuse lengths, or names, that fit the other axis of the matrix only."""
     signs = []
     if isinstance(y, Mapping) or is_series(y):
         names = list(y.index if is_series(y) else y)
@@ -234,7 +202,7 @@ def _refuse_transposed(y: Any, design_weights: Any, targets: Axis, households: A
 
 
 def _refuse_overflow(matrix: Sparse, lower: Floats, upper: Floats, people: Households, targets: Axis) -> None:
-    """float32 ends at 3.4e38: neither the values nor what design weights make of them may lie beyond."""
+    """Refuse values, or their products with design weights, beyond the largest float32, 3.4e38."""
     ends = [np.where(np.isfinite(one), np.abs(one), 0.0) for one in (lower, upper)]
     big = np.flatnonzero(np.maximum(*ends) > _LARGEST_FLOAT32)
     got = f"a target of {max(ends[0][big[0]], ends[1][big[0]]):.3g}, {targets.shown(big[:1])}" if len(big) else None

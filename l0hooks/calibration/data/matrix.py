@@ -11,11 +11,13 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import sparse
 
+from l0hooks.calibration.data.indices import check_indices
 from l0hooks.calibration.data.names import Axis, check_distinct, few, is_frame
 from l0hooks.calibration.numerics.columns import Sparse, pieces
 from l0hooks.errors import InvalidValueError, explain
 
 _WHERE = "M"
+_CANONICAL_FORMATS = ("csr", "csc", "bsr", "coo")  # of SciPy, that tell whether entries are added up
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,8 +59,8 @@ def read_matrix(given: object) -> tuple[Sparse, Axis, Axis]:
     Raises
     ------
     InvalidValueError
-        If it is not two-dimensional or is empty, or holds NaN, infinity or what is no number; if names are not
-        distinct.
+        If it is not two-dimensional or is empty, holds NaN, infinity or something that is not a number, or if names
+        are not distinct.
 
     Examples
     --------
@@ -73,6 +75,8 @@ def read_matrix(given: object) -> tuple[Sparse, Axis, Axis]:
     if is_frame(given):
         rows, columns, given = _from_frame(given)
     matrix: Any = given if sparse.issparse(given) else _dense(given)
+    if sparse.issparse(matrix):
+        check_indices(matrix, _WHERE)
     if matrix.ndim != 2 or 0 in matrix.shape:
         raise InvalidValueError(
             explain(_WHERE, "it must have two axes, targets and households.", got=f"shape {matrix.shape}")
@@ -80,7 +84,7 @@ def read_matrix(given: object) -> tuple[Sparse, Axis, Axis]:
     if matrix.dtype.kind not in "biuf":
         raise InvalidValueError(explain(_WHERE, "values must be real numbers.", got=f"{matrix.dtype} values"))
     if matrix.dtype == np.float16:
-        matrix = matrix.astype(np.float32)  # SciPy's sparse arrays know none
+        matrix = matrix.astype(np.float32)  # SciPy's sparse arrays cannot hold float16
     if matrix.dtype.kind in "iu" and not _distinct(matrix):
         matrix = matrix.astype(np.float64)  # sums of small integers would wrap around
     csr = sparse.csr_array(matrix)
@@ -101,8 +105,9 @@ def read_matrix(given: object) -> tuple[Sparse, Axis, Axis]:
 
 
 def _distinct(matrix: Any) -> bool:
-    """Whether no entry of it can stand for several."""
-    return not sparse.issparse(matrix) or bool(getattr(matrix, "has_canonical_format", False))
+    """Whether no position can have several entries, as far as the format tells."""
+    stored: Any = matrix  # the stubs of issparse know neither attribute
+    return not sparse.issparse(matrix) or bool(stored.format in _CANONICAL_FORMATS and stored.has_canonical_format)
 
 
 def _names(given: Sequence[Hashable] | None, what: str) -> tuple[Hashable, ...] | None:
@@ -111,7 +116,7 @@ def _names(given: Sequence[Hashable] | None, what: str) -> tuple[Hashable, ...] 
 
 def _dense(given: object) -> NDArray[Any]:
     if isinstance(given, np.ma.MaskedArray):
-        given = np.ma.filled(given.astype(np.float64), np.nan)  # what is masked is missing
+        given = np.ma.filled(given.astype(np.float64), np.nan)  # masked values are missing
     try:
         return np.asarray(given)
     except ValueError as error:

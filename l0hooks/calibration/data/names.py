@@ -1,4 +1,4 @@
-"""Names of targets and households: values given by name are put in the matrix's order, never taken by position."""
+"""Names of targets and households: values given by name are put into the order of the matrix."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _NAMES_SHOWN = 5
 
 
 def is_frame(given: object) -> bool:
-    """Whether it is a pandas DataFrame; pandas is not imported to know."""
+    """Whether it is a pandas DataFrame; does not import pandas."""
     pandas = sys.modules.get("pandas")
     return pandas is not None and isinstance(given, pandas.DataFrame)
 
@@ -50,7 +50,7 @@ def check_distinct(names: Iterable[Hashable], what: str) -> tuple[Hashable, ...]
     Raises
     ------
     InvalidValueError
-        If one is missing (NaN, None), cannot be a name, or stands there twice.
+        If one is missing (NaN, None), cannot be a name, or occurs twice.
     """
     found = tuple(names)
     empty = [place for place, name in enumerate(found) if name is None or name != name]
@@ -103,7 +103,7 @@ class Axis:
     def adopt(self, given: object) -> Axis:
         """The same axis with the names of ``given``, if that has names and the axis none.
 
-        Names that are the numbers 0, 1, … in any order say which entry is meant, and name nothing.
+        Names that are the numbers 0, 1, … in any order are not adopted: they say which entry is meant.
         """
         names = _names_of(given)
         if self.names is not None or names is None or len(names) != self.count or _numbers(names, self.count):
@@ -116,7 +116,7 @@ class Axis:
         Parameters
         ----------
         given : array_like, Series, mapping, or DataFrame of one column
-            What has names is aligned by them.
+            Aligned by name if it has names.
         what : str
             Its name in messages.
         fill : float, optional
@@ -125,7 +125,7 @@ class Axis:
         Raises
         ------
         InvalidValueError
-            If lengths or names do not fit, a name stands there twice, or something is no number.
+            If lengths or names do not fit, a name occurs twice, or something is not a number.
         """
         return _floats(self.objects(given, what, fill=fill), what)
 
@@ -138,7 +138,7 @@ class Axis:
         content = _content(given, what)
         unknown = [name for name in names if name not in self.index]
         if unknown:
-            raise InvalidValueError(self._strangers(unknown, what))
+            raise InvalidValueError(self._unknown_names(unknown, what))
         if fill is None and len(names) < self.count:
             present = set(names)
             missing = [name for name in self.labels if name not in present]
@@ -158,7 +158,7 @@ class Axis:
         Raises
         ------
         InvalidValueError
-            If a name is unknown or stands there twice, or flags are not one for each entry.
+            If a name is unknown or occurs twice, or flags are not one for each entry.
         """
         if isinstance(given, str):
             given = [given]
@@ -177,7 +177,7 @@ class Axis:
         check_distinct(listed, what)
         unknown = [name for name in listed if name not in self.index]
         if unknown:
-            raise InvalidValueError(self._strangers(unknown, what))
+            raise InvalidValueError(self._unknown_names(unknown, what))
         return np.sort(np.fromiter((self.index[name] for name in listed), np.int64, len(listed)))
 
     def _by_position(self, given: object, what: str) -> NDArray[Any]:
@@ -191,13 +191,13 @@ class Axis:
             )
         return content
 
-    def _strangers(self, unknown: Sequence[Hashable], what: str) -> str:
+    def _unknown_names(self, unknown: Sequence[Hashable], what: str) -> str:
         texts = [label for label in self.labels[:20_000] if isinstance(label, str)]
         hint = near_names(str(unknown[0]), texts) if texts else None
         if self.names is None:
             hint = f"the matrix has no names: {self.kind}s are numbered 0 to {self.count - 1}"
         elif len(unknown) == self.count and _numbers(unknown, self.count):
-            hint = "it has numbers where the matrix has names; where the order is right, .to_numpy() says so"
+            hint = "it has numbers where the matrix has names; if the order is right, pass .to_numpy()"
         return explain(what, f"names must be those of the matrix's {self.kind}s.", got=few(unknown), hint=hint)
 
 
@@ -218,7 +218,7 @@ def _content(given: Any, what: str) -> NDArray[Any]:
     if is_frame(given) and given.shape[1] != 1:
         raise InvalidValueError(explain(what, "a frame must have one column.", got=few(list(given.columns))))
     if isinstance(given, np.ma.MaskedArray):
-        given = np.ma.filled(given.astype(np.float64), np.nan)  # what is masked is missing
+        given = np.ma.filled(given.astype(np.float64), np.nan)  # masked values are missing
     try:
         array = np.asarray(given.to_numpy() if is_series(given) or is_frame(given) else given)
     except (ValueError, TypeError) as error:
@@ -245,5 +245,5 @@ def _number(value: object) -> bool:
 
 
 def _plain(value: Any) -> Any:
-    """A NumPy scalar as Python's: its ``repr`` is for people."""
+    """A NumPy scalar as one of Python's, whose ``repr`` is easier to read."""
     return value.item() if isinstance(value, np.generic) else value

@@ -1,4 +1,4 @@
-"""Which targets no allowed weights can meet, by sign and bounds alone."""
+"""Targets that no allowed weights can meet, found from signs and bounds alone."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import numpy as np
 from l0hooks.calibration.data.households import Households
 from l0hooks.calibration.numerics.columns import Flags, Floats, Integers, Sparse, pieces
 
-_ROUNDING_SHARE = 1e-9  # relative; far below any error a user would mind
+_ROUNDING_SHARE = 1e-9  # of the numbers compared; far below any error that matters
 
 
 def weight_limits(households: Households, *, on_weight: bool) -> tuple[Floats, Floats]:
@@ -36,7 +36,7 @@ def reachable_range(matrix: Sparse, low: Floats, high: Floats, chosen: int | Non
     Returns
     -------
     least, largest : float64, shape (T,)
-        Nothing outside can be reached. Each target is looked at by itself, so not all inside can.
+        No estimate outside can be reached. One inside may be out of reach too, as each target is taken by itself.
 
     Examples
     --------
@@ -50,15 +50,15 @@ def reachable_range(matrix: Sparse, low: Floats, high: Floats, chosen: int | Non
         return _unbounded(matrix, least, largest)
     for row in range(matrix.shape[0]):
         part = slice(matrix.indptr[row], matrix.indptr[row + 1])
-        values, who = matrix.data[part], matrix.indices[part]
+        values, places = matrix.data[part], matrix.indices[part]
         if not values.all():
-            who, values = who[values != 0], values[values != 0]
+            places, values = places[values != 0], values[values != 0]
         if values.dtype != np.float64:
             values = values.astype(np.float64)
-        others = matrix.shape[1] - len(who)  # with zeros: any number of them can be chosen freely
+        others = matrix.shape[1] - len(places)  # with zeros: any number of them can be chosen freely
         with np.errstate(over="ignore"):
-            largest[row] = _largest_sum(_ends(values, who, low, high), others, chosen)
-            least[row] = 0.0 - _largest_sum(_ends(-values, who, low, high), others, chosen)
+            largest[row] = _largest_sum(_ends(values, places, low, high), others, chosen)
+            least[row] = 0.0 - _largest_sum(_ends(-values, places, low, high), others, chosen)
     return least, largest
 
 
@@ -74,23 +74,23 @@ def _unbounded(matrix: Sparse, least: Floats, largest: Floats) -> tuple[Floats, 
     return least, largest
 
 
-def _ends(values: Floats, who: Integers, low: Floats, high: Floats) -> Floats:
-    """The largest contributions of households ``who`` with such values."""
+def _ends(values: Floats, places: Integers, low: Floats, high: Floats) -> Floats:
+    """The largest contributions of the households at ``places``, which have these values."""
     positive = values > 0
-    weights = high[who] if positive.all() else np.where(positive, high[who], low[who])
+    weights = high[places] if positive.all() else np.where(positive, high[places], low[places])
     weights *= values
     return weights
 
 
 def _largest_sum(parts: Floats, zeros: int, chosen: int | None) -> float:
-    """The largest sum of ``chosen`` numbers out of ``parts`` and so many zeros."""
+    """The largest sum of ``chosen`` numbers out of ``parts`` and that many ``zeros``."""
     if chosen is None or chosen >= len(parts) + zeros:
         return float(parts.sum())
     positive = parts[parts > 0]
     if len(positive) >= chosen:
         positive.partition(len(positive) - chosen)
         return float(positive[len(positive) - chosen :].sum())
-    must = chosen - len(positive) - zeros  # so many that take something away
+    must = chosen - len(positive) - zeros  # numbers below zero that must be taken too
     negative = np.sort(parts[parts <= 0])[::-1]
     return float(positive.sum() + (negative[:must].sum() if must > 0 else 0.0))
 

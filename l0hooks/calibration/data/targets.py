@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from numbers import Real
 from typing import Any
 
@@ -19,7 +19,7 @@ _TARGET_COLUMNS = ("target", "value", "lower", "upper", "group", "importance")
 
 
 class CalibrationWarning(UserWarning):
-    """A fit can be done, but something about its data or its result should be known.
+    """A fit is possible, but the user should know something about its data or its result.
 
     Examples
     --------
@@ -37,29 +37,44 @@ class CalibrationWarning(UserWarning):
 
 
 @dataclass(frozen=True)
-class Given:
-    """``y``, ``lower``, ``upper``, ``groups`` and ``importance`` as they came, a frame of targets taken apart."""
+class GivenTargets:
+    """What a user gives about targets.
+
+    Attributes
+    ----------
+    y, lower, upper : array_like, Series, mapping or DataFrame, optional
+        Points, or ends of intervals; aligned by name where they have names.
+    groups, importance : array_like, Series or mapping, shape (T,), optional
+    group_multipliers : mapping from group to float >= 0, optional
+    normalize_groups : bool
+        Whether each group counts as much as any other, whatever its size.
+    hierarchy : mapping, optional
+        Parent → children, or child → parent, by the names of targets.
+    """
 
     y: object = None
     lower: object = None
     upper: object = None
     groups: object = None
     importance: object = None
+    group_multipliers: Mapping[Any, float] | None = None
+    normalize_groups: bool = True
+    hierarchy: Mapping[Any, Any] | None = None
 
     @property
     def first(self) -> object:
-        """What says how many targets there are, and how they are called."""
+        """The first of ``y``, ``lower`` and ``upper`` that is given: it has the names of the targets."""
         return next((one for one in (self.y, self.lower, self.upper) if one is not None), None)
 
 
-def take_apart(given: Given) -> Given:
+def take_apart(given: GivenTargets) -> GivenTargets:
     """``given``, the columns of a frame ``y`` put where they belong.
 
     Parameters
     ----------
-    given : Given
-        A frame with one column holds the targets. One with more has some of the columns target, value, lower, upper,
-        group and importance; others are not read. Where ``value`` is empty, lower and upper count.
+    given : GivenTargets
+        If ``y`` is a frame with one column, that holds the targets. A frame with more has some of the columns target,
+        value, lower, upper, group and importance; others are not read. Where ``value`` is empty, lower and upper count.
 
     Raises
     ------
@@ -73,7 +88,7 @@ def take_apart(given: Given) -> Given:
     return given
 
 
-def _from_frame(given: Given) -> Given:
+def _from_frame(given: GivenTargets) -> GivenTargets:
     frame: Any = given.y
     if "target" in frame.columns:
         frame = frame.set_index("target")
@@ -83,7 +98,7 @@ def _from_frame(given: Given) -> Given:
             raise InvalidValueError(
                 explain("y", "a frame of targets needs a column 'value'.", got=few(list(frame.columns)))
             )
-        return Given(frame.iloc[:, 0], given.lower, given.upper, given.groups, given.importance)
+        return replace(given, y=frame.iloc[:, 0])
     said = {"lower": given.lower, "upper": given.upper, "group": given.groups, "importance": given.importance}
     for name, other in said.items():
         if other is not None and (name in known or name in ("lower", "upper")):
@@ -96,10 +111,11 @@ def _from_frame(given: Given) -> Given:
             columns[name] = points.where(points.notna(), columns.get(name, infinite))
         points = None
     group, importance = columns.get("group", given.groups), columns.get("importance", given.importance)
-    return Given(points, columns.get("lower"), columns.get("upper"), group, importance)
+    lower, upper = columns.get("lower"), columns.get("upper")
+    return replace(given, y=points, lower=lower, upper=upper, groups=group, importance=importance)
 
 
-def read_ends(given: Given, axis: Axis) -> tuple[Floats, Floats]:
+def read_ends(given: GivenTargets, axis: Axis) -> tuple[Floats, Floats]:
     """Lower and upper end of every target, equal for points.
 
     Raises
@@ -139,13 +155,7 @@ def read_groups(given: object, axis: Axis) -> tuple[Hashable, ...] | None:
     return found
 
 
-def read_importance(
-    given: object,
-    groups: tuple[Hashable, ...] | None,
-    multipliers: Mapping[Any, float] | None,
-    normalize: bool,
-    axis: Axis,
-) -> Floats:
+def read_importance(given: GivenTargets, groups: tuple[Hashable, ...] | None, axis: Axis) -> Floats:
     """What the squared error of each target counts: its importance, averaged over its group, times the multiplier.
 
     Raises
@@ -153,14 +163,15 @@ def read_importance(
     InvalidValueError
         If something is negative or not finite, nothing counts, a group is unknown, or multipliers have no groups.
     """
-    counts = np.ones(axis.count) if given is None else axis.values(given, "importance", fill=1.0)
+    importance, multipliers = given.importance, given.group_multipliers
+    counts = np.ones(axis.count) if importance is None else axis.values(importance, "importance", fill=1.0)
     _refuse(~np.isfinite(counts) | (counts < 0), counts, axis, "importance", "it must be finite and not negative.")
     if groups is None:
         if multipliers:
             raise InvalidValueError(explain("group_multipliers", "targets must have groups.", hint="groups=..."))
     else:
         labels, number = _numbered(groups)
-        if normalize:
+        if given.normalize_groups:
             counts = counts / np.bincount(number)[number]
         counts = counts * _multipliers(multipliers or {}, labels)[number]
     if not counts.any():

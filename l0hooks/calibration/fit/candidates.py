@@ -22,23 +22,23 @@ GATES_WITH_SWAPS: Chain = ("gates", "prune", "swaps")
 FROM_LARGER: Chain = ("path", "prune", "swaps")
 PRICED: Chain = ("gates", "swaps")
 ALL_UNITS: Chain = ("all",)
-_SMALLEST_WEIGHT = 1e-3  # share of the usual g, n/K: a chosen unit's weight is no smaller
+_SMALLEST_G = 1e-3  # of a chosen unit, as a share of n/K
 
 
 @dataclass(frozen=True)
 class SearchLimits:
-    """Up to where a start of the search is tried; the defaults are measured.
+    """Which starts of the search are tried, by the number of units; the defaults come from measurements.
 
     Attributes
     ----------
     gates : float, > 0
-        Units per target up to which gates are tried.
+        Gates are tried up to this many units per target.
     greedy : float, > 0
-        Units per target up to which greedy search is tried.
+        Greedy search is tried up to this many units per target.
     random : float, > 0
-        Units per target from which a random selection is tried without any search.
+        Above this many units per target, a random selection is also tried without any search.
     every_start : int, >= 0
-        Units up to which gates and greedy search are tried whatever the number of targets.
+        Up to this many units, gates and greedy search are tried however many targets there are.
     """
 
     gates: float = 1.5
@@ -56,20 +56,20 @@ class Options:
     keep : int, optional
         K, the number of units with a positive weight.
     l0 : float, > 0, optional
-        The price of a unit instead; neither: all units, plain calibration.
+        The price of a unit, instead of ``keep``. With neither, all units are kept: plain calibration.
     method : "auto", "gates", "greedy" or "dense"
-        "auto" runs all candidates that could win; "dense" starts from a random selection and swaps, without gates.
+        "auto" runs all candidates that could be best; "dense" starts from a random selection and swaps, without gates.
     epochs : int, > 0
         Of the gates.
     objective, distance, tolerance
         As in :func:`polish`.
     random_state : int, >= 0
     patience : int, > 0, optional
-        Gates, once they are down to their final number, and swaps end after so many steps without a better error.
+        Gates (once their number is the final one) and swaps end after this many steps without a better error.
     search : SearchLimits
         Which starts are tried.
     polish : PolishLimits
-        How hard the last fit tries.
+        Limits of the last fit.
     """
 
     keep: int | None = None
@@ -96,7 +96,7 @@ class Pending:
     norm : float
         √Σ dist² after a short refit.
     error : float
-        The mean relative error then, which another may have smaller.
+        The mean relative error after that refit.
     """
 
     name: str
@@ -130,14 +130,14 @@ def random_selection(problem: Problem, keep: int, random_state: int) -> Selectio
 
 
 def with_floor(problem: Problem, keep: int | None) -> Problem:
-    """A positive lower bound where there is none: for all units if their number is fixed, else for those kept."""
-    floor = np.minimum(_SMALLEST_WEIGHT * problem.size / (problem.size if keep is None else keep), problem.high)
+    """``problem`` with a positive lower bound for all units if their number is fixed, else for those that must stay."""
+    floor = np.minimum(_SMALLEST_G * problem.size / (problem.size if keep is None else keep), problem.high)
     needed = (problem.low <= 0) & (problem.kept | (keep is not None))
     return replace(problem, low=shared(np.where(needed, floor, problem.low)))
 
 
 def planned(problem: Problem, options: Options, prunable: bool) -> list[tuple[str, ...]]:
-    """The candidates, the likeliest to win first."""
+    """The candidates, the likeliest to be best first."""
     if options.l0 is not None and not problem.kept.all():
         return [PRICED]
     if options.keep is None or options.keep == problem.size:

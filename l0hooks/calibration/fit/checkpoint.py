@@ -6,17 +6,17 @@ import io
 import json
 import os
 import time
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from l0hooks._files import replacing
 from l0hooks.calibration.fit.stage import State
 from l0hooks.errors import InvalidValueError, StateError, explain
 
-_FORMAT = 1
+_FORMAT = 2  # of the file
 _HEADER = "header"
 
 
@@ -30,8 +30,9 @@ class Checkpoint:
     fingerprint : str
         Of the data and the settings. A file with another one is refused.
     interval : float, >= 0
-        Seconds between two checkpoints: what a kill can lose at the most.
+        Seconds between two checkpoints: a killed fit loses no more than this.
     clock : callable
+        Returns seconds since any fixed moment.
 
     Raises
     ------
@@ -74,7 +75,7 @@ class Checkpoint:
         return self._clock() >= self._next
 
     def write(self, state: State) -> None:
-        """Replace the file: at every moment it is the old one or the new one, whole."""
+        """Replace the file; at every moment it is complete, with the old state or the new one."""
         self.path = self.path.absolute()
         arrays: dict[str, Any] = {}
         tree = _take_apart(state, arrays)
@@ -82,16 +83,8 @@ class Checkpoint:
         buffer = io.BytesIO()
         arrays[_HEADER] = np.frombuffer(json.dumps(header).encode(), np.uint8)
         np.savez(buffer, **arrays)
-        temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.part")
-        try:
-            with temporary.open("wb") as file:
-                file.write(buffer.getbuffer())
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(self.path)
-        finally:
-            temporary.unlink(missing_ok=True)
-        _sync_folder(self.path.parent)
+        with replacing(self.path) as temporary:
+            temporary.write_bytes(buffer.getbuffer())
         self._next = self._clock() + self.interval
 
     def read(self) -> State | None:
@@ -109,12 +102,8 @@ class Checkpoint:
                 arrays = {name: file[name] for name in file.files}
             header = json.loads(arrays.pop(_HEADER).tobytes())
             kind, fingerprint = header["format"], header["fingerprint"]
-        except (OSError, ValueError, KeyError, TypeError, EOFError, AttributeError, zipfile.BadZipFile) as error:
-            raise StateError(
-                explain(
-                    "checkpoint", "the file must be a checkpoint.", got=f"{self.path}: {error}", hint="another path"
-                )
-            ) from error
+        except Exception as error:  # zip, zlib, NumPy and JSON raise some ten kinds for damaged files
+            raise self._no_checkpoint(error) from error
         if kind != _FORMAT:
             raise StateError(explain("checkpoint", "its format must be known.", expected=_FORMAT, got=repr(kind)))
         if fingerprint != self.fingerprint:
@@ -127,8 +116,15 @@ class Checkpoint:
                     hint="another path, or delete the file to begin anew",
                 )
             )
-        state: State = _put_together(header["state"], arrays)
+        try:
+            state: State = _put_together(header["state"], arrays)
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as error:
+            raise self._no_checkpoint(error) from error
         return state
+
+    def _no_checkpoint(self, error: Exception) -> StateError:
+        got = f"{self.path}: {type(error).__name__}: {error}"
+        return StateError(explain("checkpoint", "the file must be a checkpoint.", got=got, hint="another path"))
 
     def remove(self) -> None:
         """Delete the file, if there is one."""
@@ -136,7 +132,7 @@ class Checkpoint:
 
 
 def _take_apart(value: Any, arrays: dict[str, Any]) -> Any:
-    """``value`` as JSON; arrays go into ``arrays`` under a number."""
+    """``value`` as JSON; its arrays are put into ``arrays`` under numbered names."""
     if isinstance(value, dict):
         return {"of": {str(key): _take_apart(one, arrays) for key, one in value.items()}}
     if isinstance(value, (list, tuple)):
@@ -148,7 +144,7 @@ def _take_apart(value: Any, arrays: dict[str, Any]) -> Any:
     if isinstance(value, np.generic):
         value = value.item()
     if isinstance(value, float):
-        return {"float": value.hex()}  # to the bit, infinity and NaN too
+        return {"float": value.hex()}  # exact, also for infinity and NaN
     if value is None or isinstance(value, (bool, int, str)):
         return {"plain": value}
     raise StateError(explain("checkpoint", "a state holds numbers, strings and arrays.", got=type(value).__name__))
@@ -163,14 +159,3 @@ def _put_together(tree: Any, arrays: dict[str, Any]) -> Any:
     if kind == "array":
         return arrays[value]
     return float.fromhex(value) if kind == "float" else value
-
-
-def _sync_folder(folder: Path) -> None:
-    """The new name, too, outlives a loss of power (where the system lets folders be synced)."""
-    if os.name != "posix":
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -1,4 +1,4 @@
-"""Runs the solver over one or several K: tells how far it is, asks callbacks, writes and reads checkpoints."""
+"""Runs the solver for one or several K, reports progress, calls callbacks, and writes and reads checkpoints."""
 
 from __future__ import annotations
 
@@ -14,13 +14,15 @@ from l0hooks.calibration.fit.candidates import Options
 from l0hooks.calibration.fit.checkpoint import Checkpoint
 from l0hooks.calibration.fit.polish import Polished
 from l0hooks.calibration.fit.progress import Callback, Display, Update, Watch
+from l0hooks.calibration.fit.saved import Fields
+from l0hooks.calibration.fit.saved_solver import read_outcomes, read_rows
 from l0hooks.calibration.fit.solver import Solver
 from l0hooks.calibration.fit.stage import Selection, State
 from l0hooks.calibration.numerics.columns import Floats, shared
-from l0hooks.calibration.numerics.preparation import prepare
+from l0hooks.calibration.numerics.preparation import ErrorOptions, UnitOptions, prepare
 from l0hooks.calibration.numerics.problem import Loss, Problem
 
-_LEAST_IMPORTANCE = 1e-12  # importance of a target that only stands in the hierarchy, against the largest
+_LEAST_IMPORTANCE = 1e-12  # of a target that is only part of the hierarchy, as a share of the largest
 HISTORY_COLUMNS = ("stage", "step", "steps", "error", "active", "seconds")
 
 
@@ -34,7 +36,7 @@ class Outcome:
     weights : float64, shape (N,)
     selection : Selection
     stage : str
-        The candidate that won.
+        The best candidate.
     converged : bool
     reason : str
     candidates : dict from name to mean \\|relative error\\|
@@ -54,7 +56,7 @@ class Outcome:
 
 
 def prepared(inputs: Inputs, *, loss: Loss, consistency: float, offset: float = 1.0) -> Problem:
-    """The problem that the stages work on, of the targets that count or have parents or children."""
+    """The problem that the stages work on, of the targets that have importance, parents or children."""
     people = inputs.people
     counts = inputs.importance > 0
     related = [number for parent, children in inputs.hierarchy for number in (parent, *children)]
@@ -66,15 +68,14 @@ def prepared(inputs: Inputs, *, loss: Loss, consistency: float, offset: float = 
         inputs.matrix if whole else inputs.matrix[rows],
         inputs.lower[rows],
         inputs.upper[rows],
-        design_weights=people.design,
-        importance=np.maximum(inputs.importance[rows], _LEAST_IMPORTANCE * inputs.importance.max()),
-        loss=loss,
-        offset=offset,
-        hierarchy=[(int(place[parent]), place[list(children)].tolist()) for parent, children in inputs.hierarchy],
-        consistency=consistency,
-        keep=people.keep,
-        leave_out=people.leave_out,
-        clusters=people.clusters,
+        errors=ErrorOptions(
+            loss=loss,
+            offset=offset,
+            importance=np.maximum(inputs.importance[rows], _LEAST_IMPORTANCE * inputs.importance.max()),
+            hierarchy=[(int(place[parent]), place[list(children)].tolist()) for parent, children in inputs.hierarchy],
+            consistency=consistency,
+        ),
+        units=UnitOptions(people.design, keep=people.keep, leave_out=people.leave_out, clusters=people.clusters),
         dtype=inputs.dtype,
     )
     low, high = weight_limits(people, on_weight=inputs.bounds_on == "weight")
@@ -114,7 +115,7 @@ class Driver:
         checkpoint: Checkpoint | None = None,
     ) -> None:
         self.options, self.sizes = options, list(sizes)
-        self._problems = [problem] * len(self.sizes)  # each solver takes one: the last alone holds what it needs
+        self._problems = [problem] * len(self.sizes)  # each solver takes one away, so that the last one can free memory
         self.callbacks, self.display, self.checkpoint = callbacks, display, checkpoint
         self.outcomes: list[Outcome] = []
         self._rows: list[dict[str, Any]] = []
@@ -122,7 +123,7 @@ class Driver:
         self._watch = Watch()
 
     def run(self) -> list[Outcome]:
-        """One outcome for each K; what a checkpoint holds is not done again."""
+        """One outcome for each K; work that a checkpoint holds is not repeated."""
         saved = None if self.checkpoint is None else self.checkpoint.read()
         if saved is not None:
             self._restore(saved)
@@ -154,12 +155,12 @@ class Driver:
             update = self._watch.update(solver.advance())
             self._rows.append({name: vars(update)[name] for name in HISTORY_COLUMNS})
             self.display.show(update)
-            self._ask(update, solver)
+            self._call_callbacks(update, solver)
             if self.checkpoint is not None and self.checkpoint.due and solver.resumable:
                 self.checkpoint.write(self._state(solver))
         return self._outcome(solver)
 
-    def _ask(self, update: Update, solver: Solver) -> None:
+    def _call_callbacks(self, update: Update, solver: Solver) -> None:
         for callback in self.callbacks:
             if callback(update):
                 self._stopped = f"stopped by a callback after {update.stage} {update.step}/{update.steps}"
@@ -192,7 +193,11 @@ class Driver:
         }
 
     def _restore(self, saved: State) -> None:
-        self.outcomes = [Outcome(**{**one, "selection": Selection(**one["selection"])}) for one in saved["outcomes"]]
-        self._rows, self._stopped = saved["rows"], saved["stopped"]
+        state = Fields(saved, "fit", "outcomes", "rows", "seconds", "stopped", "solver")
+        problem = self._problems[0]
+        finished = read_outcomes(state.listed("outcomes"), self.sizes, len(problem.members), problem, HISTORY_COLUMNS)
+        rows, seconds = read_rows(state.listed("rows"), HISTORY_COLUMNS), state.number("seconds", least=0)
+        self._rows, self._stopped = rows, state.text("stopped")
+        self.outcomes = [Outcome(**one) for one in finished]
         del self._problems[: len(self.outcomes)]
-        self._watch = Watch(before=saved["seconds"])
+        self._watch = Watch(before=seconds)

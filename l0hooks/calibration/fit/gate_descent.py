@@ -10,15 +10,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from l0hooks.gates.noise import Door, NoiseSource
-from l0hooks.gates.random import Stream, stream
+from l0hooks.gates.noise import GateNoise, NoiseSource
 
 
 class GateDescent(torch.optim.Optimizer):
-    """Momentum whose steps are divided by one number, the root mean square of all gradients so far.
+    """Descent with momentum, its steps divided by one number: the root mean square of all gradients so far.
 
-    Relative sizes of the gradients survive; divided coordinate by coordinate, as Adam does, the noise of gates that
-    are seldom open would become a random walk.
+    The relative sizes of the gradients are kept. Adam divides each coordinate by a number of its own; gates that are
+    seldom open would then follow a random walk.
 
     Parameters
     ----------
@@ -26,7 +25,7 @@ class GateDescent(torch.optim.Optimizer):
     lr : float, > 0
         A gradient of the usual size moves its coordinate by this much.
     momentum, decay : float in (0, 1)
-        Of the mean of the gradients, and of that of their squares.
+        How slowly the mean of the gradients and the mean of their squares change.
     largest : float, > 0
         No coordinate moves further in one step.
 
@@ -71,14 +70,14 @@ class GateDescent(torch.optim.Optimizer):
         x.sub_((state["mean"] * rate).clamp_(-group["largest"], group["largest"]))
 
 
-class NumberedNoise(Door):
-    """Noise that depends on a seed and the number of the epoch alone; torch's own generator is left in peace."""
+class NumberedNoise(GateNoise):
+    """Noise that depends on a seed and the number of the epoch alone; torch's own generator is not used."""
 
-    def __init__(self, seed: int) -> None:
-        super().__init__(NoiseSource(), "")
-        self.seed, self.epoch = seed, 0
+    def __init__(self, random_state: int) -> None:
+        super().__init__(NoiseSource().add_entry("", ()), 0)
+        self.random_state, self.epoch = random_state, 0
 
-    def stream(self, index: int, like: Tensor) -> Stream:
-        """The noise of this epoch."""
-        (seed,) = np.random.SeedSequence([self.seed, self.epoch, index]).generate_state(1, np.uint64)
-        return stream(int(seed), like.numel(), like.device)
+    def seed(self) -> int:
+        """The seed of this epoch."""
+        (seed,) = np.random.SeedSequence([self.random_state, self.epoch, 0]).generate_state(1, np.uint64)
+        return int(seed)

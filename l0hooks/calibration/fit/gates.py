@@ -15,12 +15,13 @@ import torch
 from torch import Tensor
 
 from l0hooks.calibration.fit.gate_descent import GateDescent, NumberedNoise
+from l0hooks.calibration.fit.saved import Fields
 from l0hooks.calibration.fit.stage import Progress, Selection, State, largest
 from l0hooks.calibration.numerics.columns import Floats, Integers
 from l0hooks.calibration.numerics.least_squares import bounded_fit
 from l0hooks.calibration.numerics.problem import Problem
+from l0hooks.gates.constants import GAMMA, ZETA
 from l0hooks.gates.gate import Gate
-from l0hooks.gates.hard_concrete import GAMMA, ZETA
 from l0hooks.schedules import Schedule, exponential
 from l0hooks.training._set_budget import set_budget
 from l0hooks.training.budget import Budget
@@ -29,9 +30,9 @@ from l0hooks.training.penalties import penalty
 _START_FACTOR, _MOST_AT_START = 4.0, 0.9  # expected size at the start: four times the final one, at most 0.9 of all
 _SHRINKING_SHARE = 0.6  # of the epochs, until the final size is reached
 _FULL_RATE_SHARE = 0.6  # of the epochs, until the learning rates fall
-_LARGEST_SCORE = 5.0  # log-odds at the start differ from the edge by no more
-_EPOCHS_PER_STATE = 10  # from one state that can be saved to the next
-_THETA_RATE, _GATE_RATE, _SCALE_RATE = 0.05, 0.3, 0.2
+_LARGEST_SCORE = 5.0  # log-odds at the start, against those of the last unit wanted
+_EPOCHS_PER_STATE = 10  # the state can be saved after every tenth epoch
+_THETA_RATE, _GATE_RATE, _SCALE_RATE = 0.05, 0.3, 0.2  # learning rates of θ, the log-odds and the common factor
 
 
 class GateStage:
@@ -52,7 +53,7 @@ class GateStage:
         Log-odds to start from, instead of those by the contributions of ``start``.
     random_state : int, >= 0
     copied_share : float, >= 0
-        Share of open units below which their columns are copied together: the products are then faster.
+        If a smaller share of the units is open, their columns are copied first, which makes the products faster.
 
     Examples
     --------
@@ -87,21 +88,22 @@ class GateStage:
         self.epoch, self._copied_share = 0, copied_share
         self._free = np.flatnonzero(~problem.kept)
         self._all_free = len(self._free) == problem.size
-        # of each unit among the free ones
+        # the place of each unit among the free ones
         self._place = np.where(problem.kept, -1, np.cumsum(~problem.kept) - 1) if not self._all_free else self._free
         wanted = len(self._free) / 2 if keep is None else keep - (problem.size - len(self._free))
         first = min(_START_FACTOR * wanted, _MOST_AT_START * len(self._free))
         self._noise = NumberedNoise(random_state)
-        self.gate = Gate(len(self._free), init_keep_prob=max(first, wanted) / len(self._free), door=self._noise)
+        self.gate = Gate(len(self._free), init_keep_prob=max(first, wanted) / len(self._free))
+        self.gate.noise_source = self._noise
         begin = warm_start(problem) if start is None else start
         scores = _scores(problem, begin, self._free, wanted) if log_odds is None else log_odds[self._free]
-        self._put_under_budget(int(wanted), torch.from_numpy(scores).float())
+        self._set_budget(int(wanted), torch.from_numpy(scores).float())
         least = 1e-3 * float(np.median(begin[begin > 0])) if (begin > 0).any() else 1.0
         self.theta = torch.nn.Parameter(torch.from_numpy(np.log(np.maximum(begin, least))).float())
         self._adam = torch.optim.Adam([self.theta], lr=_THETA_RATE, betas=(0.9, 0.99), eps=1e-10, fused=True)
         self._descent = GateDescent([self.gate.log_alpha], lr=_GATE_RATE)
 
-    def _put_under_budget(self, wanted: int, scores: Tensor) -> None:
+    def _set_budget(self, wanted: int, scores: Tensor) -> None:
         if self.l0 is not None:
             with torch.no_grad():
                 self.gate.log_alpha.add_(scores)
@@ -195,8 +197,6 @@ class GateStage:
         with torch.no_grad():
             self.theta.add_(_SCALE_RATE * math.log(factor))
         self.epoch += 1
-        if self.resumable and self.l0 is None:
-            self._rule.state()  # forgets what a run that resumes does not know
 
     def log_odds(self) -> Floats:
         """The log-odds of all units, infinite for those that must stay: float64, shape (n,)."""
@@ -238,19 +238,27 @@ class GateStage:
     @torch.no_grad()
     def resume(self, state: State) -> None:
         """Go on from ``state``, of a stage made with the same arguments."""
-        self.epoch = int(state["epoch"])
-        self.theta.copy_(torch.from_numpy(state["theta"]))
-        self.gate.log_alpha.copy_(torch.from_numpy(state["log_alpha"]))
+        saved = Fields(state, "gates", "epoch", "theta", "log_alpha", "rule", "means", "momentum", "square")
+        epoch, size, free = saved.whole("epoch", most=self.epochs), self.problem.size, len(self._free)
+        theta, log_alpha = saved.array("theta", (size,), np.float32), saved.array("log_alpha", (free,), np.float32)
+        rule = saved.array("rule", (0,) if self.l0 is not None else (3,)).tolist()
+        means = saved.array("means", (2, size), np.float32) if epoch else ()
+        momentum: Any = saved.array("momentum", (free,), np.float32) if epoch else ()
+        squares = saved.number("square", least=0)
+        saved.check("rule", not rule or rule[0] == epoch, f"steps of {epoch} epochs")
         if self.l0 is None:
-            self._rule.resume(*state["rule"].tolist())
+            self._rule.resume(*rule)
+        self.epoch = epoch
+        self.theta.copy_(torch.from_numpy(theta))
+        self.gate.log_alpha.copy_(torch.from_numpy(log_alpha))
         if self.epoch:
-            mean, square = (torch.from_numpy(part.copy()) for part in state["means"])
+            mean, square = (torch.from_numpy(part.copy()) for part in means)
             steps = torch.tensor(float(self.epoch))
             self._adam.state[self.theta] = {"step": steps, "exp_avg": mean, "exp_avg_sq": square}
             self._descent.state[self.gate.log_alpha] = {
                 "steps": self.epoch,
-                "square": float(state["square"]),
-                "mean": torch.from_numpy(state["momentum"].copy()),
+                "square": squares,
+                "mean": torch.from_numpy(momentum.copy()),
             }
 
 
@@ -264,7 +272,7 @@ def warm_start(problem: Problem, iterations: int = 60) -> Floats:
 
 
 def _scores(problem: Problem, g: Floats, free: Integers, wanted: float) -> Floats:
-    """How much more the contribution of a unit speaks for it than that of the last one wanted, in log-odds."""
+    """Log-odds at the start: the logarithm of each contribution over that of the last unit wanted, within limits."""
     contribution = (g * problem.norms)[free]
     last = max(0, len(free) - max(1, int(wanted)))
     edge = np.partition(contribution, last)[last]

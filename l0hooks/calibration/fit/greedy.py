@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import numpy as np
 
+from l0hooks.calibration.fit.saved import Fields
 from l0hooks.calibration.fit.stage import Progress, Selection, State, largest, refit
 from l0hooks.calibration.numerics.columns import Floats
 from l0hooks.calibration.numerics.problem import Problem
 
-_FEW_UNITS = (100, 100)  # rounds and refit iterations with at most one unit for two targets
-_MANY_UNITS = (40, 30)  # the same with more units
+# with at most one unit for two targets; with more
+_FEW_UNITS_ROUNDS, _MANY_UNITS_ROUNDS = 100, 40
+_FEW_UNITS_ITERATIONS, _MANY_UNITS_ITERATIONS = 100, 30  # of each refit
 
 
 class GreedyStage:
-    """Adds the units whose columns have most in common with what is still missing, and refits, round by round.
+    """Adds the units whose columns are nearest in direction to the remaining misses, and refits, round by round.
 
     Parameters
     ----------
@@ -22,7 +24,7 @@ class GreedyStage:
         The number of units to choose, those that must stay included.
     rounds : int, > 0, optional
     iterations : int, > 0, optional
-        Of each refit. Both are larger by default where there are fewer than half as many units as targets.
+        Of each refit. Both are larger by default where there is at most one unit for two targets.
 
     Examples
     --------
@@ -43,7 +45,9 @@ class GreedyStage:
     def __init__(
         self, problem: Problem, keep: int, *, rounds: int | None = None, iterations: int | None = None
     ) -> None:
-        usual_rounds, usual_iterations = _MANY_UNITS if 2 * keep > problem.rows else _FEW_UNITS
+        many = 2 * keep > problem.rows
+        usual_rounds = _MANY_UNITS_ROUNDS if many else _FEW_UNITS_ROUNDS
+        usual_iterations = _MANY_UNITS_ITERATIONS if many else _FEW_UNITS_ITERATIONS
         self.problem, self.keep = problem, keep
         self.iterations = usual_iterations if iterations is None else iterations
         self._block = max(1, keep // (usual_rounds if rounds is None else rounds))
@@ -53,21 +57,21 @@ class GreedyStage:
 
     @property
     def done(self) -> bool:
-        """Whether as many as wanted are chosen."""
+        """Whether ``keep`` units are chosen."""
         return len(self._units) >= self.keep
 
     @property
     def misses(self) -> Floats:
-        """Of the units chosen so far."""
+        """Scaled misses of the units chosen so far."""
         return self._misses
 
     @property
     def resumable(self) -> bool:
-        """Always."""
+        """True: the state may be saved after every step."""
         return True
 
     def advance(self) -> Progress:
-        """One block."""
+        """Add one block of units."""
         problem = self.problem
         scores = problem.promise(self._misses)
         scores[self._units] = -np.inf
@@ -97,11 +101,13 @@ class GreedyStage:
 
     def resume(self, state: State) -> None:
         """Go on from ``state``."""
-        self._units, self._g, self._misses = state["units"], state["g"], state["misses"]
+        saved = Fields(state, "greedy", "units", "g", "misses")
+        now, self._misses = saved.selection(self.problem.size), saved.array("misses", (self.problem.rows,))
+        self._units, self._g = now.units, now.g
 
 
 def worth_their_price(problem: Problem, price: float) -> Selection:
-    """Units one by one, while each lowers the loss by more than half the price.
+    """Choose units one by one, while each lowers the loss by more than half the price.
 
     Parameters
     ----------
@@ -111,7 +117,7 @@ def worth_their_price(problem: Problem, price: float) -> Selection:
     Returns
     -------
     Selection
-        Empty, if not even the first is worth it.
+        Empty if not even the first unit is worth its price.
 
     Examples
     --------
@@ -127,7 +133,7 @@ def worth_their_price(problem: Problem, price: float) -> Selection:
     while not stage.done:
         stage.advance()
         found = stage.selection()
-        fitted = refit(problem, found.units, found.g, iterations=_FEW_UNITS[1])
+        fitted = refit(problem, found.units, found.g, iterations=_FEW_UNITS_ITERATIONS)
         cost = fitted.loss + price / 2 * len(found.units)
         if cost >= least:
             break

@@ -28,7 +28,7 @@ class PolishLimits:
     iterations : int, > 0
         Conjugate gradient steps of a least-squares fit, before dense factors are made.
     distance_from : float, > 0
-        Units per target from which the nearest weights are looked for without a least-squares fit before.
+        Above this many units per target, the nearest weights are searched for without a least-squares fit first.
     violation : float
         The largest relative norm of the projected gradient that counts as converged.
     gap : float
@@ -93,10 +93,11 @@ def polish(
 ) -> Polished:
     """The best weights of the chosen units.
 
-    Up to as many units as there are targets: bounded least squares. Above, and where the targets can be met: the
-    weights nearest to the design weights that meet them. Where they cannot: least squares, and with more than four
-    times as many units as targets the soft compromise of ``numerics/distance``. Where the search for the nearest
-    weights does not end: least squares, and, if that meets all targets, the nearest weights with its estimates.
+    With at most as many units as targets these are the weights of bounded least squares. With more units they are the
+    weights nearest to the design weights that meet the targets. If the targets cannot be met, they are those of least
+    squares, or, with more than four times as many units as targets, the soft compromise of ``numerics/distance``. If
+    the search for the nearest weights does not converge, they are those of least squares; if these meet all targets,
+    the nearest weights with the same estimates.
 
     Parameters
     ----------
@@ -137,7 +138,7 @@ class _Polish:
 
     def run(self, objective: Objective) -> Polished:
         problem, limits = self.problem, self.limits
-        if not len(self.units):  # no weight to find, whatever the objective
+        if not len(self.units):  # there is no weight to find
             feasible = self.meets(problem.misses(np.zeros(problem.rows)))
             return self.result(self.selection.g, feasible=feasible, reason="no household is worth its price")
         per_target = len(self.units) / problem.rows
@@ -220,7 +221,7 @@ class _Polish:
     def from_point(self, g: Floats) -> Polished:
         """The nearest weights with the estimates of ``g``, a point that meets all targets."""
         fitted = self.least_squares()
-        g = fitted.g if self.meets(fitted.misses) else g  # least squares is nearer than a corner
+        g = fitted.g if self.meets(fitted.misses) else g  # a corner of the programme is farther away
         nearest = self.nearest(self.clipped(g))
         if nearest.converged and nearest.feasible:
             return nearest
@@ -261,7 +262,7 @@ def _within(misses: Floats, tolerance: float) -> bool:
 
 
 def _common_factor(problem: Problem, block: Sparse) -> float:
-    """What all g of a selection are near: they meet the targets in the median."""
+    """The one g for all units of a selection that meets the targets in the median."""
     estimates = np.asarray(block.T @ np.ones(block.shape[0]), np.float64)
     factor = median_factor(estimates, problem.lower, problem.upper)
     return problem.size / max(1, block.shape[0]) if factor is None else factor

@@ -1,4 +1,4 @@
-"""A selection made better where units have a price: it may change its size."""
+"""Swaps where units have a price: their number may change."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from l0hooks.calibration.fit.saved import Fields
 from l0hooks.calibration.fit.stage import Progress, Selection, State, contributions, largest, refit
 from l0hooks.calibration.numerics.problem import Problem
 
@@ -32,10 +33,11 @@ def cheapest(problem: Problem, price: float, selections: Sequence[Selection]) ->
 
 
 class PricedSwapStage:
-    r"""Adds and drops units while that lowers the loss and the price of all: \(\tfrac12\sum\mathrm{dist}^2 + p/2\,K\).
+    r"""Adds and drops units while that lowers the loss plus the price of all: \(\tfrac12\sum\mathrm{dist}^2 + p/2\,K\).
 
-    Each round adds J units by what is missing, prunes to half in small steps with refits, and takes the cheapest of
-    these selections. The cost never rises. J is at first nothing, then a quarter, and is halved when nothing is gained.
+    Each round adds the J units that promise most, prunes to half in small steps with refits, and takes the cheapest of
+    these selections. The cost never rises. J is at first zero, then a quarter of the units, and is halved after a round
+    that gains next to nothing.
 
     Parameters
     ----------
@@ -44,7 +46,7 @@ class PricedSwapStage:
     price : float, > 0
         Of a unit, in Σ dist².
     rounds, iterations : int, > 0
-        Attempts, and iterations of each refit.
+        Rounds at the most, and iterations of each refit.
 
     Examples
     --------
@@ -90,16 +92,16 @@ class PricedSwapStage:
 
     @property
     def resumable(self) -> bool:
-        """Always."""
+        """True: the state may be saved after every step."""
         return True
 
     @property
     def cost(self) -> float:
-        """½ Σ dist² and half the price of all units together."""
+        """½ Σ dist² plus half the price of all units."""
         return self._cost
 
     def advance(self) -> Progress:
-        """One attempt."""
+        """Take one round."""
         self._round += 1
         before = self._cost
         self._prune(self._widened())
@@ -112,7 +114,7 @@ class PricedSwapStage:
         return Progress("swaps", self._round, self.rounds, self.problem.error(self._misses), len(self._now.units))
 
     def _widened(self) -> Selection:
-        """The units as they stand and J more."""
+        """The current units and J more."""
         units, g = self._now.units, self._now.g
         scores = self.problem.promise(self._misses)
         scores[units] = -np.inf
@@ -145,7 +147,7 @@ class PricedSwapStage:
             )
 
     def selection(self) -> Selection:
-        """The units as they stand."""
+        """The current units."""
         return self._now
 
     def state(self) -> State:
@@ -155,5 +157,7 @@ class PricedSwapStage:
 
     def resume(self, state: State) -> None:
         """Go on from ``state``."""
-        self._now, self._misses = Selection(state["units"], state["g"]), state["misses"]
-        self._round, self._count, self._cost = int(state["round"]), int(state["count"]), float(state["cost"])
+        saved = Fields(state, "swaps", "units", "g", "misses", "round", "count", "cost")
+        now, misses = saved.selection(self.problem.size), saved.array("misses", (self.problem.rows,))
+        self._round, self._count, self._cost = saved.whole("round"), saved.whole("count"), saved.number("cost")
+        self._now, self._misses = now, misses

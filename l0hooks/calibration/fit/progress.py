@@ -1,4 +1,4 @@
-"""How far a fit is: a line in a terminal, sparse lines in a log, and what the user's callbacks are progress."""
+"""Progress of a fit: a line in a terminal, occasional lines in a log, and updates for the user's callbacks."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _TERMINAL_SECONDS, _LOG_SECONDS = 0.1, 10.0  # seconds between two lines, in a t
 
 @dataclass(frozen=True)
 class Update:
-    """What callbacks are progress after each step.
+    """What callbacks are given after each step.
 
     Attributes
     ----------
@@ -32,7 +32,7 @@ class Update:
     seconds : float
         Since the fit began.
     left : float, optional
-        Seconds that this stage will take at most, as its steps went; not known at its first.
+        Seconds that this stage will take at most, if it goes on at its present speed; None at its first step.
 
     Examples
     --------
@@ -58,21 +58,22 @@ class Update:
 class Callback(Protocol):
     """A function that is called after each step.
 
-    If it returns True, the stage ends with what it has, and the fit goes on to the polish and says who stopped it.
+    If it returns True, the stage ends with its current selection, the fit goes on to the polish, and its reason says
+    that a callback stopped the search.
     """
 
     def __call__(self, update: Update, /) -> bool | None:
-        """Look at ``update``; True to stop."""
+        """Whether to stop after ``update``."""
         ...
 
 
 class Watch:
-    """Turns what stages tell into updates with times.
+    """Adds times to the progress of stages.
 
     Parameters
     ----------
     clock : callable
-        Seconds from somewhere.
+        Returns seconds since any fixed moment.
     before : float
         Seconds that earlier runs of the same fit took.
     """
@@ -101,16 +102,17 @@ class Watch:
 
 
 class Display:
-    """Shows updates: one line that changes in a terminal, and sparse lines elsewhere.
+    """Shows updates: one line that is overwritten in a terminal, and occasional lines elsewhere.
 
     Parameters
     ----------
     show : bool, optional
-        False: nothing. True: in a terminal, or as sparse lines on the standard error. If not given: in a terminal, or
+        False: nothing. True: in a terminal, or as lines on the standard error. If not given: in a terminal, or
         else through ``logging`` (``l0hooks.calibration``, level INFO).
     stream : text file, optional
         Instead of the standard error.
     clock : callable
+        Returns seconds since any fixed moment.
 
     Examples
     --------
@@ -135,10 +137,10 @@ class Display:
         self._width = 0
 
     def show(self, update: Update) -> None:
-        """Show it, if it is time."""
+        """Show it, unless the last one was shown just before."""
         now = self._clock()
-        turn = now >= self._next or update.stage != self._stage or update.step >= update.steps
-        if self._off or not turn:
+        due = now >= self._next or update.stage != self._stage or update.step >= update.steps
+        if self._off or not due:
             return
         self._next, self._stage = now + (_TERMINAL_SECONDS if self._terminal else _LOG_SECONDS), update.stage
         if self._log:
@@ -153,7 +155,7 @@ class Display:
             self._stream.flush()
 
     def close(self) -> None:
-        """End the line that changes."""
+        """Clear the line in the terminal."""
         if self._terminal and self._width:
             self._stream.write("\r" + " " * self._width + "\r")
             self._stream.flush()
@@ -161,7 +163,7 @@ class Display:
 
 
 def percent(share: float) -> str:
-    """A share with three digits that say something.
+    """A share in per cent, with about three significant digits.
 
     Examples
     --------

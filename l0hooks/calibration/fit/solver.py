@@ -1,4 +1,4 @@
-"""``Solver``: candidates by regime, each a chain of stages, and the best of them."""
+"""``Solver``: runs the candidates, each a chain of stages, and finds the best of them."""
 
 from __future__ import annotations
 
@@ -19,8 +19,9 @@ from l0hooks.calibration.fit.candidates import (
 )
 from l0hooks.calibration.fit.gates import GateStage
 from l0hooks.calibration.fit.greedy import GreedyStage, worth_their_price
-from l0hooks.calibration.fit.polish import Polished, polish
+from l0hooks.calibration.fit.polish import polish
 from l0hooks.calibration.fit.priced import PricedSwapStage, cheapest
+from l0hooks.calibration.fit.saved_solver import read_solver_state
 from l0hooks.calibration.fit.stage import Patience, Progress, Selection, Stage, State, refit
 from l0hooks.calibration.fit.swaps import PruneStage, SwapStage
 from l0hooks.calibration.numerics.columns import rows_of
@@ -28,7 +29,7 @@ from l0hooks.calibration.numerics.problem import Problem
 
 _COMPARING_ITERATIONS = 60  # of the refit that selections are compared by
 _EQUAL_ERRORS = 0.01  # errors that differ by a smaller share count as equal: the design effect decides
-_MAY_BE_MET = 1e-2  # root mean square of an unpolished selection's scaled misses, up to which it may meet all targets
+_PROMISING_MISSES = 1e-2  # root mean square of a selection's scaled misses, up to which a polish may meet all targets
 _CLOSE_NORMS = 1.1  # selections whose norm of misses is at most this many times the best one's are polished
 _CLOSE_IF_UNSETTLED = 2.0  # the largest such factor, where the polish lowers the norm of the misses much
 _AGREEING_STARTS = 1.06  # two starts whose norms differ by a smaller factor agree: gates are not tried
@@ -52,7 +53,7 @@ class Solver:
     before : Selection, optional
         The result for a larger K, from which this one may be reached by pruning.
     frugal : bool
-        Whether ``problem`` gives up the columns of all units that are in no selection before the polish.
+        Whether the columns of units that are in no selection are freed before the polish.
 
     Attributes
     ----------
@@ -81,7 +82,7 @@ class Solver:
         self.candidates: list[Candidate] = []
         self._pending: list[Pending] = []
         self._plan = planned(self.problem, options, before is not None)
-        self._candidate = self._leg = 0
+        self._candidate = self._position = 0
         self._stage: Stage | None = None
         self._selection: Selection | None = None
         self._patience = None if options.patience is None else Patience(options.patience)
@@ -94,11 +95,11 @@ class Solver:
     @property
     def _selected(self) -> bool:
         """Whether no further selection is to be made."""
-        if self.candidates or self._candidate >= len(self._plan):  # once it has begun, the polish sees what is left
+        if self.candidates or self._candidate >= len(self._plan):  # once the polish has begun, nothing is added
             return True
         norms = sorted(one.norm for one in self._pending if one.name.endswith("swaps"))
         return (
-            self._leg == 0
+            self._position == 0
             and len(norms) > 1
             and norms[1] <= _AGREEING_STARTS * norms[0]
             and self._plan[self._candidate] == GATES_WITH_SWAPS
@@ -110,7 +111,7 @@ class Solver:
         return self._stage is None or self._stage.resumable
 
     def run(self) -> Candidate:
-        """Take all steps; the best candidate."""
+        """Take all steps, and return the best candidate."""
         while not self.done:
             self.advance()
         return self.best()
@@ -125,98 +126,98 @@ class Solver:
         return self.candidates[int(np.argmin(deff))]
 
     def advance(self) -> Progress:
-        """One step of the stage that runs, or one polish."""
+        """Take one step of the stage that runs, or polish one selection."""
         if self._selected:
             return self._polish()
-        legs = self._plan[self._candidate]
-        while self._stage is None and self._leg < len(legs):
-            self._begin(legs[self._leg])
+        chain = self._plan[self._candidate]
+        while self._stage is None and self._position < len(chain):
+            self._begin(chain[self._position])
         if self._stage is None:
-            return self._put_by("+".join(legs))
+            return self._finish_candidate("+".join(chain))
         progress = self._stage.advance()
         if self._stage.done:
-            self._end_leg()
+            self._finish_stage()
         elif self._patience is not None and self._may_end() and self._patience.is_over(progress):
             self.end_stage()
         return progress
 
     def _may_end(self) -> bool:
-        """Whether errors of the stage that runs can be compared from step to step, and it may end at any of them."""
+        """Whether errors of the stage that runs can be compared from step to step, and it may end after any of them."""
         stage = self._stage
         return isinstance(stage, (SwapStage, PricedSwapStage)) or (isinstance(stage, GateStage) and stage.settled)
 
     def end_stage(self) -> None:
-        """End gates or swaps with what they have; a stage that has not its K units yet goes on."""
+        """End gates or swaps with their current selection; a stage that does not have its K units yet goes on."""
         if isinstance(self._stage, (GateStage, SwapStage, PricedSwapStage)):
-            self._end_leg()
+            self._finish_stage()
 
     def try_no_more(self) -> None:
         """Finish the selection that is being made, and begin no other."""
-        begun = self._stage is not None or self._leg > 0 or not self._pending
+        begun = self._stage is not None or self._position > 0 or not self._pending
         self._plan = self._plan[: self._candidate + begun]
 
-    def _begin(self, leg: str) -> None:
-        """Make the stage of a leg; a leg that needs no steps is over at once."""
-        if leg in ("random", "all", "path"):
-            self._selection, self._leg = self._given(leg), self._leg + 1
+    def _begin(self, name: str) -> None:
+        """Make the stage of that name; one that needs no steps ends at once."""
+        if name in ("random", "all", "path"):
+            self._selection, self._position = self._initial(name), self._position + 1
             return
-        self._stage = self._make(leg)
+        self._stage = self._make(name)
         if self._stage.done:
-            self._end_leg()
+            self._finish_stage()
 
-    def _given(self, leg: str) -> Selection:
+    def _initial(self, name: str) -> Selection:
         problem, keep = self.problem, self.options.keep
-        if leg == "path" and self._before is not None:
+        if name == "path" and self._before is not None:
             return self._before
-        if leg == "all" or keep is None:
+        if name == "all" or keep is None:
             return Selection(np.arange(problem.size), np.ones(problem.size))
         return random_selection(problem, keep, self.options.random_state)
 
-    def _make(self, leg: str) -> Stage:
+    def _make(self, name: str) -> Stage:
         problem, options = self.problem, self.options
-        if leg == "gates":
+        if name == "gates":
             return GateStage(
                 problem, options.keep, l0=options.l0, epochs=options.epochs, random_state=options.random_state
             )
         keep = problem.size if options.keep is None else options.keep
-        if leg == "greedy":
+        if name == "greedy":
             return GreedyStage(problem, keep)
-        selection = self._given("random") if self._selection is None else self._selection
+        selection = self._initial("random") if self._selection is None else self._selection
         if options.l0 is not None:
             return PricedSwapStage(problem, selection, options.l0)
-        return PruneStage(problem, selection, keep) if leg == "prune" else SwapStage(problem, selection)
+        return PruneStage(problem, selection, keep) if name == "prune" else SwapStage(problem, selection)
 
-    def _end_leg(self) -> None:
+    def _finish_stage(self) -> None:
         stage, keep = self._stage, self.options.keep
         if isinstance(stage, GateStage) and keep is not None:
             self._selection = stage.leading(min(2 * keep, self.problem.size))
         elif stage is not None:
             self._selection = stage.selection()
             self._compare_with_greedy()
-        self._stage, self._leg = None, self._leg + 1
+        self._stage, self._position = None, self._position + 1
         if self._patience is not None:
             self._patience.begin()
 
     def _compare_with_greedy(self) -> None:
-        """With a price and few targets, or where gates that can stand in for each other all closed at once."""
+        """With a price, try greedy search too if targets are few or all gates closed; interchangeable ones may."""
         price, found, few = self.options.l0, self._selection, self.problem.rows <= _FEW_TARGETS
         if price is not None and found is not None and (few or not len(found.units)):
             self._selection = cheapest(self.problem, price, [found, worth_their_price(self.problem, price)])
 
-    def _put_by(self, name: str) -> Progress:
-        """A selection is made: whether it is polished depends on the others."""
-        selection = self._given("all") if self._selection is None else self._selection
+    def _finish_candidate(self, name: str) -> Progress:
+        """Keep the finished selection; whether it is polished depends on the others."""
+        selection = self._initial("all") if self._selection is None else self._selection
         norm, error = 0.0, np.inf
         if len(self._plan) > 1:
             block = rows_of(self.problem.columns, selection.units, rough=len(selection.units) > self.problem.rows)
             fitted = refit(self.problem, selection.units, selection.g, iterations=_COMPARING_ITERATIONS, block=block)
             norm, error = float(np.linalg.norm(fitted.misses)), self.problem.error(fitted.misses)
         self._pending.append(Pending(name, selection, norm, error))
-        self._selection, self._leg, self._candidate = None, 0, self._candidate + 1
+        self._selection, self._position, self._candidate = None, 0, self._candidate + 1
         return Progress("choice", self._candidate, len(self._plan), error, len(selection.units))
 
     def _polish(self) -> Progress:
-        """Polish the most promising selection, and forget those that are too far behind it."""
+        """Polish the most promising selection, and drop those that are too far behind it."""
         if self._frugal and not self.candidates:
             wanted = np.zeros(self.problem.size, np.bool_)
             for one in self._pending:
@@ -235,10 +236,10 @@ class Solver:
         self.candidates.append(Candidate(first.name, polished))
         reached = min(c.polished.loss for c in self.candidates)
         gained = first.norm / max(float(np.sqrt(2 * polished.loss)), 1e-300)
-        close = max(_CLOSE_NORMS, min(gained, _CLOSE_IF_UNSETTLED))  # what the polish may turn round is polished
+        close = max(_CLOSE_NORMS, min(gained, _CLOSE_IF_UNSETTLED))  # the polish may reverse the order of such norms
         edge = close * max(first.norm, float(np.sqrt(2 * reached)))
-        if polished.feasible:  # who may meet all targets, too, may have the smaller design effect
-            edge = _MAY_BE_MET * math.sqrt(self.problem.rows)
+        if polished.feasible:  # another that meets all targets may have a smaller design effect
+            edge = _PROMISING_MISSES * math.sqrt(self.problem.rows)
         also = "random" if polished.feasible else None
         least = close * first.error
         self._pending = [one for one in self._pending[1:] if one.norm <= edge or one.error <= least or one.name == also]
@@ -248,7 +249,7 @@ class Solver:
         """What :meth:`resume` needs: numbers, strings, arrays, and lists and dictionaries of them."""
         return {
             "candidate": self._candidate,
-            "leg": self._leg,
+            "position": self._position,
             "stage": None if self._stage is None else self._stage.state(),
             "selection": None if self._selection is None else asdict(self._selection),
             "pending": [asdict(one) for one in self._pending],
@@ -258,22 +259,14 @@ class Solver:
 
     def resume(self, state: State) -> None:
         """Go on from ``state``, of a solver made with the same arguments."""
-        self._candidate, self._leg = int(state["candidate"]), int(state["leg"])
-        self._selection = None if state["selection"] is None else Selection(**state["selection"])
-        self.candidates = [
-            Candidate(c["name"], Polished(**{**c["polished"], "selection": Selection(**c["polished"]["selection"])}))
-            for c in state["candidates"]
-        ]
-        self._pending = [
-            Pending(one["name"], Selection(**one["selection"]), float(one["norm"]), float(one["error"]))
-            for one in state["pending"]
-        ]
+        saved = read_solver_state(state, self.problem, self._plan, patient=self._patience is not None)
+        self._candidate, self._position, self._selection = saved.candidate, saved.position, saved.selection
+        self.candidates, self._pending, self._stage = saved.candidates, saved.pending, None
         if self._patience is not None:
-            self._patience.resume(state["patience"])
-        self._stage = None
-        if state["stage"] is not None:
-            self._stage = self._make(self._plan[self._candidate][self._leg])
-            self._stage.resume(state["stage"])
+            self._patience.resume(saved.patience)
+        if saved.stage is not None:
+            self._stage = self._make(self._plan[self._candidate][self._position])
+            self._stage.resume(saved.stage)
 
 
 def path(problem: Problem, sizes: Sequence[int], options: Options) -> dict[int, Candidate]:

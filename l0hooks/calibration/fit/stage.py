@@ -1,4 +1,4 @@
-"""What all stages share: what they hand on, what they tell, and refits of a few chosen units."""
+"""What all stages share: selections, progress, patience, and refits of chosen units."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class Patience:
     Parameters
     ----------
     steps : int, > 0
-        So many in a row that do not lower the error by a hundredth of the least before them are enough.
+        A stage should end after this many in a row, none with an error 1 % below the least before it.
 
     Examples
     --------
@@ -75,11 +75,11 @@ class Patience:
         self.begin()
 
     def begin(self) -> None:
-        """Forget the stage that was watched."""
+        """Begin to watch another stage."""
         self._least, self._waited = math.inf, 0
 
     def is_over(self, progress: Progress) -> bool:
-        """Count a step."""
+        """Count a step; whether the stage should end."""
         if progress.error < (1 - _LEAST_IMPROVEMENT) * self._least:
             self._least, self._waited = progress.error, 0
         else:
@@ -91,14 +91,15 @@ class Patience:
         return {"least": self._least, "waited": self._waited}
 
     def resume(self, state: State) -> None:
-        """Go on from ``state``."""
+        """Go on from ``state``, of an instance with the same number of steps."""
         self._least, self._waited = float(state["least"]), int(state["waited"])
 
 
 class Stage(Protocol):
     """A part of the fit that goes step by step and can be saved between steps.
 
-    A stage that resumes from a state goes on bit by bit as the one that the state was taken from.
+    A stage that resumes from a state gives the same numbers, to the bit, as the one that the state was taken from.
+    ``StageLaws`` in the tests checks what every stage promises.
     """
 
     @property
@@ -120,7 +121,7 @@ class Stage(Protocol):
         ...
 
     def state(self) -> State:
-        """What :meth:`resume` needs, in memory of its own."""
+        """What :meth:`resume` needs; later steps do not change it."""
         ...
 
     def resume(self, state: State) -> None:
@@ -174,9 +175,9 @@ def refit(
     relaxed : bool
         Whether units that need not be chosen may go down to zero.
     finish : bool
-        Whether :func:`proximal_fit` goes on where the iterations do not suffice; up to 6,000 targets.
+        Whether :func:`proximal_fit` goes on if the iterations do not suffice; with up to 6,000 targets.
     block : sparse.csr_array, shape (k, Q), optional
-        The units' rows of ``problem.columns``, where they are at hand; in float32 where a rough fit will do.
+        The units' rows of ``problem.columns``, if they are already copied; in float32 for a rough fit.
 
     Returns
     -------
@@ -194,7 +195,7 @@ def refit(
     low, high = problem.low[units], problem.high[units]
     if relaxed:
         low = np.where(problem.kept[units], low, 0.0)
-    fitted, target, scale = rows, problem.lower, _size(problem)
+    fitted, target, scale = rows, problem.lower, _target_norm(problem)
     interval = np.flatnonzero(problem.lower < problem.upper)
     if len(interval):
         fitted, target, low, high, start = _with_slack(problem, interval, rows, (low, high, start))
@@ -230,7 +231,7 @@ def _with_slack(
     )
 
 
-def _size(problem: Problem) -> float:
+def _target_norm(problem: Problem) -> float:
     """‖y‖, y the larger finite end of each interval; 1, a relative error of one, where all are zero."""
     norm = float(np.linalg.norm(larger_ends(problem.lower, problem.upper)))
     return norm if norm > 0 else 1.0

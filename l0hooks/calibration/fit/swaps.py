@@ -1,4 +1,4 @@
-"""Selections of exactly K units made better: geometric pruning of too many, and swaps."""
+"""Stages that end with exactly K units: pruning of a larger selection, and swaps."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import math
 
 import numpy as np
 
+from l0hooks.calibration.fit.saved import Fields
 from l0hooks.calibration.fit.stage import Progress, Selection, State, contributions, largest, refit
 from l0hooks.calibration.numerics.columns import compacted, rows_of
 from l0hooks.calibration.numerics.problem import Problem
@@ -14,7 +15,7 @@ _PRUNING_ROUNDS, _PRUNING_ITERATIONS = 5, 40
 _MOST_SWAPS = 30
 _SWAPPED_SHARE = 0.1  # of the units, exchanged by the first swap
 _FEW_UNITS_ITERATIONS, _MANY_UNITS_ITERATIONS = 80, 25  # with at most as many units as targets; with more
-_FLOAT32_MISSES = 1e-4  # root mean square of the scaled misses above which float32 is exact enough
+_FLOAT32_MISSES = 1e-4  # root mean square of the scaled misses, above which float32 is exact enough
 _LEAST_GAIN = 2e-3  # share of the norm of the misses by which a swap must lower it
 
 
@@ -62,11 +63,11 @@ class PruneStage:
 
     @property
     def resumable(self) -> bool:
-        """Always."""
+        """True: the state may be saved after every step."""
         return True
 
     def advance(self) -> Progress:
-        """One refit, and the smallest contributions go."""
+        """Refit, and drop the smallest contributions."""
         self._round += 1
         share = self._round / self.rounds
         count = self.keep if self.done else max(self.keep, round(self._many ** (1 - share) * self.keep**share))
@@ -85,13 +86,14 @@ class PruneStage:
 
     def resume(self, state: State) -> None:
         """Go on from ``state``."""
-        self._now, self._round = Selection(state["units"], state["g"]), int(state["round"])
+        saved = Fields(state, "prune", "units", "g", "round")
+        self._now, self._round = saved.selection(self.problem.size), saved.whole("round", most=self.rounds)
 
 
 class SwapStage:
-    """Exchanges units while that lowers the loss: add J by what is missing, refit, drop the J that matter least, refit.
+    """Exchanges units while that lowers the loss: add the J that promise most, refit, drop the J smallest, refit.
 
-    The loss never rises. J starts at a tenth of K, and is halved whenever a swap gains nothing.
+    The loss never rises. J starts at a tenth of K, and is halved whenever a swap gains next to nothing.
 
     Parameters
     ----------
@@ -140,7 +142,7 @@ class SwapStage:
 
     @property
     def resumable(self) -> bool:
-        """Always."""
+        """True: the state may be saved after every step."""
         return True
 
     @property
@@ -150,7 +152,7 @@ class SwapStage:
         return far and len(self._now.units) > self.problem.rows
 
     def advance(self) -> Progress:
-        """One attempt."""
+        """Try one swap."""
         problem, units, g = self.problem, self._now.units, self._now.g
         self._round += 1
         keep, before = len(units), float(np.linalg.norm(self._misses))
@@ -174,7 +176,7 @@ class SwapStage:
         return Progress("swaps", self._round, self.rounds, problem.error(self._misses), keep)
 
     def selection(self) -> Selection:
-        """The units as they stand."""
+        """The current units."""
         return self._now
 
     def state(self) -> State:
@@ -184,5 +186,7 @@ class SwapStage:
 
     def resume(self, state: State) -> None:
         """Go on from ``state``."""
-        self._now, self._misses = Selection(state["units"], state["g"]), state["misses"]
-        self._round, self._count = int(state["round"]), int(state["count"])
+        saved = Fields(state, "swaps", "units", "g", "misses", "round", "count")
+        now, misses = saved.selection(self.problem.size), saved.array("misses", (self.problem.rows,))
+        self._round, self._count = saved.whole("round"), saved.whole("count")
+        self._now, self._misses = now, misses

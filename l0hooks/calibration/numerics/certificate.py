@@ -22,7 +22,7 @@ _PROGRAMME_SECONDS = 20.0  # that it may take
 
 @dataclass(frozen=True)
 class Answer:
-    """What is known.
+    """What is known about whether targets can be met.
 
     Attributes
     ----------
@@ -51,12 +51,12 @@ def proves_impossible(
     low, high : float64, shape (n,)
         Bounds of g; ``high`` may be infinite.
     tolerance : float, >= 0
-        Estimates so far outside an interval still count as within.
+        An estimate that is outside its interval by no more still counts as within.
 
     Returns
     -------
     bool
-        False says nothing.
+        False proves nothing.
 
     Examples
     --------
@@ -68,7 +68,7 @@ def proves_impossible(
     ----------
     Farkas (1902), Theorie der einfachen Ungleichungen.
     """
-    # an end that is infinite can be reached by any y: no multiplier may lean on it
+    # an infinite end bounds nothing: its multiplier is set to zero
     u = np.where((u > 0) & np.isneginf(lower), 0.0, np.where((u < 0) & np.isposinf(upper), 0.0, u))
     u = _lowered(block, u, upper, high)
     ends = np.where(u > 0, lower, np.where(u < 0, upper, 0.0))
@@ -86,7 +86,7 @@ def proves_impossible(
 
 
 def _lowered(block: Sparse, u: Floats, upper: Floats, high: Floats) -> Floats:
-    """u, lowered a little where rounding has left a pull upwards on units without an upper bound."""
+    """u, lowered a little where rounding has left a positive v on units without an upper bound."""
     free = np.isinf(high)
     if not free.any() or not np.isfinite(u).all():
         return u
@@ -117,7 +117,7 @@ def can_be_met(
     *,
     most_entries: int = PROGRAMME_ENTRIES,
 ) -> Answer:
-    """Decide it: by the misses of a fit if they are a proof, else by a linear programme if the matrix is small.
+    """Whether targets can be met: the misses of a fit may prove that they cannot; else a linear programme, if small.
 
     Parameters
     ----------
@@ -144,10 +144,10 @@ def can_be_met(
 
 
 def _by_programme(block: Sparse, lower: Floats, upper: Floats, low: Floats, high: Floats, tolerance: float) -> Answer:
-    """The smallest sum of misses; its multipliers are the u to look at."""
-    from scipy.optimize import linprog  # costs more time than a small fit
+    """Minimise the sum of misses; the multipliers of that programme are the u to check."""
+    from scipy.optimize import linprog  # its import takes longer than a small fit
 
-    solve: Any = linprog  # its stubs know no sparse matrices
+    solve: Any = linprog  # its stubs do not know sparse matrices
     over, under = np.flatnonzero(np.isfinite(upper)), np.flatnonzero(np.isfinite(lower))
     estimates, (n, rows) = block.T.tocsr(), block.shape
     slack = sparse.eye_array(rows, format="csr")

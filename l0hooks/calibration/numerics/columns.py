@@ -14,7 +14,7 @@ Integers = NDArray[np.int64]
 Flags = NDArray[np.bool_]
 Sparse = Any  # scipy's stubs disagree from version to version about what an array times an array is
 _TRANSPOSED_AT_ONCE = 2**20  # entries up to which the matrix is transposed in one step
-_PIECE_ENTRIES = 10_000  # that are worked on at a time, at least
+_PIECE_ENTRIES = 10_000  # entries that are worked on at a time, at least
 _LEAST_PIECES, _MOST_PIECES = 4, 32
 
 
@@ -27,7 +27,7 @@ def stored_by_unit(
     *,
     entries_per_piece: int = _PIECE_ENTRIES,
 ) -> Sparse:
-    """diag(scale)·M, stored unit by unit, a few rows of M after the other.
+    """diag(scale)·M, stored unit by unit; a few rows of M are worked on at a time.
 
     Parameters
     ----------
@@ -72,7 +72,7 @@ def stored_by_unit(
 def _at_once(
     rows: Sparse, scale: Floats, dtype: np.dtype[Any], index: type[np.signedinteger[Any]], piece: int
 ) -> Sparse:
-    """Faster, with a copy of the matrix."""
+    """In one step: faster, with a copy of the matrix."""
     data = np.empty(rows.nnz, dtype)
     for part, some in pieces(rows, entries=piece):
         data[part] = rows.data[part] * np.repeat(scale[some], np.diff(rows.indptr[some.start : some.stop + 1]))
@@ -89,7 +89,7 @@ def _by_pieces(
     ends = np.zeros(households + 1, index)
     np.cumsum(np.bincount(rows.indices, minlength=households), out=ends[1:])
     free, data, indices = ends[:-1].copy(), np.empty(entries, dtype), np.empty(entries, index)
-    for _, some in pieces(rows, entries // households, entries=piece):  # each takes some passes over all households
+    for _, some in pieces(rows, entries // households, entries=piece):  # each passes over all households
         part = sparse.csc_array(rows[some])
         counts = np.diff(part.indptr)
         places = np.arange(part.nnz, dtype=index) + np.repeat(free - part.indptr[:-1].astype(index), counts)
@@ -119,7 +119,7 @@ def row_norms(block: Sparse, *, entries_per_piece: int = _PIECE_ENTRIES) -> Floa
 
 
 def rows_of(columns: Sparse, units: Integers, *, rough: bool = False) -> Sparse:
-    """The rows of some units: in float64, or as they are stored.
+    """The rows of some units, in float64; if ``rough``, as they are stored.
 
     Examples
     --------
@@ -134,7 +134,7 @@ def rows_of(columns: Sparse, units: Integers, *, rough: bool = False) -> Sparse:
 
 
 def compacted(block: Sparse, stay: Integers) -> Sparse:
-    """Some rows of ``block``, moved together in its own memory: ``block`` itself is used up.
+    """Some rows of ``block``, moved together in its own memory: ``block`` must not be used again.
 
     Parameters
     ----------
@@ -180,7 +180,7 @@ def scale_rows(block: Sparse, factors: Floats) -> None:
 
 
 def weighted_squares(block: Sparse, curvature: Floats, *, entries_per_piece: int = _PIECE_ENTRIES) -> Floats:
-    """Σᵢ curvatureᵢ·Bᵢ², what a normal matrix has on its diagonal: float64, shape (Q,).
+    """Σᵢ curvatureᵢ·Bᵢ², the diagonal of a normal matrix: float64, shape (Q,).
 
     Examples
     --------
@@ -196,7 +196,7 @@ def weighted_squares(block: Sparse, curvature: Floats, *, entries_per_piece: int
 
 
 def shared(values: Floats) -> Floats:
-    """``values``; where all are equal one number that stands for all, not to be written to.
+    """``values``, or, if all are equal, a read-only view of one number.
 
     Examples
     --------

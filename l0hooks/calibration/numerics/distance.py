@@ -25,7 +25,7 @@ from l0hooks.calibration.numerics.margins import fit_margins
 _INTERVAL_GAP = 1e-5  # relative duality gap at which weights within intervals count as nearest
 _FIRST_TAU, _LAST_TAU = 1e-2, 1e6  # per unit of strength
 _TAU_FACTOR = 10.0  # from one problem to the next
-_MOST_PROBLEMS = 40
+_MOST_PROBLEMS = 40  # values of τ, at the most
 _MOST_FAILURES = 6  # problems whose minimum was not found
 _FALLING_SHARE = 0.3  # of the misses left by a tenfold τ, below which the targets can be met
 _STALLED_SHARE = 0.97  # of the misses left by a tenfold τ, above which they cannot be met
@@ -85,7 +85,7 @@ def nearest_weights(
     low, high : float64, shape (n,)
         Bounds of g.
     strength : float64, > 0, shape (n,)
-        What each unit's distance counts.
+        The factor of each unit's distance.
     factor : float, > 0
         c.
     options : NearestOptions, optional
@@ -116,7 +116,7 @@ class _Search(ProximalDual):
         return self.by_margins() or self.by_newton()
 
     def by_margins(self) -> Nearest | None:
-        """The weights where targets are margins and no bound is met: checked, and judged, as any others."""
+        """The weights if targets are margins and no bound is active; None if a check says otherwise."""
         if not self.raking or self.interval.any():
             return None
         u = fit_margins(self.block, self.lower, self.q, self.factor, self.tolerance)
@@ -125,35 +125,34 @@ class _Search(ProximalDual):
         t = self.factor * (self.block @ u) / self.q
         r, _ = self.ratios(t)
         misses = self.misses(self.factor * (self.block.T @ r))
-        if float(np.abs(misses).max()) > self.tolerance:  # bounds, or what only looked like margins
+        if float(np.abs(misses).max()) > self.tolerance:  # a bound is active, or the targets only looked like margins
             return None
         self.u, self.products = u, 2
         return self.result(r, misses, True, t)
 
     def by_newton(self) -> Nearest:
         self.tau = _FIRST_TAU * float(self.q.sum())
-        before, growth, lost, whole = np.inf, _TAU_FACTOR, 0, float(self.q.sum())
+        before, growth, failures, strengths = np.inf, _TAU_FACTOR, 0, float(self.q.sum())
         for _ in range(_MOST_PROBLEMS):
-            r, arrived = self.minimise()
+            r, found = self.minimise()
             estimates = self.factor * (self.block.T @ r)
             misses = self.misses(estimates)
             feasible = float(np.max(np.abs(misses), initial=0.0)) <= self.tolerance
             norm = float(np.linalg.norm(self.unbalanced(estimates)))
-            if (feasible and self.optimal(r, misses)) or lost == _MOST_FAILURES:
+            if (feasible and self.optimal(r, misses)) or failures == _MOST_FAILURES:
                 break
-            if not arrived:  # from here with a smaller τ, which is easier
-                self.dual, before, growth, lost = self.u, np.inf, _TAU_FACTOR**0.5, lost + 1
+            if not found:  # go on from here with a smaller τ, which is easier
+                self.dual, before, growth, failures = self.u, np.inf, _TAU_FACTOR**0.5, failures + 1
                 self.tau /= _TAU_FACTOR
                 continue
-            last = self.tau >= _LAST_TAU * whole
-            stalled = (
-                norm > before if lost else norm > _STALLED_SHARE * before
-            )  # after a smaller τ little moves at first
-            if not feasible and stalled and (last or (self.tau >= whole and not lost)):
+            last = self.tau >= _LAST_TAU * strengths
+            # after a smaller τ the misses fall little at first
+            stalled = norm > before if failures else norm > _STALLED_SHARE * before
+            if not feasible and stalled and (last or (self.tau >= strengths and not failures)):
                 break
             if feasible or last or (norm < _FALLING_SHARE * before and np.isfinite(before)):
                 self.dual = self.u
-            before, self.tau = norm, min(self.tau * growth, _LAST_TAU * whole)
+            before, self.tau = norm, min(self.tau * growth, _LAST_TAU * strengths)
         return self.result(r, misses, feasible)
 
     def optimal(self, r: Floats, misses: Floats) -> bool:
@@ -165,7 +164,7 @@ class _Search(ProximalDual):
         return outside
 
     def unbalanced(self, estimates: Floats) -> Floats:
-        """How far estimates are from where u pulls them; from their intervals where it does not."""
+        """How far estimates are from the ends that u stands for; from their intervals where u is zero."""
         far: Floats = np.where(self.u == 0, self.misses(estimates), estimates - self.ends(self.u))
         return far
 

@@ -22,8 +22,8 @@ from l0hooks.calibration.numerics.columns import Floats, Sparse, weighted_square
 from l0hooks.calibration.numerics.factor import Factor, conjugate_gradients, factorised
 
 Distance = Literal["chi_square", "raking"]
-_MOST_NEWTON_STEPS = 60
-_MOST_CG_STEPS = 500
+_MOST_NEWTON_STEPS = 60  # for one τ
+_MOST_CG_STEPS = 500  # for one Newton step, with a preconditioner
 _LARGEST_EXPONENT = 30.0  # of a raking weight: F(t) is linear beyond
 _SHORTEST_STEP = 1e-10  # share of a Newton step that is tried
 _SHORT_STEP = 0.2  # share of a Newton step below which the next is damped
@@ -80,7 +80,7 @@ class Point:
 class ProximalDual:
     """f and its minimum; the arguments are those of :func:`l0hooks.calibration.numerics.distance.nearest_weights`.
 
-    ``u`` is where it stands, ``dual`` is u_k, ``tau`` τ.
+    ``u`` is the current point, ``dual`` is u_k, ``tau`` is τ.
 
     Examples
     --------
@@ -147,12 +147,12 @@ class ProximalDual:
         return float(self.q @ values)
 
     def ends(self, u: Floats) -> Floats:
-        """What each u pulls the estimates towards; zero where it does not pull."""
+        """The end that each u stands for: the lower one if u is positive, the upper one if negative, else zero."""
         towards: Floats = np.where(u > 0, self.lower, np.where(u < 0, self.upper, 0.0))
         return towards
 
     def at(self, u: Floats) -> Point:
-        """f there."""
+        """f at ``u``."""
         self.products += 2
         r, slope = self.ratios(t := self.factor * (self.block @ u) / self.q)
         moved = u - self.dual
@@ -184,7 +184,7 @@ class ProximalDual:
         free = ~self.interval | (point.u != 0) | (point.pull != 0)
         diagonal = weighted_squares(self.block, point.curvature) + 1 / self.tau
         steepest = -point.pull / diagonal
-        # those that are about to change their sign take a step of their own
+        # numbers that are about to change their sign take a step along the gradient
         nearly = (
             self.interval & (point.u * steepest < 0) & (np.abs(point.u) <= np.minimum(np.abs(steepest), _NEAR_KINK))
         )
@@ -235,7 +235,7 @@ class ProximalDual:
                 kept = self.preconditioner = None  # frees its memory before the next is made
                 apart = np.where(
                     free, ridge, _FIXED_DIAGONAL * diagonal
-                )  # so that fixed numbers do not slow the others
+                )  # so that fixed numbers do not slow down the others
                 kept = factorised(self.block, curvature, apart, diagonal - ridge + apart)
                 self.preconditioner = kept
             x, _ = conjugate_gradients(product, x, residual, self.masked(kept or cheap, free), goal, _MOST_CG_STEPS)

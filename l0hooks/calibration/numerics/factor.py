@@ -1,7 +1,7 @@
 """Factors of normal matrices, as preconditioners where conjugate gradients alone take too long.
 
-Targets of one place share no household with those of another: the normal matrix of a survey is mostly zeros, and so is
-its factor. Where it is not, a dense one is made.
+Targets of one place share no household with those of another, so the normal matrix of a survey and its factor are
+mostly zeros. Where they are not, a dense factor is made.
 """
 
 from __future__ import annotations
@@ -39,10 +39,10 @@ class Factor(Protocol):
 
 
 def factorised(block: Sparse, curvature: Floats, ridge: Floats, diagonal: Floats) -> Factor:
-    r"""v → H⁻¹ v for H = Bᵀ diag(curvature) B + diag(ridge), B the block, by a factor of H nearly.
+    r"""v → H⁻¹ v for H = Bᵀ diag(curvature) B + diag(ridge), B the block, by an approximate factor of H.
 
     H is scaled to a unit diagonal, raised a little, and factorised in float32, by a sparse factor where at most a tenth
-    of it is not zero: a preconditioner, no solver.
+    of it is not zero: a preconditioner, not a solver.
 
     Parameters
     ----------
@@ -112,7 +112,7 @@ def conjugate_gradients(
 
 
 def _sparse_product(block: Sparse, curvature: Floats, root: Floats, ridge: Floats) -> Any:
-    """The scaled matrix, some rows at a time: no second copy of the block, nor what scipy's whole product would take.
+    """The scaled matrix, made some rows at a time, with less memory than one product of the whole matrices takes.
 
     A CSC array, or a NumPy array where more than a tenth is not zero.
     """
@@ -137,7 +137,7 @@ def _sparse_product(block: Sparse, curvature: Floats, root: Floats, ridge: Float
 
 
 def _slabs(block: Sparse) -> list[slice]:
-    """Targets taken together: not too many, and not too many households'."""
+    """Slices of targets, each with a limited number of targets and of entries."""
     support = np.zeros(block.shape[1], np.int64)
     for part, _ in pieces(block):
         support += np.bincount(block.indices[part], minlength=len(support))
@@ -153,7 +153,7 @@ def _slabs(block: Sparse) -> list[slice]:
 def _slab(block: Sparse, curvature: Floats, root: Floats, ridge: Floats, some: slice) -> Sparse:
     """Rows of the scaled matrix."""
     left = block[:, some]
-    left = left.copy() if left is block else left  # a slice of all is no copy
+    left = left.copy() if left is block else left  # a slice of everything is not a copy
     scale_rows(left, curvature)
     left.eliminate_zeros()  # of units at their bounds
     slab = left.T.tocsr() @ block

@@ -12,6 +12,7 @@ import math
 from typing import Any
 
 import numpy as np
+from einops import rearrange
 from numpy.typing import NDArray
 
 from l0hooks.calibration.numerics.columns import Floats, Sparse
@@ -44,7 +45,7 @@ def fit_margins(block: Sparse, target: Floats, strength: Floats, factor: float, 
     Returns
     -------
     float64 array, shape (Q,), or None
-        None if the targets are no margins, contradict each other, or would take many sweeps.
+        None if the targets are not margins, contradict each other, or would take many sweeps.
 
     Examples
     --------
@@ -82,7 +83,7 @@ def _labels(block: Sparse) -> tuple[NDArray[Any], list[int]] | None:
     (n, rows), entries = block.shape, block.nnz
     if not n or not entries or entries % n or (np.diff(block.indptr) != entries // n).any():
         return None
-    labels = np.ascontiguousarray(block.indices.reshape(n, -1).T)
+    labels = np.ascontiguousarray(rearrange(block.indices, "(unit margin) -> margin unit", unit=n))
     first, last = labels.min(axis=1), labels.max(axis=1)
     return None if (last[:-1] >= first[1:]).any() else (labels, [0, *first[1:].tolist(), rows])
 
@@ -90,10 +91,11 @@ def _labels(block: Sparse) -> tuple[NDArray[Any], list[int]] | None:
 def _rates(block: Sparse, strength: Floats, factor: float) -> Floats | None:
     """factor·B/q of each category, from a sample; None if it differs among the units of one, or a category has none."""
     n = len(strength)
+    indices, data = (rearrange(part, "(unit margin) -> unit margin", unit=n) for part in (block.indices, block.data))
     for step in (max(1, n // max(_LEAST_CHECKED, 20 * block.shape[1])), 1):
         some = slice(None, None, step)
-        places = block.indices.reshape(n, -1)[some].ravel()
-        each = (block.data.reshape(n, -1)[some] * (factor / strength[some])[:, None]).ravel()
+        places = indices[some].ravel()
+        each = (data[some] * (factor / strength[some])[:, None]).ravel()
         rates = np.full(block.shape[1], np.nan)
         rates[places] = each
         if not np.isnan(rates).any():
@@ -103,7 +105,7 @@ def _rates(block: Sparse, strength: Floats, factor: float) -> Floats | None:
 
 
 class _Table:
-    """Some margins, their cross table's cell for each unit, and what is wanted of each margin."""
+    """Some margins, the cell of their cross table for each unit, and the target of each margin."""
 
     def __init__(self, numbers: list[int], wanted: list[Floats]) -> None:
         self.numbers, self.wanted = numbers, wanted
@@ -119,7 +121,7 @@ class _Table:
         return total
 
     def fit(self, x: Floats) -> tuple[float, list[Floats]] | None:
-        """Scale x to the margins; the largest relative miss before, and what was done to each, as logarithms."""
+        """Scale x to the margins; the largest relative miss before, and the logarithms of the factors by margin."""
         table: Floats = np.bincount(self.cells, x, minlength=self.size).astype(np.float64).reshape(self.shape)
         worst = max(float(np.abs(w / self.sums(table, a) - 1).max()) for a, w in enumerate(self.wanted))
         scales = [np.ones(size) for size in self.shape]
@@ -129,7 +131,7 @@ class _Table:
                 ratio = wanted / self.sums(table, axis)
                 missed = max(missed, float(np.abs(ratio - 1).max()))
                 scales[axis] *= ratio
-                table *= ratio.reshape([-1 if other == axis else 1 for other in range(table.ndim)])
+                table *= np.expand_dims(ratio, [other for other in range(table.ndim) if other != axis])
             if table.ndim == 1 or not missed > max(_TABLE_ACCURACY * worst, _TABLE_ROUNDING * table.size):
                 break
         if not np.isfinite(table).all():
@@ -162,7 +164,7 @@ def _tables(labels: NDArray[Any], edges: list[int], wanted: list[Floats]) -> lis
 
 
 def _sweeps(tables: list[_Table], x: Floats, enough: float) -> dict[int, Floats] | None:
-    """Fit the tables in turn until all are met; the logarithms of what was done, by margin."""
+    """Fit the tables in turn until all are met; the logarithms of the factors, by margin."""
     logs = {
         number: np.zeros(len(one)) for table in tables for number, one in zip(table.numbers, table.wanted, strict=True)
     }
@@ -177,10 +179,11 @@ def _sweeps(tables: list[_Table], x: Floats, enough: float) -> dict[int, Floats]
             missed = max(missed, done[0])
             for number, log in zip(table.numbers, done[1], strict=True):
                 logs[number] += log
-        share = min(1.0, _SAFETY_FACTOR * missed / before) if sweep > 1 else 1.0  # that the next sweep will find
+        # of the misses, that the next sweep may leave
+        share = min(1.0, _SAFETY_FACTOR * missed / before) if sweep > 1 else 1.0
         if missed * share <= enough:
             return logs
         if sweep and missed > _SLOW_SHARE * before:
-            return logs if missed <= 1e-9 else None  # at the end of what rounding allows
+            return logs if missed <= 1e-9 else None  # rounding allows no more
         before = missed
     return None

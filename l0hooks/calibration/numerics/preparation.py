@@ -1,8 +1,9 @@
-"""``prepare``: the problem that all stages work on, from a matrix, targets and what counts how much."""
+"""``prepare``: the problem that all stages work on, from a matrix, targets and options."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -22,22 +23,65 @@ from l0hooks.calibration.numerics.problem import BoundsOn, Loss, Precision, Prob
 from l0hooks.errors import InvalidValueError, explain
 
 
+@dataclass(frozen=True, eq=False)
+class ErrorOptions:
+    r"""How errors are scaled, and what they count.
+
+    Attributes
+    ----------
+    loss : "relative" or "squared"
+        Relative: errors are divided by \|y\| + ``offset``, for an interval with the larger finite end. Squared: they
+        are divided by one number, the mean of that, which only makes figures comparable.
+    offset : float, > 0
+        In the units of the targets.
+    importance : array_like, >= 0, shape (T,), optional
+        What the squared error of each target counts.
+    hierarchy : sequence of (parent, children)
+        Row numbers; the estimates of the children are to add up to the parent's.
+    consistency : float, >= 0
+        What the squared error of such a condition counts, against 1 for a target.
+    """
+
+    loss: Loss = "relative"
+    offset: float = 1.0
+    importance: ArrayLike | None = None
+    hierarchy: Sequence[tuple[int, Sequence[int]]] = ()
+    consistency: float = 1.0
+
+
+@dataclass(frozen=True, eq=False)
+class UnitOptions:
+    """Which units can be chosen, and with what weights.
+
+    Attributes
+    ----------
+    design_weights : array_like, > 0, shape (n_households,), optional
+        One for all if not given. A cluster has the mean of its households'.
+    bounds : (float, float), 0 <= lo <= hi
+        For households that are chosen.
+    bounds_on : "ratio" or "weight"
+        Whether they hold for weight / design weight, or for the weight.
+    keep, leave_out : array_like of int
+        Households that must, and must not, be chosen. A cluster that holds one of them follows.
+    clusters : array_like of int, shape (n_households,), optional
+        Households with one number share one weight, and count as one unit.
+    """
+
+    design_weights: ArrayLike | None = None
+    bounds: tuple[float, float] = (0.0, np.inf)
+    bounds_on: BoundsOn = "ratio"
+    keep: ArrayLike = ()
+    leave_out: ArrayLike = ()
+    clusters: ArrayLike | None = None
+
+
 def prepare(
     matrix: Sparse,
     lower: ArrayLike,
     upper: ArrayLike | None = None,
     *,
-    design_weights: ArrayLike | None = None,
-    importance: ArrayLike | None = None,
-    bounds: tuple[float, float] = (0.0, np.inf),
-    bounds_on: BoundsOn = "ratio",
-    loss: Loss = "relative",
-    offset: float = 1.0,
-    hierarchy: Sequence[tuple[int, Sequence[int]]] = (),
-    consistency: float = 1.0,
-    keep: ArrayLike = (),
-    leave_out: ArrayLike = (),
-    clusters: ArrayLike | None = None,
+    errors: ErrorOptions | None = None,
+    units: UnitOptions | None = None,
     dtype: Precision = "float32",
 ) -> Problem:
     r"""Scale a problem: \(B = \operatorname{diag}(s)\,M\operatorname{diag}(d)\), stored unit by unit.
@@ -50,27 +94,8 @@ def prepare(
         What one household adds to each target.
     lower, upper : array_like, shape (T,)
         The targets; without ``upper`` points, else intervals, of which one end may be infinite.
-    design_weights : array_like, > 0, shape (n_households,), optional
-        One for all if not given. A cluster has the mean of its households'.
-    importance : array_like, >= 0, shape (T,), optional
-        What the squared error of each target counts.
-    bounds : (float, float), 0 <= lo <= hi
-        For households that are chosen.
-    bounds_on : "ratio" or "weight"
-        Whether they hold for weight / design weight, or for the weight.
-    loss : "relative" or "squared"
-        Relative: errors are divided by \|y\| + ``offset``, for an interval with the larger finite end. Squared: they
-        are divided by one number, the mean of that, which only makes figures comparable.
-    offset : float, > 0
-        In the units of the targets.
-    hierarchy : sequence of (parent, children)
-        Row numbers; the estimates of the children are to add up to the parent's.
-    consistency : float, >= 0
-        What the squared error of such a condition counts, against 1 for a target.
-    keep, leave_out : array_like of int
-        Households that must, and must not, be chosen. A cluster that holds one of them follows.
-    clusters : array_like of int, shape (n_households,), optional
-        Households with one number share one weight, and count as one unit.
+    errors : ErrorOptions, optional
+    units : UnitOptions, optional
     dtype : "float32" or "float64"
         Of B's values; sums over units for a result are always taken in float64.
 
@@ -91,24 +116,26 @@ def prepare(
     ----------
     Deville & Särndal (1992), Calibration estimators in survey sampling, section 1.
     """
+    errors, units = errors or ErrorOptions(), units or UnitOptions()
     low_target = np.asarray(lower, np.float64)
     high_target = low_target if upper is None else np.asarray(upper, np.float64)
     rows = sparse.csr_array(matrix)
-    denominators = larger_ends(low_target, high_target) + offset
-    scale = _row_scale(denominators, loss, importance)
-    if hierarchy:
+    denominators = larger_ends(low_target, high_target) + errors.offset
+    scale = _row_scale(denominators, errors)
+    if errors.hierarchy:
         rows, low_target, high_target, scale = _with_conditions(
-            rows, low_target, high_target, scale, denominators, hierarchy, consistency
+            rows, low_target, high_target, scale, denominators, errors
         )
     households = rows.shape[1]
-    members = _members(households, clusters, np.asarray(leave_out, np.int64))
-    weights = np.ones(households) if design_weights is None else np.asarray(design_weights, np.float64)
+    members = _members(households, units.clusters, np.asarray(units.leave_out, np.int64))
+    given = units.design_weights
+    weights = np.ones(households) if given is None else np.asarray(given, np.float64)
     base = _design_of_units(weights, members)
     columns = stored_by_unit(rows, scale, members, len(base), np.dtype(dtype))
     factor = _common_factor(columns, base, scale * low_target, scale * high_target)
     design = base * factor
     scale_rows(columns, design)
-    per_g = np.broadcast_to(factor, len(base)) if bounds_on == "ratio" else design
+    per_g = np.broadcast_to(factor, len(base)) if units.bounds_on == "ratio" else design
     with np.errstate(over="ignore"):
         return Problem(
             columns=columns,
@@ -116,20 +143,20 @@ def prepare(
             upper=scale * high_target,
             scale=scale,
             denominators=denominators,
-            low=shared(bounds[0] / per_g),
-            high=shared(bounds[1] / per_g),
+            low=shared(units.bounds[0] / per_g),
+            high=shared(units.bounds[1] / per_g),
             design=design,
             norms=row_norms(columns),
-            kept=_kept(members, keep, len(base)),
+            kept=_kept(members, units.keep, len(base)),
             members=members,
         )
 
 
-def _row_scale(denominators: Floats, loss: Loss, importance: ArrayLike | None) -> Floats:
-    scale = 1 / denominators if loss == "relative" else np.full(len(denominators), 1 / denominators.mean())
-    if importance is None:
+def _row_scale(denominators: Floats, errors: ErrorOptions) -> Floats:
+    scale = 1 / denominators if errors.loss == "relative" else np.full(len(denominators), 1 / denominators.mean())
+    if errors.importance is None:
         return scale
-    given = np.asarray(importance, np.float64)
+    given = np.asarray(errors.importance, np.float64)
     weighted: Floats = scale * np.sqrt(given / given.mean())
     return weighted
 
@@ -147,11 +174,10 @@ def _with_conditions(
     upper: Floats,
     scale: Floats,
     denominators: Floats,
-    hierarchy: Sequence[tuple[int, Sequence[int]]],
-    consistency: float,
+    errors: ErrorOptions,
 ) -> tuple[Sparse, Floats, Floats, Floats]:
     """A row for each parent, its own less its children's, with the target 0."""
-    count = len(hierarchy)
+    hierarchy, count = errors.hierarchy, len(errors.hierarchy)
     difference = sparse.lil_array((count, rows.shape[0]))
     for number, (parent, children) in enumerate(hierarchy):
         difference[number, parent] = 1.0
@@ -163,7 +189,7 @@ def _with_conditions(
         sparse.vstack([rows, sparse.csr_array(difference) @ rows], format="csr"),
         np.concatenate([lower, zeros]),
         np.concatenate([upper, zeros]),
-        np.concatenate([scale, np.sqrt(consistency) / denominators[parents]]),
+        np.concatenate([scale, np.sqrt(errors.consistency) / denominators[parents]]),
     )
 
 
@@ -195,7 +221,7 @@ def _design_of_units(weights: Floats, members: Integers) -> Floats:
 
 
 def _common_factor(columns: Sparse, design: Floats, lower: Floats, upper: Floats) -> float:
-    """What all design weights are multiplied by, so that they meet the targets in the median."""
+    """The factor with which all design weights meet the targets in the median."""
     estimates = np.asarray(columns.T @ design.astype(columns.dtype), np.float64)
     factor = median_factor(estimates, lower, upper)
     return 1.0 if factor is None else factor

@@ -1,4 +1,4 @@
-"""The prepared problem: what every stage works on, in units in which all stages agree.
+"""The prepared problem that every stage works on, in units that all stages share.
 
 Unit i (a household, or a cluster that shares one weight) gets the weight wᵢ = gᵢ·dᵢ, dᵢ its scaled design weight. With
 s the row scale (1/(\\|y\\| + offset) for the relative loss, times the square root of the target's importance)
@@ -26,7 +26,7 @@ Precision = Literal["float32", "float64"]
 
 @dataclass(frozen=True)
 class Problem:
-    """What is to be met by whom; :func:`~l0hooks.calibration.numerics.preparation.prepare` makes it.
+    """Targets and units, scaled; :func:`~l0hooks.calibration.numerics.preparation.prepare` makes it.
 
     Attributes
     ----------
@@ -93,7 +93,7 @@ class Problem:
         return np.negative(promised, out=promised)
 
     def strength(self, units: Integers) -> Floats:
-        """What a unit's distance to its design weight counts; mean 1 over all units."""
+        """The factor of each unit's distance to its design weight; its mean over all units is 1."""
         counts: Floats = self.design[units] / self.design.mean()
         return counts
 
@@ -113,7 +113,7 @@ class Problem:
 
     def weights(self, g: Floats, units: Integers) -> Floats:
         """One weight for each household: float64, shape (n_households,), zero for all that are not in ``units``."""
-        of_unit = np.zeros(self.size + 1)  # the last is what −1 finds
+        of_unit = np.zeros(self.size + 1)  # the last entry is for households left out, whose unit is −1
         of_unit[units] = g * self.design[units]
         spread: Floats = of_unit[self.members]
         return spread
@@ -127,7 +127,7 @@ def larger_ends(lower: Floats, upper: Floats) -> Floats:
 
 
 def median_factor(estimates: Floats, lower: Floats, upper: Floats) -> float | None:
-    """What estimates are multiplied by, so that they meet the targets in the median; None if no sign fits."""
+    """The factor with which estimates meet the targets in the median; None if no target has its estimate's sign."""
     with np.errstate(divide="ignore", invalid="ignore"):
         ratios = (lower + upper) / 2 / estimates  # of an infinite end infinite or NaN
     usable = np.isfinite(ratios) & (ratios > 0)

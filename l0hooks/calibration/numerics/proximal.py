@@ -5,8 +5,8 @@ From x, in coordinates in which all columns of B have norm 1, the next point min
     ½‖B y − b‖² + δ/2 ‖y − x‖²  subject to  l ≤ y ≤ h.
 
 It is y(u) = clip(x + Bᵀu/δ, l, h), and u = b − B y minimises a smooth convex function of as many numbers as there are
-targets, found by semismooth Newton steps: each changes as many bounds as it must. The projected gradient at y is
-δ‖y − x‖ at the most, so that a few such points suffice where δ is small.
+targets, found by semismooth Newton steps: one step may bring any number of units to their bounds or away from them. The
+projected gradient at y is at most δ‖y − x‖, so a few such points suffice if δ is small.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _DELTA_FACTOR = 0.25  # of δ, from one point to the next
 _MOST_NEWTON_STEPS = 40  # for one point
 _QUICK_NEWTON_STEPS = 20  # δ falls only after a point that took no more
 _POINT_ACCURACY = 0.1  # of a point, as a share of the tolerance or of the distance to the point before
-_MOST_CG_STEPS = 300
+_MOST_CG_STEPS = 300  # for one Newton step, with a new factor
 
 
 def proximal_fit(
@@ -54,7 +54,7 @@ def proximal_fit(
     scale : float, > 0, optional
         ‖b‖ if not given.
     points : int, > 0
-        How many proximal points are tried at the most.
+        Proximal points that are tried, at the most.
 
     Returns
     -------
@@ -84,11 +84,11 @@ def proximal_fit(
         before = search.steps
         x = search.following(best)
         violation = search.violation(x)
-        if violation >= least:  # not found within the steps: try a nearer one
+        if violation >= least:  # not found within the steps: a nearer one is easier
             search.delta /= _DELTA_FACTOR
             continue
         best, least = x, violation
-        if search.steps - before <= _QUICK_NEWTON_STEPS:  # a point further away can be found, too
+        if search.steps - before <= _QUICK_NEWTON_STEPS:  # a point farther away can be found as well
             search.delta *= _DELTA_FACTOR
     g = np.clip(best / norms, low, high)
     residual = np.asarray(block.T @ g, np.float64) - target

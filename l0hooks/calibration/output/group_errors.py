@@ -9,7 +9,7 @@ import numpy as np
 from l0hooks.calibration.fit.progress import percent
 from l0hooks.calibration.numerics.columns import Floats
 
-_GROUPS_SHOWN = 8
+_GROUPS_SHOWN = 8  # in the summary
 
 
 def group_means(errors: Floats, groups: Sequence[Hashable]) -> dict[Hashable, float]:

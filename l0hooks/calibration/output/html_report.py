@@ -11,16 +11,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from l0hooks._files import replacing
 from l0hooks.calibration.fit.progress import percent
 from l0hooks.calibration.output.group_errors import group_means
 from l0hooks.calibration.output.plots import history_plot
 from l0hooks.calibration.output.result import CalibrationResult
-from l0hooks.calibration.output.tables import replacing
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-_WORST_SHOWN = 50
+_WORST_SHOWN = 50  # targets in the table
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
 h1 { font-size: 1.5rem; } h2 { font-size: 1.1rem; margin-top: 2.2rem; }
@@ -99,7 +99,7 @@ def report_html(
         *_groups(result),
         f"<h2>The {min(_WORST_SHOWN, result.inputs.targets.count)} targets met worst</h2>",
         _worst(result),
-        *(f"<h2>The way there</h2>\n{picture}" for picture in pictures[1:]),
+        *(f"<h2>Progress of the fit</h2>\n{picture}" for picture in pictures[1:]),
     ]
     if settings:
         rows = [(name, str(value)) for name, value in settings.items()]
@@ -130,8 +130,8 @@ def _figures(result: CalibrationResult) -> list[tuple[str, str]]:
         ("design effect (Kish)", f"{result.deff:.3g}"),
         ("effective sample size", f"{result.effective_sample_size:,.0f}"),
         ("weight / design weight", spread),
-        ("stage that won", result.stage),
-        ("errors of all that were tried", ", ".join(f"{name} {percent(e)}" for name, e in result.candidates.items())),
+        ("best candidate", result.stage),
+        ("errors of all candidates", ", ".join(f"{name} {percent(e)}" for name, e in result.candidates.items())),
         ("converged", f"{'yes' if result.converged else 'no'}: {result.reason}"),
     ]
 
@@ -178,7 +178,7 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _picture(figure: Figure, description: str) -> str:
-    """A figure as an image within the page: its identifiers meet no others, its names are outlines."""
+    """A figure as an image of its own within the page, so that its identifiers cannot clash with others."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None})
     data = base64.b64encode(buffer.getvalue()).decode()

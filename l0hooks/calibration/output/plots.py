@@ -1,4 +1,4 @@
-"""Pictures of a calibration: errors by group, weights, and the way there. They need matplotlib."""
+"""Pictures of a calibration: errors by group, weights, and progress. They need matplotlib."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ def _by_group(errors: Floats, groups: Sequence[Hashable] | None) -> list[tuple[s
     members: dict[Hashable, list[int]] = {}
     for place, label in enumerate(groups):
         members.setdefault(label, []).append(place)
-    parts = [(f"{_short(str(label))} ({len(who):,})", errors[who]) for label, who in members.items()]
+    parts = [(f"{_short(str(label))} ({len(places):,})", errors[places]) for label, places in members.items()]
     return sorted(parts, key=lambda part: -float(part[1].mean()))[:_MOST_GROUPS]
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 
+from l0hooks._files import save_figure
 from l0hooks.calibration.data.inputs import Inputs
 from l0hooks.calibration.data.names import few
 from l0hooks.calibration.fit.progress import percent
@@ -44,18 +45,19 @@ class CalibrationResult:
     converged : bool
         Whether the last fit reached its optimum for the households chosen.
     reason : str
-        Why it ended there, in words.
+        Why the fit ended, in words.
     rows : sequence of mappings
         The history: stage, step, steps, error, active, seconds.
     candidates : mapping from name to float
-        The error of everything that was tried; ``stage`` is the one that won.
+        The error of every candidate; ``stage`` is the best of them.
     offset : float, > 0
         What is added to \\|y\\| where errors are divided by it.
 
     Examples
     --------
     >>> from l0hooks.calibration.data.inputs import read_inputs
-    >>> inputs = read_inputs([[1, 1, 0], [0, 20, 30]], {"people": 8, "income": 100})
+    >>> from l0hooks.calibration.data.targets import GivenTargets
+    >>> inputs = read_inputs([[1, 1, 0], [0, 20, 30]], GivenTargets({"people": 8, "income": 100}))
     >>> result = CalibrationResult(np.array([3.0, 5.0, 0.0]), inputs, "polish", True, "met", [])
     >>> result.error, result.active, round(result.deff, 3)
     (0.0, 2, 1.062)
@@ -111,7 +113,7 @@ class CalibrationResult:
 
     @property
     def effective_sample_size(self) -> float:
-        """How many households of equal weight would say as much: their number over the design effect."""
+        """How many households of equal weight would be as precise: their number over the design effect."""
         return self.active / self.deff
 
     @property
@@ -240,7 +242,7 @@ class CalibrationResult:
         """
         figure = calibration_plot(self.relative_errors, self.inputs.groups, self.ratios)
         if path is not None:
-            figure.savefig(path, dpi=150)
+            save_figure(figure, path, dpi=150)
         return figure
 
     def __repr__(self) -> str:

@@ -1,16 +1,15 @@
-"""Tables of a result as frames and files; what is written is there as a whole or not at all."""
+"""Tables of a result as frames and files; a file is written as a whole or not at all."""
 
 from __future__ import annotations
 
 import csv
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from l0hooks._files import replacing
 from l0hooks.calibration.data.names import Axis
 from l0hooks.errors import import_extra
 
@@ -40,24 +39,13 @@ def to_frame(columns: Mapping[str, Any], axis: Axis | None) -> pd.DataFrame:
     return frame
 
 
-@contextmanager
-def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """A temporary path beside ``path`` that takes its place if all goes well."""
-    final = Path(path)
-    temporary = final.with_name(f".{final.name}.{os.getpid()}.part")
-    try:
-        yield temporary
-        temporary.replace(final)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def write_csv(path: str | os.PathLike[str], columns: Mapping[str, Any]) -> None:
     """Columns as CSV; numbers with all their digits.
 
     Examples
     --------
     >>> import tempfile
+    >>> from pathlib import Path
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     write_csv(Path(folder) / "w.csv", {"household": ["a", "b"], "weight": np.array([0.1, 2.0])})
     ...     (Path(folder) / "w.csv").read_text().splitlines()

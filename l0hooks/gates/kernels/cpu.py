@@ -1,16 +1,18 @@
 """Numba kernels of gates on the CPU: one pass over memory in each direction, noise and all.
 
-They draw the same numbers from a seed as the room ``kernels`` does on a GPU: Philox4x32-10, 23 bits a number, u from
+They draw the same numbers from a seed as ``kernels.cuda`` does on a GPU: Philox4x32-10, 23 bits a number, u from
 2⁻²⁴ to 1 − 2⁻²⁴. A gate that is multiplied with a weight takes one of 65,536 levels, which 16 bits keep for backward:
 0, 1, and the middles of 65,534 equal cells in between. So P(z = 0) and P(z = 1) are exact, and z off by at most 2⁻¹⁷.
 
-Loops are short, for a processor has few registers for their constants; what one hands to the next lies in the nearest
-cache. Nothing imports this room before gates are met that it is for: the first import of all compiles, later ones read
-what Numba has kept.
+Loops are short, because a processor has few registers for their constants; what one leaves to the next lies in the
+nearest cache. This module is imported when the first gates need it. The first import ever compiles; later ones read
+what Numba has stored.
 """
 
 from __future__ import annotations
 
+import ctypes
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numba
@@ -23,14 +25,14 @@ from numpy import uint32 as u32
 from numpy import uint64 as u64
 from torch import Tensor
 
-from l0hooks._torch.memory import fresh, fresh_like
-from l0hooks.gates.kernels.threads import EXACT, FLOAT, FLOATS, INT, LEVELS, SUMS, WIDE, kernel, share_out
+from l0hooks._torch.memory import fresh, fresh_like, has_address, lie_alike
+from l0hooks.gates.constants import Constants
+from l0hooks.gates.derivatives import inverted
+from l0hooks.gates.kernels.threads import EXACT, FLOAT, FLOATS, INT, LEVELS, SHARE, SUMS, WIDE, kernel, share_out
 
-KEEPS_LEVELS = True  # for backward
 CELLS = 65534
 COUNTERS = 1024  # Philox blocks at a time
 BLOCK = 4 * COUNTERS  # numbers in them
-Numbers = tuple[float, float, float]  # 1/β, γ and ζ − γ
 
 _LOG2E, _LN2 = f32(1.4426950408889634), f32(0.6931471805599453)
 _SHIFT = f32(2**23)  # a float this large is a whole number, its low bits count
@@ -126,10 +128,10 @@ def _by_location(grad: Any, weight: Any, levels: Any, steepness: Any, gamma: Any
 
 
 @numba.njit(**EXACT)
-def _by_count(log_alpha: Any, shift: Any, owed: Any, out: Any) -> None:
+def _by_count(log_alpha: Any, shift: Any, deferred: Any, out: Any) -> None:
     for i in range(out.size):
         p = f32(1) / (f32(1) + _exp2((shift - log_alpha[i]) * _LOG2E))
-        out[i] += owed * (p - p * p)
+        out[i] += deferred * (p - p * p)
 
 
 @numba.njit(**SUMS)
@@ -194,7 +196,7 @@ def _backward(
     gamma: Any,
     width: Any,
     shift: Any,
-    owed: Any,
+    deferred: Any,
 ) -> None:
     grad, weight, log_alpha, levels = carray(grad_, n), carray(weight_, n), carray(log_alpha_, n), carray(levels_, n)
     to_weight, to_location = carray(to_weight_, n), carray(to_location_, n)
@@ -205,8 +207,8 @@ def _backward(
             _by_weight(g, k, to_weight[low:high])
         if by_location:
             _by_location(g, weight[low:high], k, steepness, gamma, width, to_location[low:high])
-            if owed != f32(0):
-                _by_count(log_alpha[low:high], shift, owed, to_location[low:high])
+            if deferred != f32(0):
+                _by_count(log_alpha[low:high], shift, deferred, to_location[low:high])
 
 
 @kernel(FLOATS, WIDE, INT, FLOAT)
@@ -224,7 +226,8 @@ def fill(out: Tensor, seed: int, start: int, scale: float | None = None) -> Tens
     ----------
     out : Tensor, contiguous, any floating dtype
         Changed in place.
-    seed : int, in [-2⁶³, 2⁶³)
+    seed : int, in [-2⁶³, 2⁶⁴)
+        Its bits count.
     start : int, >= 0
         Which of the seed's numbers comes first.
     scale : float, not 0, optional
@@ -245,12 +248,20 @@ def fill(out: Tensor, seed: int, start: int, scale: float | None = None) -> Tens
         return fill(out, seed, start).logit_().mul_(scale)
     if out.dtype != torch.float32:
         return out.copy_(fill(torch.empty_like(out, dtype=torch.float32), seed, start, scale))
-    address = out.data_ptr()
+    address, seed = out.data_ptr(), ctypes.c_int64(seed).value
     share_out(out.numel(), BLOCK, lambda at, n: _fill(address + 4 * at, n, seed, start + at, scale or 0.0), [out])
     return out
 
 
-def gated(weight: Tensor, log_alpha: Tensor, seed: int, start: int, numbers: Numbers) -> tuple[Tensor, Tensor]:
+def _run(total: int, run: Callable[[int, int], None], memory: Sequence[object]) -> None:
+    """Call ``run(first, how many)`` for all elements, or for shares of them in several threads."""
+    if total <= SHARE:
+        run(0, total)
+    else:
+        share_out(total, BLOCK, run, memory)
+
+
+def gated(weight: Tensor, log_alpha: Tensor, seed: int, start: int, constants: Constants) -> tuple[Tensor, Tensor]:
     """``weight * z`` in one pass, and the levels of the gates z.
 
     Parameters
@@ -258,7 +269,7 @@ def gated(weight: Tensor, log_alpha: Tensor, seed: int, start: int, numbers: Num
     weight, log_alpha : Tensor, contiguous, float32, of one shape
     seed, start : int
         As in :func:`fill`.
-    numbers : Numbers
+    constants : Constants
 
     Returns
     -------
@@ -267,26 +278,52 @@ def gated(weight: Tensor, log_alpha: Tensor, seed: int, start: int, numbers: Num
 
     Examples
     --------
-    >>> gated(torch.full((2,), 3.0), torch.tensor([30.0, -30.0]), 7, 0, (1.5, -0.1, 1.2))
+    >>> gated(torch.full((2,), 3.0), torch.tensor([30.0, -30.0]), 7, 0, Constants())
     (tensor([3., 0.]), tensor([65535,     0], dtype=torch.uint16))
     """
     out, levels = fresh_like(weight), fresh(weight.shape, torch.uint16, weight.device)
     memory = weight, log_alpha, levels, out
     w, a, k, o = (t.data_ptr() for t in memory)
+    seed = ctypes.c_int64(seed).value  # the same bits
+    numbers = inverted(constants)
 
     def run(at: int, n: int) -> None:
         _forward(w + 4 * at, a + 4 * at, k + 2 * at, o + 4 * at, n, seed, start + at, *numbers)
 
-    share_out(weight.numel(), BLOCK, run, memory)
+    _run(weight.numel(), run, memory)
     return out, levels
 
 
-def gates_of(levels: Tensor) -> Tensor:
+def fits(weight: Tensor, log_alpha: Tensor) -> bool:
+    """Whether the kernels can multiply ``weight`` with gates: plain, contiguous tensors of float32, of one shape.
+
+    Parameters
+    ----------
+    weight, log_alpha : Tensor
+
+    Returns
+    -------
+    bool
+
+    Examples
+    --------
+    >>> fits(torch.ones(2, 3), torch.ones(2, 3)), fits(torch.ones(3, 2).t(), torch.ones(2, 3))
+    (True, False)
+    """
+    return weight.dtype == torch.float32 and lie_alike(weight, log_alpha)
+
+
+def gates_of(log_alpha: Tensor, drawn: Tensor, constants: Constants) -> Tensor:
     """The gates of their levels.
 
     Parameters
     ----------
-    levels : Tensor, uint16
+    log_alpha : Tensor
+        Not used: the levels say all.
+    drawn : Tensor, uint16
+        Levels.
+    constants : Constants
+        Not used.
 
     Returns
     -------
@@ -294,19 +331,19 @@ def gates_of(levels: Tensor) -> Tensor:
 
     Examples
     --------
-    >>> gates_of(torch.tensor([0, 16384, 65535], dtype=torch.uint16))
+    >>> gates_of(torch.zeros(3), torch.tensor([0, 16384, 65535], dtype=torch.uint16), Constants())
     tensor([0.0000, 0.2500, 1.0000])
     """
-    return ((levels.float() - 0.5) * float(_NARROW)).clamp(0, 1)
+    return ((drawn.float() - 0.5) * float(_NARROW)).clamp(0, 1)
 
 
 def gated_backward(
     grad: Tensor,
     weight: Tensor,
     log_alpha: Tensor,
-    levels: Tensor,
-    numbers: Numbers,
-    owed: tuple[float, float] = (0.0, 0.0),
+    drawn: Tensor,
+    constants: Constants,
+    deferred: tuple[Tensor | float, float] | None = None,
     *,
     wanted: tuple[bool, bool] = (True, True),
 ) -> tuple[Tensor | None, Tensor | None]:
@@ -315,9 +352,10 @@ def gated_backward(
     Parameters
     ----------
     grad, weight, log_alpha : Tensor, contiguous, float32, of one shape
-    levels : Tensor, uint16
-    numbers : Numbers
-    owed : (float, float), optional
+    drawn : Tensor, uint16
+        Levels of the gates.
+    constants : Constants
+    deferred : (Tensor of shape () or float, float), optional
         c and κ: c · p(1 − p) with p = σ(log_alpha − κ) is added to the gradient of ``log_alpha``.
     wanted : (bool, bool)
         Whether the weight's and log_alpha's are wanted.
@@ -331,19 +369,21 @@ def gated_backward(
     --------
     >>> three, logits = torch.full((2,), 3.0), torch.tensor([30.0, -30.0])
     >>> levels = torch.tensor([65535, 0], dtype=torch.uint16)
-    >>> gated_backward(torch.ones(2), three, logits, levels, (1.5, -0.1, 1.2))
+    >>> gated_backward(torch.ones(2), three, logits, levels, Constants())
     (tensor([1., 0.]), tensor([0., 0.]))
     """
     slopes = tuple(fresh_like(grad) if want else None for want in wanted)
+    levels = drawn if has_address(drawn, torch.uint16) else drawn.to(torch.uint16).contiguous()
     memory = grad, weight, log_alpha, levels, *slopes
     g, w, a, k, *to = (0 if t is None else t.data_ptr() for t in memory)
-    count, shift = owed
+    count, shift = (0.0, 0.0) if deferred is None else (float(deferred[0]), deferred[1])
+    numbers = inverted(constants)
 
     def run(at: int, n: int) -> None:
         outs = (address + 4 * at for address in to)
         _backward(g + 4 * at, w + 4 * at, a + 4 * at, k + 2 * at, *outs, *wanted, n, *numbers, shift, count)
 
-    share_out(grad.numel(), BLOCK, run, memory)
+    _run(grad.numel(), run, memory)
     return slopes[0], slopes[1]
 
 

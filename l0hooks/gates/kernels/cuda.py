@@ -4,11 +4,13 @@ Random number ``i`` of a seed is lane ``i % 4`` of Philox4x32-10 at the 64-bit c
 23 of its 32 bits are used: u = (r + ½)/2²³, from 2⁻²⁴ to 1 − 2⁻²⁴, all exact in float32 and logit u finite, so that
 probabilities of a gate are off by at most 2⁻²⁴. Neither the size of an array nor that of a block changes a number.
 
-Nothing imports this room before a tensor is met that it is for. With ``TRITON_INTERPRET=1`` it runs on the CPU.
+This module is imported when the first gates need it. With ``TRITON_INTERPRET=1`` it runs on the CPU.
 """
 
 from __future__ import annotations
 
+import ctypes
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -17,13 +19,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-KEEPS_LEVELS = False  # for backward
+from l0hooks._torch.memory import lie_alike
+from l0hooks.gates.constants import Constants
+from l0hooks.gates.derivatives import inverted
+
 COUNTERS = 256  # Philox blocks of a program, four elements each: one for each of its threads
 OPTIONS = {"num_warps": 8, "enable_fp_fusion": False}  # fused where it is written: both passes round a gate alike
 SUMMED = 4096  # elements of a program that adds up
 _LN2 = tl.constexpr(0.6931471805599453)
 _LOG2E = tl.constexpr(1.4426950408889634)
-Numbers = tuple[float, float, float]  # 1/β, γ and ζ − γ
+_WEIGHTS = (torch.float32, torch.bfloat16, torch.float16)
 _VARYING = ["seed", "first"]  # must not be compiled in: each forward has new ones
 
 
@@ -60,7 +65,7 @@ def _squash(u: tl.tensor, location: tl.tensor, steepness: tl.tensor) -> tl.tenso
 
 @triton.jit
 def _stretch(s: tl.tensor, gamma: tl.tensor, width: tl.tensor) -> tl.tensor:
-    """Clamp γ + (ζ − γ)s to [0, 1]; what is no number stays none."""
+    """Clamp γ + (ζ − γ)s to [0, 1]; NaN stays NaN."""
     z = tl.fma(s, width, gamma)
     z = tl.maximum(z, 0.0, propagate_nan=tl.PropagateNan.ALL)
     return tl.minimum(z, 1.0, propagate_nan=tl.PropagateNan.ALL)
@@ -117,7 +122,7 @@ def backward_kernel(
     log_alpha: tl.tensor,
     grad_weight: tl.tensor,
     grad_log_alpha: tl.tensor,
-    owed: tl.tensor,
+    deferred: tl.tensor,
     n: tl.tensor,
     seed: tl.tensor,
     first: tl.tensor,
@@ -128,7 +133,7 @@ def backward_kernel(
     skip: tl.constexpr,
     counters: tl.constexpr,
 ) -> None:
-    """Both gradients of weight · z, each if it is wanted; ``owed`` · p(1 − p) more, p = σ(log_alpha − shift)."""
+    """Both gradients of weight · z, each if it is wanted; ``deferred`` · p(1 − p) more, p = σ(log_alpha − shift)."""
     i = _elements(counters, skip)
     mask = (i >= 0) & (i < n)
     location = tl.load(log_alpha + i, mask=mask, other=0.0)
@@ -142,9 +147,9 @@ def backward_kernel(
         w = tl.load(weight + i, mask=mask, other=0.0).to(tl.float32)
         slope = s * (1 - s) * width * steepness
         total = tl.where((z <= 0) | (z >= 1), 0.0, g.to(tl.float32) * w * slope)
-        if owed is not None:
+        if deferred is not None:
             e = tl.exp2(-tl.abs(location - shift) * _LOG2E)
-            total += tl.load(owed).to(tl.float32) * (e / ((1 + e) * (1 + e)))
+            total += tl.load(deferred).to(tl.float32) * (e / ((1 + e) * (1 + e)))
         tl.store(grad_log_alpha + i, total, mask=mask)
 
 
@@ -163,8 +168,8 @@ def fill(out: Tensor, seed: int, start: int, scale: float | None = None) -> Tens
     ----------
     out : Tensor, contiguous, float16, bfloat16, float32 or float64
         Changed in place; numbers are made in float32.
-    seed : int, in [-2⁶³, 2⁶³)
-        One type for nearly all seeds, so one compilation.
+    seed : int, in [-2⁶³, 2⁶⁴)
+        Its bits count.
     start : int, >= 0
         Which of the seed's numbers comes first.
     scale : float, optional
@@ -181,12 +186,32 @@ def fill(out: Tensor, seed: int, start: int, scale: float | None = None) -> Tens
     >>> torch.equal(torch.cat(apart), together)
     True
     """
-    return _launch(
-        fill_kernel, out, (out,), seed, start, (1.0 if scale is None else scale,), logistic=scale is not None
-    )
+    noise, scales = (ctypes.c_int64(seed).value, start), (1.0 if scale is None else scale,)
+    return _launch(fill_kernel, out, (out,), noise, scales, logistic=scale is not None)
 
 
-def gated(weight: Tensor | None, log_alpha: Tensor, seed: int, start: int, numbers: Numbers) -> Tensor:
+def fits(weight: Tensor, log_alpha: Tensor) -> bool:
+    """Whether the kernels can multiply ``weight`` with gates: plain, contiguous tensors of one shape, float64 excepted.
+
+    Parameters
+    ----------
+    weight, log_alpha : Tensor
+
+    Returns
+    -------
+    bool
+
+    Examples
+    --------
+    >>> fits(torch.ones(2, 3), torch.ones(2, 3)), fits(torch.ones(3, 2).t(), torch.ones(2, 3))
+    (True, False)
+    """
+    return weight.dtype in _WEIGHTS and lie_alike(weight, log_alpha)
+
+
+def gated(
+    weight: Tensor | None, log_alpha: Tensor, seed: int, start: int, constants: Constants
+) -> tuple[Tensor, tuple[int, int]]:
     """``weight * sample(log_alpha, noise)`` in one pass that keeps no gates; the gates alone without a weight.
 
     Parameters
@@ -195,29 +220,65 @@ def gated(weight: Tensor | None, log_alpha: Tensor, seed: int, start: int, numbe
     log_alpha : Tensor, contiguous, float32, shape of ``weight``
     seed, start : int
         As in :func:`fill`.
-    numbers : Numbers
+    constants : Constants
 
     Returns
     -------
     Tensor, dtype and shape of ``weight``, or of ``log_alpha``
+    (int, int)
+        The seed as an int64 and ``start``, from which the gates can be computed again.
 
     Examples
     --------
-    >>> gated(torch.full((2,), 3.0), torch.tensor([30.0, -30.0]), 7, 0, (1.5, -0.1, 1.2))
+    >>> gated(torch.full((2,), 3.0), torch.tensor([30.0, -30.0]), 7, 0, Constants())[0]
     tensor([3., 0.])
     """
     out = torch.empty_like(log_alpha if weight is None else weight, requires_grad=False)
-    return _launch(forward_kernel, out, (weight, log_alpha, out), seed, start, numbers)
+    tensors = weight, log_alpha, out
+    noise = ctypes.c_int64(seed).value, start  # one type for all seeds, so one compilation
+    return _launch(forward_kernel, out, tensors, noise, inverted(constants)), noise
+
+
+def gates_of(log_alpha: Tensor, drawn: tuple[int, int], constants: Constants) -> Tensor:
+    """The gates of one draw again.
+
+    Parameters
+    ----------
+    log_alpha : Tensor, float32
+    drawn : (int, int)
+        As :func:`gated` returned it.
+    constants : Constants
+
+    Returns
+    -------
+    Tensor, float32, shape of ``log_alpha``
+
+    Examples
+    --------
+    >>> gates_of(torch.tensor([30.0, -30.0]), (7, 0), Constants())
+    tensor([1., 0.])
+    """
+    again: Tensor = torch.ops.l0hooks.philox_gates(log_alpha, *drawn, constants)  # an operator: vmap can batch it
+    return again
+
+
+@torch.library.custom_op("l0hooks::philox_gates", mutates_args=())
+def _gates_op(log_alpha: Tensor, seed: int, start: int, constants: Sequence[float]) -> Tensor:
+    return gated(None, log_alpha, seed, start, Constants(*constants))[0]
+
+
+@_gates_op.register_fake
+def _(log_alpha: Tensor, seed: int, start: int, constants: Sequence[float]) -> Tensor:
+    return torch.empty_like(log_alpha)
 
 
 def gated_backward(
     grad: Tensor,
     weight: Tensor,
     log_alpha: Tensor,
-    seed: int,
-    start: int,
-    numbers: Numbers,
-    owed: tuple[Tensor, float] | None = None,
+    drawn: tuple[int, int],
+    constants: Constants,
+    deferred: tuple[Tensor, float] | None = None,
     *,
     wanted: tuple[bool, bool] = (True, True),
 ) -> tuple[Tensor | None, Tensor | None]:
@@ -226,9 +287,11 @@ def gated_backward(
     Parameters
     ----------
     grad : Tensor, contiguous, dtype and shape of ``weight``
-    weight, log_alpha, seed, start, numbers
+    weight, log_alpha, constants
         As in :func:`gated`.
-    owed : (Tensor of shape (), float), optional
+    drawn : (int, int)
+        As :func:`gated` returned it.
+    deferred : (Tensor of shape (), float), optional
         c and κ: c · p(1 − p) with p = σ(log_alpha − κ) is added to the gradient of ``log_alpha``.
     wanted : (bool, bool)
         Whether the weight's and log_alpha's are wanted.
@@ -241,7 +304,7 @@ def gated_backward(
     Examples
     --------
     >>> three, logits = torch.full((2,), 3.0), torch.tensor([30.0, -30.0])
-    >>> gated_backward(torch.ones(2), three, logits, 7, 0, (1.5, -0.1, 1.2))
+    >>> gated_backward(torch.ones(2), three, logits, (7, 0), Constants())
     (tensor([1., 0.]), tensor([0., 0.]))
     """
     slopes = tuple(
@@ -249,9 +312,9 @@ def gated_backward(
         for of, want in zip((weight, log_alpha), wanted, strict=True)
     )
     if any(wanted):
-        count, shift = (None, 0.0) if owed is None else owed
+        count, shift = (None, 0.0) if deferred is None else deferred
         tensors = (grad, weight, log_alpha, *slopes, count)
-        _launch(backward_kernel, grad, tensors, seed, start, (*numbers, shift))
+        _launch(backward_kernel, grad, tensors, drawn, (*inverted(constants), shift))
     return slopes[0], slopes[1]
 
 
@@ -282,13 +345,13 @@ def _launch(
     kernel: Any,
     like: Tensor,
     tensors: tuple[Tensor | None, ...],
-    seed: int,
-    start: int,
+    noise: tuple[int, int],
     numbers: tuple[float, ...],
     **settings: bool,
 ) -> Tensor:
     """Run ``kernel`` over the elements of ``like``, and return that."""
-    n, skip = like.numel(), start % 4
+    (seed, start), n = noise, like.numel()
+    skip = start % 4
     if n:
         grid = (triton.cdiv(n + skip, 4 * COUNTERS),)
         with _on(like.device):

@@ -1,4 +1,8 @@
-"""Functions that Numba compiles for the CPU, called with addresses of memory, in as many threads as torch uses."""
+"""Functions that Numba compiles for the CPU, called with addresses of memory, in as many threads as torch uses.
+
+Why not ``numba.prange``: its OpenMP ends a process that was forked. In two threads it takes 1.7 times as long for
+64 × 64 weights, 0.6 times as long for 512 × 512, and as long for 2048 × 2048.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +21,7 @@ from numba import config, types
 if config.DISABLE_JIT:
     raise ImportError("NUMBA_DISABLE_JIT is set", name=__name__)
 
-SHARE = 2**16  # elements that are worth a thread
+SHARE = 2**16  # elements; a thread is not worth starting for fewer
 
 # what is NaN stays NaN, sums keep their order; a product may be fused with what is added to it
 EXACT: dict[str, Any] = {"error_model": "numpy", "fastmath": {"contract"}}
@@ -54,7 +58,7 @@ def share_out(total: int, least: int, run: Callable[[int, int], None], memory: S
     total, least : int
     run : callable
     memory : sequence
-        What ``run`` has the addresses of: kept until the last thread has left it, even if waiting is interrupted.
+        The arrays at the addresses that ``run`` uses: kept until all threads have ended, even after an interrupt.
     """
     threads = min(torch.get_num_threads(), -(-total // SHARE))
     if threads <= 1:

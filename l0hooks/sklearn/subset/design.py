@@ -1,4 +1,4 @@
-"""A design matrix seen through centred, scaled columns that are never formed as a whole."""
+"""A design matrix with centred, scaled columns, which are never formed as a whole."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Design:
     Parameters
     ----------
     x : array or scipy.sparse array or matrix of any format, shape (n, p), float32 or float64, finite
-        A sparse X is never made dense; of a dense one single columns are copied.
+        A sparse X is never made dense; of a dense X single columns are copied.
     sample_weight : array, shape (n,), >= 0, optional
         A weight counts as that many copies of the row. Rows of weight zero are left out.
     center : bool
@@ -58,16 +58,16 @@ class Design:
                 self.total = float(weight.sum())
         else:
             self.total = float(x.shape[0])
-        every = len(self.rows) == x.shape[0]
+        all_rows = len(self.rows) == x.shape[0]
         self.sparse = sparse.issparse(x)
         self.center, self.weight, self.p, self.n = center, weight, x.shape[1], len(self.rows)
         self._csc: Any = None
         if self.sparse:
             csr = sparse.csr_array(x, dtype=np.float64)
-            self.x: Any = csr if every else csr[self.rows]
+            self.x: Any = csr if all_rows else csr[self.rows]
             self._csc = self.x.tocsc()
         else:
-            self.x = np.asarray(x, dtype=np.float64) if every else np.asarray(x, dtype=np.float64)[self.rows]
+            self.x = np.asarray(x, dtype=np.float64) if all_rows else np.asarray(x, dtype=np.float64)[self.rows]
         self._moments()
 
     def reweighted(self, factor: Floats) -> Design:
@@ -115,7 +115,7 @@ class Design:
         return np.asarray(self._csc[:, columns].toarray() if self.sparse else self.x[:, columns])
 
     def weighted(self, v: Floats) -> Floats:
-        """``v`` with its rows scaled such that sums over rows are weighted means."""
+        """``v`` with its rows scaled so that sums over rows are weighted means."""
         if self.weight is None:
             return v / self.n
         return v * (self.weight / self.total if v.ndim == 1 else (self.weight / self.total)[:, None])

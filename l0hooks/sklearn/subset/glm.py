@@ -1,4 +1,4 @@
-"""Best subsets for losses without a closed form: a quadratic model proposes exchanges, exact fits accept them."""
+"""Best subsets for losses without a closed form: a quadratic model proposes exchanges, and exact fits decide."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class GlmSearch:
         return np.concatenate([np.zeros(0, np.int64), *(self.groups[i] for i in items)])
 
     def fit(self, items: Iterable[int]) -> tuple[Items, Fit]:
-        """The sorted items and the exact fit on them, which is computed once."""
+        """The sorted items and the exact fit on them; each fit is computed once."""
         key = tuple(sorted(int(i) for i in items))
         if key not in self.fits:
             columns = self.columns(key)
@@ -110,12 +110,13 @@ class GlmSearch:
         wanted = sorted(set(sizes))
         found = {k: self.improve(f.items) for k, f in best_subsets(self.model(self.null), wanted).items()}
         for low, high in pairwise(wanted):
-            self._keep(found, high, self._resized(found[low], high))
+            self._improve_from(found, high, self._resized(found[low], high))
         for low, high in reversed(list(pairwise(wanted))):
-            self._keep(found, low, self._resized(found[high], low))
+            self._improve_from(found, low, self._resized(found[high], low))
         return found
 
-    def _keep(self, found: dict[int, Items], size: int, items: Items) -> None:
+    def _improve_from(self, found: dict[int, Items], size: int, items: Items) -> None:
+        """Improve ``items`` and take them as the result for ``size`` if they are better than the present ones."""
         if self.fit(items)[1].loss < self.fit(found[size])[1].loss - MIN_GAIN * self.null.loss:
             found[size] = self.improve(items)
 

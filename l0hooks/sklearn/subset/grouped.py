@@ -23,14 +23,14 @@ def pad(groups: list[Ints]) -> tuple[Ints, Floats]:
 
 
 def block_gains(blocks: Floats, r: Floats, whole: Floats) -> Floats:
-    """trace(rᵀ D⁺ r) for each block D; directions in which nothing is left count as 0.
+    """trace(rᵀ D⁺ r) for each block D; directions without remaining variance count as 0.
 
     Parameters
     ----------
     blocks : float64 array, shape (g, q, q)
     r : float64 array, shape (g, q, c)
     whole : float64 array, shape (g,)
-        The largest diagonal entry before any fit, to which "nothing is left" is relative.
+        The largest diagonal entry before any fit; the remaining variance is compared with it.
     """
     if blocks.shape[1] == 1:
         values, along = blocks[:, :, 0], r
@@ -120,7 +120,7 @@ class GroupTableau(Tableau):
         return gains
 
     def _fitted(self) -> tuple[Ints, list[Ints]]:
-        """The fitted columns of the support, and the places of each group's columns among them."""
+        """The fitted columns of the support, and the positions of each group's columns among them."""
         fitted = [g[self.swept[g]] for g in (self.groups[i] for i in self.items)]
         ends = np.cumsum([0] + [len(f) for f in fitted])
         return np.concatenate([np.zeros(0, np.int64), *fitted]), [

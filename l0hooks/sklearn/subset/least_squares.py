@@ -1,7 +1,7 @@
 """Best subsets for (ridge) least squares: forward and backward passes with every exchange in closed form.
 
-The search runs on a working set of columns, where a step costs microseconds. Its result is then compared with all
-columns of the design. Those that would lower the loss join the working set, until there are none.
+The search runs on a small working set of columns. Its result is then compared with all columns of the design. Columns
+that would lower the loss join the working set, until there are none.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ MIN_WORKING = 48  # least size of the first working set
 MAX_WORKING_BY_COLUMNS = 100  # its size is 1/25 of all columns, if that is more, up to this
 ITEMS_BETWEEN_JOINS = 8  # while a support grows, columns join the working set after this many items
 COLUMNS_PER_JOIN = 32
-SIZES_BEYOND = 3  # passes go this far beyond the sizes asked for
+SIZES_BEYOND = 3  # passes go this far beyond the requested sizes
 FIRST_ENTERING = 24  # entering columns that are tried before all of the working set are
 MAX_PASSES = 3  # up and down through the sizes
 MAX_ROUNDS = 12  # comparisons with all columns
@@ -46,7 +46,7 @@ class SubsetSearch:
     problem : SquaresProblem
     sizes : iterable of int, each from 0 to ``problem.n_items``
     start : mapping size -> items, optional
-        Supports to begin from.
+        Supports to start from.
     max_enumerated : int, >= 0
         If a size has no more supports than this, all are tried.
     """
@@ -67,11 +67,11 @@ class SubsetSearch:
         self._low = max(0, first - SIZES_BEYOND)
         gains = problem.first_gains()
         order = np.argsort(-gains, kind="stable")
-        wide = min(
+        count = min(
             problem.n_items,
             max(MIN_WORKING, WORKING_PER_ITEM * self.top, min(problem.n_items // 25, MAX_WORKING_BY_COLUMNS)),
         )
-        self.working = [int(i) for i in order[:wide]]
+        self.working = [int(i) for i in order[:count]]
         known = set(self.working)
         self.working += sorted({int(i) for items in (start or {}).values() for i in items} - known)
         self.tableau = problem.tableau(self.working)
@@ -88,7 +88,7 @@ class SubsetSearch:
 
     def run(self) -> dict[int, Found]:
         """Pass through the working set and compare with all columns until nothing lowers the loss."""
-        self.tableau.load([])  # growth from nothing may find a better support than a given start led to
+        self.tableau.load([])  # growing from no items may find a better support than the given start
         for size in range(self.sizes[-1] + 1):
             if size in self.sizes:
                 self._visit()
@@ -115,7 +115,7 @@ class SubsetSearch:
         self._extend([int(i) for i in top if gains[i] > self._least], self.tableau.items)
 
     def _extend(self, new: list[int], items: Sequence[int]) -> None:
-        """Let columns join the working set and load ``items``, given by their places in it."""
+        """Let columns join the working set and load ``items``, given by their positions in it."""
         if new:
             self.working += new
             self.tableau = self.problem.tableau(self.working, self.tableau)
@@ -123,17 +123,17 @@ class SubsetSearch:
             self.tableau.load(list(items))
 
     def _enumerate_small_sizes(self) -> None:
-        """Start from the best of all supports where these are few: exchanges of single items can miss it."""
+        """Start sizes with few supports from the best of all, which exchanges of single items can miss."""
         n = self.problem.n_items
-        few = [k for k in self.sizes if 1 < k < n and comb(n, k) <= self.max_enumerated]
-        if self.problem.groups is not None or not few:
+        enumerable = [k for k in self.sizes if 1 < k < n and comb(n, k) <= self.max_enumerated]
+        if self.problem.groups is not None or not enumerable:
             return
         number = {item: i for i, item in enumerate(self.working)}
         if len(number) < n:
             return
         gram, cross = self.problem.gram(np.arange(n)), self.problem.cross
         gram[np.diag_indices(n)] += RELATIVE_RIDGE * (np.diag(gram) + max(np.diag(gram).max(), TINY))
-        for size in few:
+        for size in enumerable:
             supports = np.array(list(combinations(range(n), size)))
             right = cross[supports]
             fitted = np.linalg.solve(gram[supports[:, :, None], supports[:, None, :]], right)
@@ -181,7 +181,7 @@ class SubsetSearch:
         return better
 
     def _passes(self) -> None:
-        """Go up through the sizes and down again while some size that was asked for improves."""
+        """Go up through the sizes and down again while one of the requested sizes improves."""
         wanted = set(self.sizes)
         for _ in range(MAX_PASSES):
             improved = False
@@ -195,7 +195,7 @@ class SubsetSearch:
                 return
 
     def _compare_with_all(self) -> bool:
-        """Compare the supports asked for with all columns; return whether any could be improved."""
+        """Compare the supports of the requested sizes with all columns; return whether any could be improved."""
         gaining: dict[int, float] = {}
         improvable = []
         for size in self.sizes:
@@ -234,7 +234,7 @@ def best_subsets(
 ) -> dict[int, Found]:
     """For each size the best support found: no single exchange with any column improves it.
 
-    Where a size has at most ``max_enumerated`` supports of single columns, it is the best of all.
+    If a size has at most ``max_enumerated`` supports of single columns, the support is the best of all.
 
     Parameters
     ----------

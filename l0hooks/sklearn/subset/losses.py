@@ -11,20 +11,20 @@ from scipy.special import expit, logsumexp, softmax, xlogy
 
 from l0hooks.sklearn.subset.design import Floats
 
-MIN_RIDGE = 1e-9  # on standardised coefficients: separable data have an optimum, and others are not moved
-REFERENCE_CURVATURE = 0.1  # below this null curvature (rare classes, small counts) the two minima shrink with it
+MIN_RIDGE = 1e-9  # on standardised coefficients: gives separable data an optimum and hardly changes other fits
+REFERENCE_CURVATURE = 0.1  # for smaller null curvatures (rare classes, small counts) both minima shrink
 MAX_NEWTON_STEPS = 100
 MAX_HALVINGS = 40
-DECREMENT_TOLERANCE = 1e-10  # the fit ends when a Newton step promises less than this share of the loss
+DECREMENT_TOLERANCE = 1e-10  # a fit ends when the expected fall of a Newton step is below this share of the loss
 MIN_CURVATURE = 1e-10  # smaller curvatures are raised to this
 
 
 class Loss(Protocol):
-    """A loss of the linear predictor η, row by row."""
+    """A loss of the linear predictor η of each row."""
 
     @property
     def constraints(self) -> int:
-        """How many outputs the others determine."""
+        """The number of outputs that the others determine."""
 
     def value(self, eta: Floats, y: Floats) -> Floats:
         """The loss of each row, shape (n,), from η and y of shape (n, c)."""
@@ -202,7 +202,7 @@ class NewtonFit:
             step, decrement = self._step(full, eta, theta, penalty)
             size, along = 1.0, full @ step
             trial = self._objective(eta - along, theta - step, penalty)
-            # so close to the optimum that rounding would decide whether the step is accepted
+            # close to the optimum, rounding would decide whether the step is accepted: take it untested
             last = decrement <= DECREMENT_TOLERANCE * max(value, DECREMENT_TOLERANCE * self.unit)
             for _ in range(0 if last else MAX_HALVINGS):
                 if trial <= value - 1e-4 * size * decrement:
@@ -215,7 +215,7 @@ class NewtonFit:
             eta = full @ theta
             if last:
                 break
-        if self.loss.constraints:  # a shift of all outputs changes nothing: make their mean zero
+        if self.loss.constraints:  # adding a constant to all outputs changes nothing: make their mean zero
             theta = theta - theta.mean(1, keepdims=True)
             eta = full @ theta
         offset = theta[0] if self.intercept else np.zeros(self.c)
@@ -234,7 +234,7 @@ class NewtonFit:
                 hessian[i, :, j] = full.T @ (blocks[:, i, j, None] * full)
                 hessian[j, :, i] = hessian[i, :, j].T
         flat = hessian.reshape(self.c * size, -1)  # rows by output, then by column; einops costs 2 % of a fit here
-        # intercepts and a shift of all outputs may have no curvature of their own
+        # intercepts and a constant added to all outputs may have no curvature
         flat[np.diag_indices_from(flat)] += np.tile(penalty, self.c) + MIN_CURVATURE * self.unit
         step = cho_solve(cho_factor(flat), gradient.T.ravel()).reshape(self.c, size).T
         return step, float((gradient * step).sum())

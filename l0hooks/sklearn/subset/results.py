@@ -1,4 +1,4 @@
-"""The results of a search over sizes, and how a size is chosen from them."""
+"""The results of a search over sizes, and the choice of a size from them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ EXACT_FIT = 1e-14  # residual squares below this share of the null model's are r
 
 @dataclass(frozen=True)
 class Subset:
-    """The subset of one size: its columns, its fit and how good the fit is.
+    """The subset of one size: its columns and its fit.
 
     Parameters
     ----------
@@ -30,7 +30,7 @@ class Subset:
     deviance : float
         −2 × the log-likelihood of all samples up to a constant, without the ridge term.
     criterion : float
-        What the size is chosen by: extended BIC, loss + price·k, or the held-out loss; nan if none was computed.
+        The least one wins: extended BIC, loss + price·k, or the held-out loss; nan if none was computed.
     spread : float
         The standard error of a held-out loss; else nan.
 
@@ -98,7 +98,7 @@ class SubsetPath(Sequence[Subset]):
 
     @property
     def criterion(self) -> Floats:
-        """What the size is chosen by, shape (len,); nan where it was not computed."""
+        """The criterion of each size, shape (len,); nan where it was not computed."""
         return np.array([s.criterion for s in self])
 
     @property

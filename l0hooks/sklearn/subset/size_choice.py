@@ -23,7 +23,7 @@ HELD_OUT_SLACK = 0.5  # standard errors by which the held-out loss of a larger s
 
 @dataclass(frozen=True)
 class Task:
-    """What is fitted, apart from the data.
+    """The loss, the ridge, the groups and the intercept of a fit.
 
     Parameters
     ----------
@@ -42,7 +42,7 @@ class Task:
 
 
 def largest_size(n: float, n_columns: int, groups: Sequence[Ints] | None = None) -> int:
-    """The largest size that is tried when data choose it: about n/(1.5·log p) columns, at most n/3 and 100.
+    """The largest size that is tried if a rule chooses the size: about n/(1.5·log p) columns, at most n/3 and 100.
 
     Examples
     --------
@@ -126,8 +126,8 @@ def with_ebic(path: SubsetPath, task: Task, total: float, gamma: float | None = 
     return SubsetPath([replace(s, criterion=float(v)) for s, v in zip(path, values, strict=True)])
 
 
-def ric_places(path: SubsetPath, task: Task, total: float) -> Ints:
-    """The places of the sizes that minimise deviance + k·c·log p + 2·(parameters − k) for some c from 1.5 to 2.5.
+def ric_indices(path: SubsetPath, task: Task, total: float) -> Ints:
+    """The indices of the sizes that minimise deviance + k·c·log p + 2·(parameters − k) for some c from 1.5 to 2.5.
 
     c = 2 is the risk inflation criterion: the best of p useless columns lowers the deviance by about 2·log p. A
     further parameter of the same item costs 2, as in AIC, and an item never costs less than log n, as in BIC.
@@ -157,37 +157,37 @@ def ric_places(path: SubsetPath, task: Task, total: float) -> Ints:
     return np.unique([smallest(deviance + price * path.k + 2 * further) for price in prices])
 
 
-def with_ric(path: SubsetPath, places: Ints, folds: Sequence[tuple[Floats, float]]) -> tuple[SubsetPath, int]:
-    """The path with held-out losses at some places, and the place that they choose.
+def with_ric(path: SubsetPath, indices: Ints, folds: Sequence[tuple[Floats, float]]) -> tuple[SubsetPath, int]:
+    """The path with held-out losses at ``indices``, and the index of the size that they choose.
 
-    This is the largest size whose held-out loss exceeds the least one by at most half a standard error of their
-    difference, taken over folds.
+    That is the largest size whose held-out loss exceeds the least one by at most half a standard error of their
+    difference over folds.
 
     Parameters
     ----------
     path : SubsetPath
-    places : int64 array, ascending
+    indices : int64 array, ascending
     folds : sequence of (losses, weight)
-        What :func:`held_out` returned for each fold, for these sizes.
+        The results of :func:`held_out` for these sizes on each fold.
 
     Examples
     --------
     >>> path, _, _ = fit_path(np.eye(4), np.arange(4.0), None, Task("squared"), [0, 1, 2])
     >>> folds = [(np.array([3.0, 2.1]), 2.0), (np.array([3.0, 1.9]), 2.0)]
-    >>> path, place = with_ric(path, np.array([0, 2]), folds)
-    >>> path.criterion.tolist(), place
+    >>> path, index = with_ric(path, np.array([0, 2]), folds)
+    >>> path.criterion.tolist(), index
     ([3.0, nan, 2.0], 2)
     """
-    some = with_held_out(SubsetPath([path[int(i)] for i in places]), folds)
-    filled = dict(zip(places.tolist(), some, strict=True))
+    tried = with_held_out(SubsetPath([path[int(i)] for i in indices]), folds)
+    filled = dict(zip(indices.tolist(), tried, strict=True))
     losses, mass = np.array([fold for fold, _ in folds]), np.array([m for _, m in folds])
-    best = int(np.argmin(some.criterion))
-    known = np.isfinite(some.criterion)
+    best = int(np.argmin(tried.criterion))
+    known = np.isfinite(tried.criterion)
     lost = losses[:, known] - losses[:, [best]]
     mean = mass @ lost / mass.sum()
     error = np.sqrt(mass @ (lost - mean) ** 2 / mass.sum() / max(len(folds) - 1, 1))
-    place = int(places[known][np.flatnonzero(mean <= HELD_OUT_SLACK * error)[-1]]) if known[best] else int(places[0])
-    return SubsetPath([filled.get(i, s) for i, s in enumerate(path)]), place
+    index = int(indices[known][np.flatnonzero(mean <= HELD_OUT_SLACK * error)[-1]]) if known[best] else int(indices[0])
+    return SubsetPath([filled.get(i, s) for i, s in enumerate(path)]), index
 
 
 def _parameters(path: SubsetPath, task: Task) -> Ints:
@@ -226,7 +226,7 @@ def with_held_out(path: SubsetPath, folds: Sequence[tuple[Floats, float]]) -> Su
     ----------
     path : SubsetPath
     folds : sequence of (losses, weight)
-        What :func:`held_out` returned for each fold.
+        The results of :func:`held_out` on each fold.
     """
     losses = np.array([fold for fold, _ in folds])
     mass = np.array([m for _, m in folds])
@@ -240,7 +240,7 @@ def with_held_out(path: SubsetPath, folds: Sequence[tuple[Floats, float]]) -> Su
 
 
 def chosen(path: SubsetPath, *, one_standard_error: bool = False) -> int:
-    """The place of the least criterion, or of the smallest size within one standard error of it."""
+    """The index of the least criterion, or of the smallest size within one standard error of it."""
     return smallest(path.criterion, path.spread if one_standard_error else None)
 
 

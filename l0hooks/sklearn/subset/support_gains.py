@@ -13,7 +13,7 @@ from l0hooks.sklearn.subset.grouped import GroupTableau, block_gains, group_swap
 from l0hooks.sklearn.subset.sweep import Tableau, inverse, quotient, squares, swap_gains
 
 TINY = 1e-300  # in place of a scale of zero
-FIRST_ENTERING_FACTOR = 4  # this many times the items asked for are tried before all are
+FIRST_ENTERING_FACTOR = 4  # this many times the requested items are tried before all are
 
 
 class SquaresProblem:
@@ -61,7 +61,7 @@ class SquaresProblem:
         return np.concatenate([np.zeros(0, np.int64), *(self.groups[i] for i in items)])
 
     def gram(self, columns: Ints, known: Floats | None = None) -> Floats:
-        """The Gram matrix of some columns with the ridge; ``known`` is its first block, if that was computed before."""
+        """The Gram matrix of some columns with the ridge; ``known`` is its first block if it is known."""
         old = 0 if known is None else len(known)
         if (self._row_of[columns] >= 0).all():
             gram = np.asarray(self._rows[np.ix_(self._row_of[columns], columns)])
@@ -88,7 +88,7 @@ class SquaresProblem:
         return self._rows[self._row_of[columns]]
 
     def tableau(self, items: list[int], known: Tableau | None = None) -> Tableau:
-        """The tableau over some items, which it numbers in their order.
+        """The tableau over some items, numbered in their order.
 
         Parameters
         ----------
@@ -111,7 +111,7 @@ class SquaresProblem:
     def gains_alone(self, columns: Ints, b: Floats) -> Floats:
         """The gain of each item as the only one, with the residual of ``b`` on ``columns`` in place of y.
 
-        This needs no Gram rows; correlation with those columns is left out of account.
+        This needs no Gram rows; correlation with those columns is ignored.
         """
         return self._alone(self.design.cross(self._y - self.design.times(columns, b)))
 
@@ -125,7 +125,7 @@ class SquaresProblem:
 
         Empty if none gains ``least``. An exchange never gains more than adding the entering item would. So the items
         that gain most by being added are tried first, and all others only if none of those gains. Some of the items
-        returned may gain nothing: they may do so after the first exchanges.
+        returned may gain nothing now, but something after the first exchanges.
         """
         if self.groups is not None:
             return _best_entering(np.arange(self.n_items), self.exchanges(items).max(0), most, least)
@@ -147,7 +147,7 @@ class SquaresProblem:
     def exchanges(self, items: Sequence[int]) -> Floats:
         """The gain of each exchange: leaving items by row, entering ones by column; −inf for items of the support.
 
-        Items that depend on the others are not fitted and have no row of their own; one last row stands for them all.
+        Items that depend on the others are not fitted and have no row of their own; one last row represents them all.
         """
         fitted, a, b, rows, h, r = self._outside(items)
         if self.groups is None:

@@ -8,7 +8,7 @@ from scipy.linalg import blas, lapack
 from l0hooks.sklearn.subset.design import Floats, Ints
 
 DEPENDENCE_TOLERANCE = 1e-9  # a column depends on others that leave less than this share of its variance
-MAX_PIVOTS = 400  # then the tableau is formed again, because rounding grows with each pivot
+MAX_PIVOTS = 400  # then the tableau is formed again, because rounding errors grow with each pivot
 
 
 def quotient(numerator: Floats, left: Floats, whole: Floats) -> Floats:
@@ -117,9 +117,9 @@ class Tableau:
 
     def load(self, items: list[int]) -> None:
         """Make ``items`` the support."""
-        gone, new = set(self.items) - set(items), set(items) - set(self.items)
-        if len(gone) + len(new) < len(items) and self._pivots <= MAX_PIVOTS:
-            for item in gone:
+        removed, new = set(self.items) - set(items), set(items) - set(self.items)
+        if len(removed) + len(new) < len(items) and self._pivots <= MAX_PIVOTS:
+            for item in removed:
                 self.leave(item)
             for item in new:
                 self.enter(item)
@@ -155,7 +155,7 @@ class Tableau:
         return True
 
     def enter(self, item: int) -> None:
-        """Add an item to the support; one that depends on the others counts, but is not fitted."""
+        """Add an item to the support; an item that depends on the others belongs to it, but is not fitted."""
         self.items.append(item)
         self._add_column(item)
 
@@ -164,7 +164,7 @@ class Tableau:
         self.items.remove(item)
         if self.swept[item]:
             self._pivot(item)
-            for other in self._unfitted():  # those that depended on it may be fitted now
+            for other in self._unfitted():  # items that depended on it may be fitted now
                 self._add_column(other)
         self._refresh()
 

@@ -66,7 +66,7 @@ def test_little_memory_is_kept() -> None:
     memory._free.clear()
     for count in (2**24, *(2**20 + 64 * n for n in range(40))):
         fresh((count,), torch.float32, CPU)
-        assert sum(size * len(blocks) for size, blocks in memory._free.items()) <= memory._KEPT
+        assert sum(size * len(blocks) for size, blocks in memory._free.items()) <= memory._MAX_RETAINED
     assert 4 * 2**24 not in memory._free
 
 

@@ -44,6 +44,7 @@ REFUSED: dict[str, tuple[str, ...]] = {
     "autograd.forward_ad._current_level": ("forward_mode",),
     "nn.modules.module._has_any_global_hook": (),
     "nn.modules.batchnorm._NormBase": (),
+    "utils._python_dispatch._disable_current_modes": (),
     TREES: ("pruning",),
 }
 
@@ -63,25 +64,29 @@ def outcomes() -> dict[str, dict[str, list[float] | str]]:
     return json.loads(done.stdout)  # type: ignore[no-any-return]
 
 
+@pytest.mark.slow
 def test_with_every_name_all_checks_give_numbers(outcomes: dict[str, dict[str, list[float] | str]]) -> None:
     whole = outcomes[""]
     assert not [check for check, found in whole.items() if isinstance(found, str)]
     assert whole["checkpointed"] == whole["checkpointed_reentrant"] == whole["training"]
 
 
-@pytest.mark.parametrize("names", REFUSED)
+@pytest.mark.slow
 def test_without_a_name_the_noise_is_right_or_an_error_is_raised(
-    outcomes: dict[str, dict[str, list[float] | str]], names: str
+    outcomes: dict[str, dict[str, list[float] | str]],
 ) -> None:
-    found, whole = outcomes[names], outcomes[""]
-    assert found.keys() == whole.keys(), found
-    for check, result in found.items():
-        if isinstance(result, str):
-            assert check in REFUSED[names], f"{check}: {result}"
-        else:  # the plain formulas round differently; other noise moves the sums by more than a tenth
-            assert result == pytest.approx(whole[check], rel=1e-3, abs=1e-4), check
+    whole = outcomes[""]
+    for names, allowed in REFUSED.items():
+        found = outcomes[names]
+        assert found.keys() == whole.keys(), (names, found)
+        for check, result in found.items():
+            if isinstance(result, str):
+                assert check in allowed, f"{names}, {check}: {result}"
+            else:  # the plain formulas round differently; other noise moves the sums by more than a tenth
+                assert result == pytest.approx(whole[check], rel=1e-3, abs=1e-4), (names, check)
 
 
+@pytest.mark.slow
 def test_checkpointing_is_refused_by_name(outcomes: dict[str, dict[str, list[float] | str]]) -> None:
     for check in CHECKPOINTS:
         assert str(outcomes[NODE][check]).startswith("MissingTorchNameError")

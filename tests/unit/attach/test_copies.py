@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from l0hooks import Budget, iter_gates, prune, set_budget, sparsify
-from l0hooks.attach.copies import fold_copy, run_copy
+from l0hooks.attach.copies import folded_copy, folded_weights, run_copy
+from l0hooks.attach.gated_weight import iter_sites
 
 
 class Counting(nn.Module):
@@ -52,11 +53,20 @@ def test_a_copy_that_is_run_leaves_the_model_alone_and_holds_no_weights(model):
 
 
 def test_a_copy_to_be_folded_has_weights_of_its_own(model):
-    twin = fold_copy(model)
+    model.fc.parametrizations.weight.original.requires_grad_(False)
+    sites = list(iter_sites(model))
     with torch.no_grad():
-        twin.fc.parametrizations.weight.original.zero_()
+        expected = model.fc.weight.clone()
+    twin = folded_copy(model, sites, folded_weights(sites))
+    folded = twin.fc.parametrizations.weight.original
+    assert torch.equal(folded, expected)
+    assert not folded.requires_grad
+    with torch.no_grad():
+        folded.zero_()
+        twin.fc.bias.zero_()
     assert bool(model.fc.parametrizations.weight.original.all())
-    assert next(iter_gates(twin))[1].log_alpha is next(iter_gates(model))[1].log_alpha
+    assert bool(model.fc.bias.all())
+    assert next(iter_gates(twin))[1] is next(iter_gates(model))[1]
 
 
 def test_copies_of_a_budget_measure_anew(model):

@@ -2,7 +2,9 @@
 
 import copy
 import gc
+import sys
 import weakref
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ from torch import nn
 from torch.func import functional_call, grad, hessian, jacrev, jvp, vmap
 from torch.nn.utils import parametrize
 
+import l0hooks
 from l0hooks import Budget, GateSpec, iter_gates, prune, set_budget, set_temperature, sparsify
 from l0hooks.attach.gated_weight import GatedWeight, iter_sites
 
@@ -125,7 +128,7 @@ def test_a_kept_fold_is_not_read_where_it_is_not_the_weight():
 
 
 @torch.no_grad()
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # TorchScript goes, one day
+@pytest.mark.filterwarnings("ignore:.torch.jit")  # deprecated; a FutureWarning since torch 2.14
 def test_a_recorded_graph_computes_the_fold():
     module, x = layer(), torch.randn(2, 4)
     kept = module.weight.clone()
@@ -216,12 +219,16 @@ def multiply(tensor):
     tensor.mul_(-1.5)
 
 
+def moved(module, by):
+    """The state of ``module``, its weights and log-odds larger by this."""
+    return {k: v if k.endswith("_extra_state") else v + by for k, v in module.state_dict().items()}
+
+
 def load(**options):
     def change(module):
         other = nn.Linear(4, 6)
         sparsify(other, "weight")
-        state = {k: v + 0.5 if v.is_floating_point() else v for k, v in other.state_dict().items()}
-        module.load_state_dict(state, **options)
+        module.load_state_dict(moved(other, 0.5), **options)
 
     return change
 
@@ -229,7 +236,7 @@ def load(**options):
 def load_twice(module):
     """The second checkpoint may take the place in memory that the first replacement has freed."""
     for _ in range(2):
-        module.load_state_dict({k: v + 0.25 for k, v in module.state_dict().items()}, assign=True)
+        module.load_state_dict(moved(module, 0.25), assign=True)
 
 
 def data_between_modes(module):
@@ -389,7 +396,7 @@ def test_inference_mode_first_then_training_use():
 def test_a_model_made_of_inference_tensors_computes_freshly():
     module = layer()
     with torch.inference_mode():
-        module.load_state_dict({k: v + 0.5 for k, v in module.state_dict().items()}, assign=True)
+        module.load_state_dict(moved(module, 0.5), assign=True)
         torch.testing.assert_close(module.weight, plain(module))
         module.parametrizations.weight.original.mul_(2)
         gate_of(module).log_alpha.neg_()
@@ -515,7 +522,7 @@ def test_a_gradient_penalty_on_the_inputs_works_in_evaluation():
 # --------------------------------------------------------------------------------------------------- transforms
 
 
-@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")  # forward mode itself
+@pytest.mark.filterwarnings("ignore:.torch.jit")  # forward mode itself
 def test_transforms_differentiate_the_plain_formula():
     module = layer(dtype=torch.float64)
     parameters = {k: v.detach() for k, v in module.named_parameters()}
@@ -645,3 +652,22 @@ def test_a_weight_folded_in_pieces_is_the_weight_folded_at_once(dtype, estimator
     assert gate.mean_keep_prob() == pytest.approx(float(gate.keep_prob().detach().double().mean()), rel=1e-12)
     assert gating.fold_into(weight, out=weight) is weight  # in place
     assert torch.equal(weight, expected)
+
+
+@pytest.mark.parametrize("side", [8, 64], ids=["without kernels", "with Numba's kernels"])
+def test_a_training_forward_of_one_linear_enters_at_most_seven_files(side):
+    layer = nn.Linear(side, side)
+    sparsify(layer, "weight")
+    x, folder, entered = torch.randn(2, side), str(Path(l0hooks.__file__).parent), set()
+    layer(x)  # kernels are imported now
+
+    def note(frame, event, argument):
+        if event == "call" and frame.f_code.co_filename.startswith(folder):
+            entered.add(frame.f_code.co_filename)
+
+    sys.setprofile(note)
+    try:
+        layer(x)
+    finally:
+        sys.setprofile(None)
+    assert 3 <= len(entered) <= 7, sorted(entered)

@@ -25,7 +25,7 @@ from l0hooks import (
     temperature_schedule,
 )
 from l0hooks.schedules import cosine, cubic, exponential, linear
-from l0hooks.training.budget import BudgetRule
+from l0hooks.training.budget_rule import BudgetRule
 from tests.shared.coupled_models import MODELS
 
 
@@ -198,6 +198,7 @@ def test_schedules_pickle(schedule):
     assert [other(n) for n in range(10)] == [value(n) for n in range(10)]
 
 
+@pytest.mark.slow
 def test_another_process_reads_it_and_new_hooks_do_not_replace_stored_ones(tmp_path):
     model = nn.Sequential(*build("example noise"), nn.Identity())
     torch.save(model, tmp_path / "model.pt")

@@ -7,7 +7,7 @@ from scipy import optimize, sparse
 from l0hooks.calibration.fit.polish import PolishLimits, polish
 from l0hooks.calibration.fit.stage import Selection
 from l0hooks.calibration.numerics.certificate import can_be_met, proves_impossible
-from l0hooks.calibration.numerics.preparation import prepare
+from l0hooks.calibration.numerics.preparation import UnitOptions, prepare
 
 TOLERANCE = 1e-6
 
@@ -49,7 +49,9 @@ def test_words_about_what_can_be_met_are_true(block_of_seeds, objective) -> None
     said = []
     for seed in range(20 * block_of_seeds, 20 * block_of_seeds + 20):
         matrix, lower, upper, low, high = harsh(seed, noise=(0.0, 1e-3, 0.1, 0.5))
-        problem = prepare(sparse.csr_array(matrix), lower, upper, bounds=(low, high), dtype="float64")
+        problem = prepare(
+            sparse.csr_array(matrix), lower, upper, units=UnitOptions(bounds=(low, high)), dtype="float64"
+        )
         done = polish(problem, Selection(np.arange(problem.size), np.ones(problem.size)), objective=objective)
         dense, bounds = problem.columns.toarray(), (problem.low, problem.high)
         met = done.feasible
@@ -70,7 +72,7 @@ def test_words_about_what_can_be_met_are_true(block_of_seeds, objective) -> None
 @pytest.mark.parametrize("seed", range(60))
 def test_answers_are_those_of_a_linear_programme(seed) -> None:
     matrix, lower, upper, low, high = harsh(seed, noise=(0.0, 0.1, 0.5))
-    problem = prepare(sparse.csr_array(matrix), lower, upper, bounds=(low, high), dtype="float64")
+    problem = prepare(sparse.csr_array(matrix), lower, upper, units=UnitOptions(bounds=(low, high)), dtype="float64")
     ends = (problem.lower, problem.upper, problem.low, problem.high)
     answer = can_be_met(problem.columns, *ends, np.zeros(problem.rows), TOLERANCE)
     dense = problem.columns.toarray()
@@ -104,9 +106,8 @@ def test_large_problems_are_left_open() -> None:
 
 def test_a_fit_says_when_it_does_not_know(monkeypatch) -> None:
     monkeypatch.setattr("l0hooks.calibration.numerics.certificate.proves_impossible", lambda *_: False)
-    problem = prepare(
-        sparse.csr_array(np.ones((1, 4))), [100.0], bounds=(0.5, 0.6), bounds_on="weight", dtype="float64"
-    )
+    units = UnitOptions(bounds=(0.5, 0.6), bounds_on="weight")
+    problem = prepare(sparse.csr_array(np.ones((1, 4))), [100.0], units=units, dtype="float64")
     done = polish(
         problem, Selection(np.arange(4), np.ones(4)), objective="distance", limits=PolishLimits(programme_entries=0)
     )

@@ -1,17 +1,18 @@
 """What users pass to a calibration: aligned by name, refused with a message that helps, never changed."""
 
 import re
+from dataclasses import fields, replace
 
 import numpy as np
 import pandas as pd
 import pytest
 from scipy import sparse
 
-from l0hooks.calibration.data.households import check_count, read_households
-from l0hooks.calibration.data.inputs import read_inputs
+from l0hooks.calibration.data import inputs as reading
+from l0hooks.calibration.data.households import GivenHouseholds, check_count, read_households
 from l0hooks.calibration.data.names import Axis
 from l0hooks.calibration.data.reach import reachable_range, weight_limits
-from l0hooks.calibration.data.targets import CalibrationWarning
+from l0hooks.calibration.data.targets import CalibrationWarning, GivenTargets
 from l0hooks.errors import InvalidValueError
 
 NAMES = ["people", "income", "owners"]
@@ -19,6 +20,15 @@ WHO = ["h1", "h2", "h3", "h4"]
 M = np.array([[1.0, 1.0, 1.0, 1.0], [10.0, 20.0, 0.0, 5.0], [1.0, 0.0, 0.0, 1.0]])
 Y = np.array([8.0, 70.0, 3.0])
 FRAME = pd.DataFrame(M, NAMES, WHO)
+
+
+def read_inputs(matrix, y=None, **options):
+    """All options by name, sorted into those of targets, of households, and others."""
+    targets, households = (
+        kind(**{field.name: options.pop(field.name) for field in fields(kind) if field.name in options})
+        for kind in (GivenTargets, GivenHouseholds)
+    )
+    return reading.read_inputs(matrix, replace(targets, y=y), households, **options)
 
 
 def refused(message, *args, **options):
@@ -231,7 +241,7 @@ BAD = {
     "k half": (r"k: it must be an integer.*2\.5", (M, Y), {"k": 2.5}),
     "k flag": (r"k: it must be an integer", (M, Y), {"k": True}),
     "k above the rest": (r"expected: 1 to 3", (M, Y), {"k": 4, "leave_out": [1]}),
-    "k below kept": (r"need room.*>= 3", (M, Y), {"k": 2, "keep": [0, 1, 2]}),
+    "k below kept": (r"must be kept count too.*>= 3", (M, Y), {"k": 2, "keep": [0, 1, 2]}),
     "k above clusters": (r"number of clusters.*1 to 2", (M, Y), {"k": 3, "clusters": [0, 0, 1, 1]}),
     "reversed bounds": (r"bounds: lo must not be above hi.*\(3, 2\)", (M, Y), {"bounds": (3, 2)}),
     "negative bounds": (r"finite and not negative.*-1", (M, Y), {"bounds": (-1, 2)}),
@@ -286,12 +296,12 @@ BAD = {
     "unknown child": (r"children of 'people'.*'renters'", (FRAME, Y), {"hierarchy": {"people": ["owners", "renters"]}}),
     "double child": (r"children of 'people'.*distinct", (FRAME, Y), {"hierarchy": {"people": ["owners", "owners"]}}),
     "own child": (
-        r"nothing may lie beneath itself.*'people' → 'people'",
+        r"no target may be its own ancestor.*'people' → 'people'",
         (FRAME, Y),
         {"hierarchy": {"people": ["people"]}},
     ),
     "cycle": (
-        r"nothing may lie beneath itself.*→.*→.*→",
+        r"no target may be its own ancestor.*→.*→.*→",
         (FRAME, Y),
         {"hierarchy": {"people": ["owners"], "owners": ["income"], "income": ["people"]}},
     ),
@@ -392,7 +402,7 @@ def test_the_range_is_that_of_all_choices(selects, chosen):
 
 
 def test_the_limits_of_a_cluster_are_ratios_to_its_mean_design_weight():
-    people = read_households(Axis("household", 3), design_weights=[1, 3, 5], bounds=(1, 2), clusters=[0, 0, 1])
+    people = read_households(Axis("household", 3), GivenHouseholds([1, 3, 5], bounds=(1, 2), clusters=[0, 0, 1]))
     low, high = weight_limits(people, on_weight=False)
     np.testing.assert_array_equal(low, [2, 2, 5])
     np.testing.assert_array_equal(high, [4, 4, 10])

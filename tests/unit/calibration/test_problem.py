@@ -12,7 +12,7 @@ from l0hooks.calibration.numerics.columns import (
     stored_by_unit,
     weighted_squares,
 )
-from l0hooks.calibration.numerics.preparation import prepare
+from l0hooks.calibration.numerics.preparation import ErrorOptions, UnitOptions, prepare
 
 RNG = np.random.default_rng(0)
 DENSE = RNG.random((5, 12)) * (RNG.random((5, 12)) < 0.6)
@@ -22,7 +22,7 @@ DESIGN = RNG.uniform(1, 2, 12)
 
 @pytest.mark.parametrize("kind", [sparse.csr_array, sparse.csc_matrix, sparse.coo_array, sparse.lil_matrix])
 def test_columns_are_the_scaled_matrix(kind) -> None:
-    problem = prepare(kind(DENSE), TARGETS, design_weights=DESIGN, dtype="float64")
+    problem = prepare(kind(DENSE), TARGETS, units=UnitOptions(DESIGN), dtype="float64")
     factor = problem.design[0] / DESIGN[0]
     wanted = np.diag(1 / (TARGETS + 1)) @ DENSE @ np.diag(DESIGN * factor)
     np.testing.assert_allclose(problem.columns.toarray(), wanted.T)
@@ -37,15 +37,17 @@ def test_columns_are_the_scaled_matrix(kind) -> None:
 
 
 def test_bounds_hold_for_the_ratio_to_the_users_design_weights_or_for_the_weight() -> None:
-    ratio = prepare(sparse.csr_array(DENSE), TARGETS, design_weights=DESIGN, bounds=(0.5, 2.0))
+    ratio = prepare(sparse.csr_array(DENSE), TARGETS, units=UnitOptions(DESIGN, (0.5, 2.0)))
     np.testing.assert_allclose(ratio.low * ratio.design, 0.5 * DESIGN)
-    weight = prepare(sparse.csr_array(DENSE), TARGETS, design_weights=DESIGN, bounds=(0.5, 2.0), bounds_on="weight")
+    weight = prepare(sparse.csr_array(DENSE), TARGETS, units=UnitOptions(DESIGN, (0.5, 2.0), "weight"))
     np.testing.assert_allclose(weight.high * weight.design, 2.0)
 
 
 def test_clusters_share_one_weight_and_left_out_households_have_none() -> None:
     labels = np.array([3, 3, 1, 1, 1, 0, 7, 7, 8, 9, 10, 11])
-    problem = prepare(sparse.csr_array(DENSE), TARGETS, clusters=labels, leave_out=[6], keep=[4], dtype="float64")
+    problem = prepare(
+        sparse.csr_array(DENSE), TARGETS, units=UnitOptions(clusters=labels, leave_out=[6], keep=[4]), dtype="float64"
+    )
     assert problem.size == 7  # nine labels, one of them left out ... and its other household with it
     assert problem.kept.tolist() == [False, True, False, False, False, False, False]
     assert problem.members.tolist() == [0, 0, 1, 1, 1, 2, -1, -1, 3, 4, 5, 6]
@@ -59,17 +61,19 @@ def test_clusters_share_one_weight_and_left_out_households_have_none() -> None:
 def test_importance_is_what_a_squared_error_counts() -> None:
     importance = np.array([1.0, 4.0, 1.0, 1.0, 3.0])
     plain = prepare(sparse.csr_array(DENSE), TARGETS, dtype="float64")
-    weighted = prepare(sparse.csr_array(DENSE), TARGETS, importance=importance, dtype="float64")
+    weighted = prepare(sparse.csr_array(DENSE), TARGETS, errors=ErrorOptions(importance=importance), dtype="float64")
     np.testing.assert_allclose((weighted.scale / plain.scale) ** 2, importance / 2)
 
 
 def test_the_squared_loss_scales_all_targets_alike() -> None:
-    problem = prepare(sparse.csr_array(DENSE), TARGETS, loss="squared")
+    problem = prepare(sparse.csr_array(DENSE), TARGETS, errors=ErrorOptions("squared"))
     assert len(set(problem.scale)) == 1
 
 
 def test_hierarchy_adds_rows_for_what_does_not_add_up() -> None:
-    problem = prepare(sparse.csr_array(DENSE), TARGETS, hierarchy=[(0, [1, 2])], consistency=4.0, dtype="float64")
+    problem = prepare(
+        sparse.csr_array(DENSE), TARGETS, errors=ErrorOptions(hierarchy=[(0, [1, 2])], consistency=4.0), dtype="float64"
+    )
     assert problem.rows == 6
     assert len(problem.denominators) == 5
     weights = problem.weights(np.ones(12), np.arange(12))
@@ -99,7 +103,7 @@ def test_float32_and_float64_differ_by_rounding_only() -> None:
 def test_the_users_matrix_stays_as_it_is() -> None:
     matrix = sparse.csr_array(DENSE)
     before = matrix.toarray()
-    prepare(matrix, TARGETS, design_weights=DESIGN, dtype="float64")
+    prepare(matrix, TARGETS, units=UnitOptions(DESIGN), dtype="float64")
     np.testing.assert_array_equal(matrix.toarray(), before)
 
 

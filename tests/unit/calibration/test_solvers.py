@@ -51,16 +51,21 @@ def slsqp(block, lower, upper, low, high, strength, factor, raking):
         r = g / factor
         return float(strength @ (r * np.log(r) - r + 1 if raking else (r - 1) ** 2 / 2))
 
+    def slope(g):
+        r = g / factor
+        return strength * (np.log(r) if raking else r - 1) / factor
+
     constraints = [
-        {"type": "ineq", "fun": lambda g: block.T @ g - lower},
-        {"type": "ineq", "fun": lambda g: upper - block.T @ g},
+        {"type": "ineq", "fun": lambda g: block.T @ g - lower, "jac": lambda g: block.T},
+        {"type": "ineq", "fun": lambda g: upper - block.T @ g, "jac": lambda g: -block.T},
     ]
     if np.all(lower == upper):
-        constraints = [{"type": "eq", "fun": lambda g: block.T @ g - lower}]
+        constraints = [{"type": "eq", "fun": lambda g: block.T @ g - lower, "jac": lambda g: block.T}]
     start = np.clip(np.full(len(block), factor), low, high)
     bounds = list(zip(low, high, strict=True))
     options = {"ftol": 1e-14, "maxiter": 1000}
-    return optimize.minimize(cost, start, constraints=constraints, bounds=bounds, method="SLSQP", options=options).x
+    how = {"jac": slope, "constraints": constraints, "bounds": bounds, "method": "SLSQP", "options": options}
+    return optimize.minimize(cost, start, **how).x
 
 
 @pytest.mark.parametrize("distance", ["chi_square", "raking"])
@@ -328,12 +333,12 @@ def test_factors_leave_the_block_as_it_is(width) -> None:
     np.testing.assert_allclose(solve(v), np.linalg.solve(matrix, v), rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(4))
 def test_proximal_points_come_nearer_again_after_a_step_that_was_too_long(seed) -> None:
     rng = np.random.default_rng(seed)
-    block = nested(rng, 250, places=30)
-    target = block.T @ rng.lognormal(-2, 1, 250) * (1 + 0.05 * rng.normal(size=block.shape[1]))
-    fit = proximal_fit(sparse.csr_array(block), target, np.zeros(250), np.full(250, 0.4), np.full(250, 0.1))
+    block = nested(rng, 120, places=14)
+    target = block.T @ rng.lognormal(-2, 1, 120) * (1 + 0.05 * rng.normal(size=block.shape[1]))
+    fit = proximal_fit(sparse.csr_array(block), target, np.zeros(120), np.full(120, 0.4), np.full(120, 0.1))
     assert fit.converged
 
 

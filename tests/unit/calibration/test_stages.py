@@ -17,19 +17,23 @@ from l0hooks.calibration.fit.polish import polish
 from l0hooks.calibration.fit.priced import PricedSwapStage
 from l0hooks.calibration.fit.solver import Solver, path
 from l0hooks.calibration.fit.stage import Selection, largest, refit
-from l0hooks.calibration.fit.swaps import PruneStage, SwapStage
+from l0hooks.calibration.fit.swaps import SwapStage
 from l0hooks.calibration.numerics.distance import nearest_weights
-from l0hooks.calibration.numerics.preparation import prepare
+from l0hooks.calibration.numerics.preparation import ErrorOptions, UnitOptions, prepare
 from l0hooks.gates import hard_concrete
 
 
-def small(seed=0, rows=30, households=200, feasible=True, **options):
+def small(seed=0, rows=30, households=200, feasible=True, dtype="float32", **units):
     rng = np.random.default_rng(seed)
     matrix = sparse.random_array((rows, households), density=0.3, rng=rng, format="csr")
     targets = matrix @ rng.lognormal(0, 0.5, households)
     if not feasible:
         targets = targets * rng.lognormal(0, 0.5, rows)
-    return prepare(matrix, targets, **options)
+    return prepare(matrix, targets, units=UnitOptions(**units), dtype=dtype)
+
+
+def tiny(**options):
+    return small(rows=15, households=100, **options)
 
 
 def finish(stage):
@@ -38,47 +42,27 @@ def finish(stage):
     return stage.selection()
 
 
-def make(name, problem):
-    start = random_selection(problem, 20, 0)
-    return {
-        "gates": lambda: GateStage(problem, 20, epochs=40),
-        "priced": lambda: GateStage(problem, l0=0.01, epochs=40),
-        "greedy": lambda: GreedyStage(problem, 20, rounds=5),
-        "priced_swaps": lambda: PricedSwapStage(problem, random_selection(problem, 60, 0), 1e-3),
-        "prune": lambda: PruneStage(problem, random_selection(problem, 60, 0), 20),
-        "swaps": lambda: SwapStage(problem, start),
-        "solver": lambda: Solver(problem, Options(keep=20, epochs=30)),
-    }[name]()
+def rows_of(solver):
+    reports = []
+    while not solver.done:
+        reports.append(solver.advance())
+    return reports
 
 
-@pytest.mark.parametrize("name", ["gates", "priced", "greedy", "prune", "swaps", "priced_swaps"])
-def test_a_stage_resumes_bit_by_bit(name) -> None:
-    problem = small()
-    whole, first, second = (make(name, problem) for _ in range(3))
-    finish(whole)
-    for _ in range(20):
-        if first.done or (first.resumable and first.selection().g.size and _ >= 10):
-            break
+@pytest.fixture(scope="module")
+def whole_run():
+    """The number of steps of a solver, and its best candidate."""
+    solver = Solver(tiny(feasible=False), Options(keep=10, epochs=30))
+    return len(rows_of(solver)), solver.best()
+
+
+@pytest.mark.parametrize("share", [0.05, 0.5, 0.8])
+def test_the_solver_resumes_bit_by_bit(share, whole_run) -> None:
+    problem = tiny(feasible=False)
+    steps, best = whole_run
+    first, second = (Solver(problem, Options(keep=10, epochs=30)) for _ in range(2))
+    for _ in range(int(share * steps)):
         first.advance()
-    while not first.resumable:
-        first.advance()
-    state = first.state()
-    finish(first)  # what goes on must not change what was saved
-    second.resume(state)
-    finish(second)
-    for one in (first, second):
-        np.testing.assert_array_equal(one.selection().units, whole.selection().units)
-        np.testing.assert_array_equal(one.selection().g, whole.selection().g)
-
-
-@pytest.mark.parametrize("steps", [3, 40, 70])
-def test_the_solver_resumes_bit_by_bit(steps) -> None:
-    problem = small(feasible=False)
-    whole, first, second = (make("solver", problem) for _ in range(3))
-    best = whole.run()
-    for _ in range(steps):
-        if not first.done:
-            first.advance()
     while not first.resumable:
         first.advance()
     second.resume(first.state())
@@ -87,18 +71,9 @@ def test_the_solver_resumes_bit_by_bit(steps) -> None:
     np.testing.assert_array_equal(found.polished.selection.g, best.polished.selection.g)
 
 
-def test_gates_are_reproducible_and_leave_torchs_generator_alone() -> None:
+def test_gates_depend_on_the_seed() -> None:
     problem = small()
-    torch.manual_seed(0)
-    before = torch.random.get_rng_state()
-    one = finish(GateStage(problem, 20, epochs=20, random_state=3))
-    torch.rand(5)
-    two = finish(GateStage(problem, 20, epochs=20, random_state=3))
-    other = finish(GateStage(problem, 20, epochs=20, random_state=4))
-    torch.random.set_rng_state(before)
-    GateStage(problem, 20, epochs=20).advance()
-    assert torch.equal(torch.random.get_rng_state(), before)
-    np.testing.assert_array_equal(one.g, two.g)
+    one, other = (finish(GateStage(problem, 20, epochs=5, random_state=seed)) for seed in (3, 4))
     assert not np.array_equal(one.g, other.g)
 
 
@@ -128,8 +103,8 @@ def test_the_gradient_over_open_units_is_autograds(copied_share) -> None:
 
 
 def test_a_higher_price_keeps_fewer_units() -> None:
-    problem = small()
-    counts = [len(finish(GateStage(problem, l0=price, epochs=150)).units) for price in (1e-4, 1e-1)]
+    problem = tiny()
+    counts = [len(finish(GateStage(problem, l0=price, epochs=60)).units) for price in (1e-4, 1e-1)]
     assert counts[0] > counts[1]
 
 
@@ -138,12 +113,12 @@ def test_greedy_finds_the_units_that_made_the_targets() -> None:
     matrix = rng.normal(size=(40, 100))
     weights = np.zeros(100)
     weights[[5, 17, 60]] = [3.0, 1.0, 2.0]
-    problem = prepare(sparse.csr_array(matrix), matrix @ weights, loss="squared")
+    problem = prepare(sparse.csr_array(matrix), matrix @ weights, errors=ErrorOptions("squared"))
     assert finish(GreedyStage(problem, 3)).units.tolist() == [5, 17, 60]
 
 
-def test_swaps_never_worsen_and_pruning_keeps_what_must_stay() -> None:
-    problem = small(feasible=False, keep=[0, 1, 2])
+def test_swaps_never_worsen() -> None:
+    problem = small(feasible=False)
     start = random_selection(problem, 15, 0)
     stage = SwapStage(problem, start)
     losses = [refit(problem, start.units, start.g, iterations=5000).loss]
@@ -151,11 +126,8 @@ def test_swaps_never_worsen_and_pruning_keeps_what_must_stay() -> None:
         stage.advance()
         now = stage.selection()
         losses.append(refit(problem, now.units, now.g, iterations=5000).loss)
-        assert len(now.units) == 15
-        assert {0, 1, 2} <= set(now.units.tolist())
+    assert losses == sorted(losses, reverse=True)
     assert losses[-1] < 0.5 * losses[0]
-    many = Selection(np.arange(200), np.ones(200))
-    assert {0, 1, 2} <= set(finish(PruneStage(problem, many, 5)).units.tolist())
 
 
 def test_auto_comes_close_to_the_best_of_all_selections() -> None:
@@ -171,10 +143,10 @@ def test_auto_comes_close_to_the_best_of_all_selections() -> None:
     assert np.linalg.norm(found.misses) <= 1.3 * best
 
 
-@pytest.mark.parametrize("keep", [5, 20, 29, 50, 80])
+@pytest.mark.parametrize("keep", [3, 10, 14, 25, 40])  # of 15 targets
 @pytest.mark.parametrize("feasible", [True, False])
 def test_auto_is_never_worse_than_the_simple_methods_and_k_is_exact(keep, feasible) -> None:
-    problem = small(feasible=feasible)
+    problem = tiny(feasible=feasible)
     solver = Solver(problem, Options(keep=keep, epochs=40))
     best = solver.run().polished
     assert len(best.selection.units) == keep
@@ -215,18 +187,17 @@ def priced_cost(problem, selection, price):
     return float(misses @ misses) / 2 + price / 2 * len(selection.units)
 
 
-def test_priced_swaps_never_cost_more_and_keep_who_must_stay() -> None:
+def test_priced_swaps_never_cost_more() -> None:
     problem = small(feasible=False, keep=(3, 5))
     stage = PricedSwapStage(problem, random_selection(problem, 60, 0), 1e-2)
     costs = [stage.cost]
     while not stage.done:
-        told = stage.advance()
+        progress = stage.advance()
         costs.append(stage.cost)
     assert costs == sorted(costs, reverse=True)
     assert costs[-1] < 0.5 * costs[0]
     found = stage.selection()
-    assert {3, 5} <= set(found.units.tolist())
-    assert told.active == len(found.units) < 60
+    assert progress.active == len(found.units) < 60
     assert stage.cost == pytest.approx(priced_cost(problem, found, 1e-2), rel=1e-4)
 
 
@@ -245,13 +216,6 @@ def test_with_a_price_the_choice_costs_no_more_than_the_best_of_all_choices_near
     assert priced_cost(problem, found, price) <= 1.25 * best
 
 
-def rows_of(solver):
-    told = []
-    while not solver.done:
-        told.append(solver.advance())
-    return told
-
-
 @pytest.mark.parametrize(("method", "stage", "patience"), [("gates", "gates", 3), ("dense", "swaps", 1)])
 def test_patience_ends_a_search_that_gets_no_better(method, stage, patience) -> None:
     problem = small(feasible=False)
@@ -266,14 +230,14 @@ def test_patience_ends_a_search_that_gets_no_better(method, stage, patience) -> 
 
 
 def test_patience_that_is_never_tried_changes_nothing() -> None:
-    problem = small(feasible=False)
-    found = [Solver(problem, Options(keep=20, epochs=30, patience=one)).run().polished for one in (None, 10_000)]
+    problem = tiny(feasible=False)
+    found = [Solver(problem, Options(keep=10, epochs=20, patience=one)).run().polished for one in (None, 10_000)]
     np.testing.assert_array_equal(found[0].selection.g, found[1].selection.g)
 
 
 def test_a_patient_solver_resumes_bit_by_bit() -> None:
-    problem, options = small(feasible=False), Options(keep=20, epochs=50, patience=4)
-    whole, first, second = (Solver(problem, options) for _ in range(3))
+    problem, options = tiny(feasible=False), Options(keep=10, epochs=30, patience=4)
+    whole, first = Solver(problem, options), Solver(problem, options)
     wanted = whole.run().polished
     while not first.done:
         first.advance()
@@ -281,12 +245,12 @@ def test_a_patient_solver_resumes_bit_by_bit() -> None:
             second = Solver(problem, options)
             second.resume(first.state())
             first = second
-    np.testing.assert_array_equal(second.best().polished.selection.g, wanted.selection.g)
+    np.testing.assert_array_equal(first.best().polished.selection.g, wanted.selection.g)
 
 
-@pytest.mark.parametrize("keep", [8, 20])
+@pytest.mark.parametrize("keep", [4, 10])
 def test_a_frugal_solver_finds_the_same_with_less(keep) -> None:
-    problem = small()
+    problem = tiny()
     usual, frugal = (Solver(problem, Options(keep=keep, epochs=30), frugal=one) for one in (False, True))
     first, second = usual.run(), frugal.run()
     np.testing.assert_array_equal(first.polished.selection.units, second.polished.selection.units)
@@ -355,8 +319,8 @@ def test_greedy_search_is_polished_too_where_its_error_is_near_though_its_loss_i
 
 
 def test_a_path_goes_through_all_sizes() -> None:
-    found = path(small(), [10, 40, 20], Options(epochs=30))
-    assert list(found) == [40, 20, 10]
+    found = path(tiny(), [5, 20, 10], Options(epochs=20))
+    assert list(found) == [20, 10, 5]
     assert all(len(best.polished.selection.units) == keep for keep, best in found.items())
     errors = [best.polished.error for best in found.values()]
     assert errors[0] <= errors[2]

@@ -3,6 +3,7 @@
 import collections
 import copy
 import io
+import itertools
 import pickle
 
 import numpy as np
@@ -63,7 +64,7 @@ def gated_cnn(close_gates, granularity="weight"):
 
 
 def shape_of(model):
-    """What must come back: names, classes, order, flags, attributes and hooks."""
+    """What must be as before: names, classes, order, flags, attributes and hooks."""
     hooks = [name for name in vars(nn.Module()) if name.endswith("hooks") or name.endswith("kwargs")]
     return {
         "classes": [(name, type(m)) for name, m in model.named_modules()],
@@ -287,7 +288,7 @@ def test_a_submodule_can_be_pruned_by_itself(close_gates):
 # ------------------------------------------------------------------------------------------- scripts and exports
 
 
-@pytest.mark.filterwarnings("ignore:.torch.jit.*. is deprecated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.torch.jit")  # a FutureWarning since torch 2.14
 def test_the_pruned_model_scripts_where_the_original_did(close_gates):
     x = torch.randn(CNN_INPUT)
     torch.jit.script(cnn())
@@ -532,11 +533,12 @@ def test_the_report_says_what_was_removed(close_gates):
 
 
 class Drifting(nn.Linear):
-    """Evaluates otherwise each time."""
+    """Computes something else in every evaluation, by what no attribute of the model holds."""
+
+    calls = itertools.count()
 
     def forward(self, x):
-        self.calls = vars(self).get("calls", 0) + 1
-        return super().forward(x) + self.calls
+        return super().forward(x) + next(self.calls)
 
 
 def with_nan_gates():
@@ -654,4 +656,70 @@ def test_the_report_says_how_many_parameters_the_pruned_model_has(options):
     _, report = prune(model, return_report=True, **options)
     assert report.exported_parameters == report.model_parameters_kept == 30 - 13 + 5 + 24
     assert f"exported: {30 - 13 + 5 + 24} parameters" in str(report)
+    stored = 0 if "sparse_format" in options else 13
+    assert report.exported_zeros == report.to_dict()["exported_zeros"] == stored
+    assert ("and 13 zeros, which training changes" in str(report)) == bool(stored)
     assert summary(nn.Linear(2, 2)).exported_parameters is None
+
+
+@pytest.mark.filterwarnings("ignore:Sparse:UserWarning")
+@pytest.mark.parametrize("sparse_format", [None, "csr"])
+def test_a_failed_prune_in_place_leaves_the_gated_model(sparse_format):
+    model = gated(Drifting(2, 2))
+    before, classes = bits(model), shape_of(model)["classes"]
+    weight = model.parametrizations.weight.original
+    with pytest.raises(StateError, match="must compute what the gated one computes"):
+        prune(model, example_inputs=(torch.ones(1, 2),), inplace=True, sparse_format=sparse_format)
+    assert bits(model) == before
+    assert shape_of(model)["classes"] == classes
+    assert model.parametrizations.weight.original is weight
+    assert next(iter_gates(model), None) is not None
+    sound = gated(nn.Linear(2, 2))
+    weight = sound.parametrizations.weight.original
+    pruned = prune(sound, example_inputs=(torch.ones(1, 2),), inplace=True)
+    assert pruned is sound
+    assert pruned.weight is weight
+    assert next(iter_gates(pruned), None) is None
+
+
+class Adapter(nn.Module):
+    """As in peft: it holds the layer under another name and shows its weight."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.base_layer = layer
+        self.down, self.up = nn.Linear(layer.in_features, 2, bias=False), nn.Linear(2, layer.out_features, bias=False)
+
+    @property
+    def weight(self):
+        return self.base_layer.weight
+
+    def forward(self, x):
+        return self.base_layer(x) + self.up(self.down(x))
+
+
+@pytest.mark.parametrize("wrapped", [(0,), (1,), (0, 1)])
+def test_a_layer_that_was_wrapped_after_gating_is_named_and_can_be_unwrapped(wrapped):
+    model, x = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 3)), torch.randn(2, 4)
+    sparsify(model, "coupled", example_inputs=(x,))
+    with torch.no_grad():
+        next(iter_gates(model))[1].log_alpha[::2] = -20
+    layers = list(model)
+    for number in wrapped:
+        model[number] = Adapter(model[number])
+    with pytest.raises(StateError, match=r"(?s)'[01]\.weight'.*take adapters out"):
+        prune(model, example_inputs=(x,))
+    for number, layer in enumerate(layers):
+        model[number] = layer
+    assert prune(model, example_inputs=(x,))[0].out_features == 4
+
+
+def test_a_layer_that_was_replaced_by_one_of_another_size_is_named():
+    model, x = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 3)), torch.randn(2, 4)
+    sparsify(model, "coupled", example_inputs=(x,))
+    model[0] = nn.Sequential(nn.Linear(4, 5), nn.Linear(5, 8))
+    with pytest.raises(StateError, match=r"'0\.weight'(.|\n)*no tensor of that name"):
+        prune(model, example_inputs=(x,))
+    model[0] = nn.Linear(4, 6)
+    with pytest.raises(StateError, match=r"expected: a tensor of shape \(8, 4\)\n  got: shape \(6, 4\)"):
+        prune(model, example_inputs=(x,))

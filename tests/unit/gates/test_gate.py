@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import nn
 
-from l0hooks import Gate, iter_gates, set_temperature, sparsify
-from l0hooks.errors import InvalidValueError
+from l0hooks import Budget, Gate, iter_gates, set_temperature, sparsify
+from l0hooks.errors import InvalidValueError, StateError
 
 FAMILIES = ["hard_concrete", "straight_through", "stg", "deterministic"]
 ESTIMATORS = ["median", "paper", "mean"]
@@ -341,3 +341,19 @@ def test_gradients_of_a_sample_are_those_of_the_formula():
     expected = torch.where((z > 0) & (z < 1), 1.2 * s * (1 - s) * 1.5, 0.0)
     torch.testing.assert_close(gate.log_alpha.grad.double(), expected, rtol=1e-4, atol=1e-5)
     assert 0 < int((expected > 0).sum()) < 500
+
+
+@pytest.mark.parametrize("number", [math.nan, math.inf])
+@pytest.mark.parametrize("name", ["log_alpha", "multipliers"])
+def test_a_checkpoint_with_numbers_that_are_not_finite_is_refused_before_anything_is_loaded(name, number):
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+    sparsify(model, "weight", budget=Budget(sparsity=0.5, steps=3, method="lagrangian"))
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    damaged = {key: value + 1 for key, value in state.items()}
+    key = next(key for key in reversed(state) if key.endswith(name))
+    damaged[key] = state[key].clone()
+    damaged[key].view(-1)[0] = number
+    damaged |= {key: value for key, value in state.items() if key.endswith("_extra_state")}
+    with pytest.raises(StateError, match=rf"{name} must be finite\.\n  got: 1 of"):
+        model.load_state_dict(damaged)
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())

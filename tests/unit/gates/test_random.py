@@ -15,10 +15,20 @@ from scipy import stats
 from torch import Tensor
 
 from l0hooks.gates import kernels
-from l0hooks.gates.random import _MANY, _SOME, Native, Packed, Philox, Stream, kernels_on, stream
+from l0hooks.gates.random import (
+    LEAST_FOR_NUMBA,
+    LEAST_FOR_PACKED,
+    Native,
+    Packed,
+    Philox,
+    Stream,
+    kernels_for,
+    kernels_on,
+    stream,
+)
 
 CPU = torch.device("cpu")
-FEW, SOME, MANY = 200, 1000, 4 * _MANY
+FEW, SOME, MANY = 200, 1000, 4 * LEAST_FOR_PACKED
 
 
 @pytest.fixture(params=["few", "many", "some by kernels", "many by kernels"])
@@ -36,13 +46,15 @@ def uniforms(seed: int, count: int) -> Tensor:
 
 
 def test_without_kernels_few_and_many_are_drawn_in_two_ways(no_kernels: None) -> None:
-    kinds: list[Stream] = [stream(1, count, CPU) for count in (FEW, _MANY - 1, _MANY)]
+    kinds: list[Stream] = [stream(1, count, CPU) for count in (FEW, LEAST_FOR_PACKED - 1, LEAST_FOR_PACKED)]
     assert [type(kind) for kind in kinds] == [Native, Native, Packed]
 
 
 def test_all_but_a_few_are_drawn_by_numba_s_kernels() -> None:
     pytest.importorskip("numba")
-    kinds: list[Stream] = [stream(1, count, CPU) for count in (FEW, _SOME - 1, _SOME, _MANY)]
+    kinds: list[Stream] = [
+        stream(1, count, CPU) for count in (FEW, LEAST_FOR_NUMBA - 1, LEAST_FOR_NUMBA, LEAST_FOR_PACKED)
+    ]
     assert [type(kind) for kind in kinds] == [Native, Native, Philox, Philox]
 
 
@@ -126,8 +138,10 @@ def gpu_of(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[tuple[int, int
         monkeypatch.delattr(kernels, "cuda", raising=False)
 
     kernels_on.cache_clear()
+    kernels_for.cache_clear()
     yield feign
     kernels_on.cache_clear()
+    kernels_for.cache_clear()
 
 
 @pytest.mark.parametrize(
@@ -155,10 +169,12 @@ def test_a_cpu_without_numba_is_told_of_once(monkeypatch: pytest.MonkeyPatch, ca
     monkeypatch.setitem(sys.modules, "numba", None)
     monkeypatch.delitem(sys.modules, "l0hooks.gates.kernels.cpu", raising=False)
     kernels_on.cache_clear()
+    kernels_for.cache_clear()
     with caplog.at_level(logging.INFO, logger="l0hooks"):
         assert [type(stream(1, count, CPU)) for count in (FEW, MANY, MANY)] == [Native, Packed, Packed]
     assert caplog.messages == ["gates on cpu run without Numba kernels: the package numba is not installed"]
     kernels_on.cache_clear()
+    kernels_for.cache_clear()
 
 
 def test_other_devices_have_none_and_are_told_nothing(caplog: pytest.LogCaptureFixture) -> None:

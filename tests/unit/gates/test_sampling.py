@@ -17,8 +17,9 @@ from l0hooks import iter_gates, penalty, sparsify
 from l0hooks._torch.memory import PIECE
 from l0hooks.gates import expected_count as counting_module
 from l0hooks.gates import hard_concrete as hc
+from l0hooks.gates.constants import Constants
 from l0hooks.gates.expected_count import expected_count
-from l0hooks.gates.sampling import Constants, gated_weight, sampled
+from l0hooks.gates.sampling import _GatedWeight, sampled
 
 pytestmark = pytest.mark.usefixtures("both_ways")
 CONSTANTS = [(2 / 3, -0.1, 1.1), (0.25, -0.1, 1.1), (1.5, -0.5, 1.3)]
@@ -62,7 +63,9 @@ class Given:
 
 
 def fused(weight: Tensor, log_alpha: Tensor, noise: Tensor, *constants: float) -> Tensor:
-    return gated_weight(weight, log_alpha, Given(noise), Constants(*constants))
+    given = Given(noise), Constants(*constants)
+    gated: Tensor = _GatedWeight.apply(weight, log_alpha, *given)  # type: ignore[no-untyped-call]
+    return gated
 
 
 def plain(weight: Tensor, log_alpha: Tensor, noise: Tensor, *constants: float) -> Tensor:
@@ -298,7 +301,7 @@ def test_the_expected_count_is_the_sum_of_keep_probabilities(
 
 def test_the_expected_count_of_a_transposed_array_and_its_second_derivative(monkeypatch: pytest.MonkeyPatch) -> None:
     log_alpha = torch.randn(4, 3, dtype=torch.float64).requires_grad_()
-    monkeypatch.setattr(counting_module, "_FEW", 0)
+    monkeypatch.setattr(counting_module, "LEAST_FUSED", 0)
     assert gradcheck(lambda a: expected_count(a.t(), Constants()), (log_alpha,))
     assert gradgradcheck(lambda a: expected_count(a.t(), Constants()).square(), (log_alpha,))
 

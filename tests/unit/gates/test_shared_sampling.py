@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import l0hooks
-from l0hooks.gates import shared_sampling as team
+from l0hooks.gates import shared_sampling
 from l0hooks.gates.gate import Gate
+from l0hooks.gates.shared_sampling import SharedSampling
 
 
 class Residual(nn.Module):
@@ -59,28 +60,29 @@ def gradients(model: nn.Module, run: Callable[[], tuple[Tensor, Tensor]]) -> lis
 @contextmanager
 def apart() -> Iterator[None]:
     """Every reader samples for itself."""
-    original, team.Team.sample = team.Team.sample, lambda self, gate, examples=None: gate.sample(examples)  # type: ignore[method-assign]
+    original = SharedSampling.sample
+    SharedSampling.sample = lambda self, gate, examples=None: gate.sample(examples)  # type: ignore[method-assign]
     try:
         yield
     finally:
-        team.Team.sample = original  # type: ignore[method-assign]
+        SharedSampling.sample = original  # type: ignore[method-assign]
 
 
 @contextmanager
 def counted() -> Iterator[list[int]]:
     """How many draws of several gates together were made."""
     calls: list[int] = []
-    original = team._sample
+    original = shared_sampling._sample
 
     def sample(gates: list[Gate], *args: object) -> object:
         calls.append(len(gates))
         return original(gates, *args)  # type: ignore[arg-type]
 
-    team._sample = sample  # type: ignore[assignment]
+    shared_sampling._sample = sample  # type: ignore[assignment]
     try:
         yield calls
     finally:
-        team._sample = original
+        shared_sampling._sample = original
 
 
 @pytest.mark.parametrize("noise", ["step", "example"])
@@ -213,7 +215,7 @@ def test_an_interrupted_forward_leaves_no_draw_behind() -> None:
     assert not torch.equal(model(x)[0], model(x)[0])
 
 
-def test_a_copy_made_after_a_forward_has_a_team_of_its_own() -> None:
+def test_a_copy_made_after_a_forward_samples_for_itself() -> None:
     model, x = made(), example()
     loss = model(x)[0].sum()
     twin = copy.deepcopy(model)

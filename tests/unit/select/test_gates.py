@@ -78,6 +78,8 @@ def test_weights_are_those_of_evaluation_and_keep_their_total_when_asked(finishe
 
 def test_weights_that_do_not_fit():
     gate = SampleGate(4, 2)
+    with torch.no_grad():
+        gate.gate.log_alpha -= torch.arange(4)
     x = np.zeros(4)
     for w in (np.ones(3), np.ones((4, 1)), sp.csr_array(np.ones((4, 1)))):
         with pytest.raises(InvalidValueError, match="weight"):

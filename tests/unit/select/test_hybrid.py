@@ -19,7 +19,7 @@ class TestHybridGateWithoutRandomItems(AllGatedLaws):
 
 
 class TestHybridGate(ItemGateLaws):
-    """With random items the gated ones are half of the k."""
+    """With random items half of the k are gated."""
 
     axis = 0
 
@@ -71,7 +71,7 @@ def test_the_random_part_is_reproducible_and_uniform_among_the_rest():
 
 @pytest.mark.parametrize("preserve", [False, True])
 @pytest.mark.parametrize("share", [0.5, 1.0])
-def test_weights_of_random_items_stand_for_all_that_is_not_gated(preserve, share):
+def test_weights_of_random_items_represent_all_items_that_are_not_gated(preserve, share):
     gate, wanted = scattered(HybridGate(9, 4, share, 1 - share, steps=1, automatic=False))
     finish(gate)
     w = np.linspace(1, 3, 9)
@@ -103,7 +103,7 @@ def test_weights_of_random_items_stand_for_all_that_is_not_gated(preserve, share
     ],
     ids=str,
 )
-def test_hybrids_that_cannot_be(arguments, message):
+def test_invalid_hybrids_are_refused(arguments, message):
     with pytest.raises(InvalidValueError, match=message):
         HybridGate(*arguments)
 

@@ -1,4 +1,4 @@
-"""Subsets that stand for all: distances against dense formulas, swaps against brute force, and what is refused."""
+"""Representative subsets: distances against dense formulas, exchanges against brute force, and errors."""
 
 import itertools
 
@@ -9,6 +9,7 @@ import scipy.sparse as sp
 import torch
 from sklearn.datasets import load_digits
 
+from l0hooks import HybridGate
 from l0hooks.errors import InvalidValueError, UnsupportedModuleError
 from l0hooks.select.matching import match_samples
 from l0hooks.select.mean_distance import (
@@ -43,7 +44,7 @@ def standardised(x, p):
 
 
 def forms(p):
-    """Each form, and the features that it stands for."""
+    """Each quadratic form, and its features."""
     z = data()
     matrix = (z @ z.T + 1) ** 3
     values, vectors = torch.linalg.eigh(matrix)
@@ -158,7 +159,7 @@ def test_on_digits_the_distance_of_the_full_kernel_is_at_most_half_of_chance(k):
     assert distance(form, torch.from_numpy(approximate.indices)) <= 0.5 * exact.random
 
 
-def test_a_loss_of_ones_own():
+def test_a_loss_of_the_users_own():
     x = data(200, 2)
 
     def median_is_the_same(z):
@@ -174,7 +175,7 @@ def test_a_loss_of_ones_own():
 
 @pytest.mark.parametrize("objective", ["kernel_mean", "moments", lambda z: (z - 0.5).square().sum()])
 @pytest.mark.parametrize("k", [1, 29, 30])
-def test_one_all_but_one_and_all(objective, k):
+def test_sizes_of_one_all_but_one_and_all(objective, k):
     found = match_samples(data(30), k, objective=objective, steps=4, draws=3, generator=seeded())
     assert found.indices.tolist() == sorted(set(found.indices.tolist()))
     assert len(found.indices) == found.k == k
@@ -207,7 +208,7 @@ def test_heavy_samples_pull_the_subset_and_weightless_ones_do_not_count():
     assert match_samples(x > 0, 3, generator=seeded()).distance >= 0
 
 
-def test_constant_and_repeated_columns_are_no_trouble():
+def test_constant_and_repeated_columns_are_allowed():
     x = torch.cat([data(30), torch.full((30, 2), 0.1, dtype=torch.float64), data(30)], 1)
     for objective in ("kernel_mean", "moments"):
         assert match_samples(x, 5, objective=objective, generator=seeded()).ratio < 1
@@ -249,7 +250,7 @@ def test_it_prints_how_close_it_is():
         ({"x": pd.DataFrame({"a": ["u"] * 40})}, "must be real numbers"),
     ],
 )
-def test_what_cannot_be_is_refused(options, message):
+def test_invalid_options_are_refused(options, message):
     with pytest.raises(InvalidValueError, match=message):
         match_samples(**{"x": data(), "k": 5, **options})
 
@@ -258,3 +259,11 @@ def test_sparse_data_and_lists_are_refused_by_name():
     for x in (sp.csr_array(np.eye(4)), [[1.0]]):
         with pytest.raises(UnsupportedModuleError, match=type(x).__name__):
             match_samples(x, 1)
+
+
+@pytest.mark.parametrize("generator", [0, np.random.default_rng(0), "cpu"])
+def test_a_generator_of_another_kind_is_refused(generator):
+    with pytest.raises(InvalidValueError, match=r"must be torch's(?s:.)*manual_seed"):
+        match_samples(torch.randn(6, 2), 2, generator=generator)
+    with pytest.raises(InvalidValueError, match=r"must be torch's(?s:.)*manual_seed"):
+        HybridGate(6, 4).select(torch.randn(6, 2), generator=generator)

@@ -72,6 +72,7 @@ class TestByCrossValidation(RuleLaws):
         return L0Regressor("cv", max_k=5, one_standard_error=True, random_state=seed)
 
 
+@pytest.mark.slow  # TestByCrossValidation and TestLogistic are fast
 class TestClassesByCrossValidation(RuleLaws):
     def make(self, k: int, seed: int = 0) -> Any:
         return L0Classifier("cv", max_k=3, cv=2, alpha=1e-2, random_state=seed)
@@ -86,6 +87,8 @@ def module(outputs: int) -> nn.Module:
         return nn.Sequential(nn.Linear(9, 16), nn.ReLU(), nn.Linear(16, outputs))
 
 
+# Of networks and modules, of classes and numbers, two of the four pairs are left to the slow tests.
+@pytest.mark.slow
 class TestNetworksOfClasses(SelectorLaws):
     estimator = "mlp"
 
@@ -105,6 +108,7 @@ class TestModuleOfClasses(SelectorLaws):
     estimator = staticmethod(lambda: module(2))
 
 
+@pytest.mark.slow
 class TestModuleOfNumbers(SelectorLaws):
     estimator = staticmethod(lambda: module(1))
 
@@ -113,12 +117,12 @@ class TestModuleOfNumbers(SelectorLaws):
 
 
 QUICK = [
-    *(L0Regressor(), L0Regressor(k=2), L0Classifier(k=2)),
+    *(L0Regressor(k=2), L0Classifier(k=2)),
     *(L0FeatureSelector(estimator=e, steps=10) for e in ("mlp", "linear")),
 ]
 SLOW = [
-    *(L0Regressor(k="cv"), L0Regressor(k="ric"), L0Regressor(loss="poisson")),
-    *(L0Classifier(), L0Classifier(k="cv"), L0FeatureSelector()),
+    *(L0Regressor(), L0Regressor(k="cv"), L0Regressor(k="ric"), L0Regressor(loss="poisson")),
+    *(L0Classifier(), L0Classifier(k="cv"), L0FeatureSelector(steps=50)),
 ]
 
 

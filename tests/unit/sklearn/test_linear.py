@@ -10,15 +10,17 @@ import numpy as np
 import pandas as pd
 import pytest
 from joblib import parallel_config
+from parameters import slow
 from scipy import sparse
 from sklearn.compose import ColumnTransformer
 from sklearn.exceptions import ConvergenceWarning
+from sklearn.feature_selection import SelectFromModel
 from sklearn.model_selection import GridSearchCV, KFold
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import OneHotEncoder, StandardScaler
 
-from l0hooks.errors import InvalidValueError
-from l0hooks.sklearn import L0Classifier, L0Regressor
+from l0hooks.errors import InvalidValueError, L0HooksWarning
+from l0hooks.sklearn import L0Classifier, L0FeatureSelector, L0Regressor
 
 
 def data(seed: int = 0, n: int = 150, p: int = 30) -> tuple[Any, Any]:
@@ -73,7 +75,7 @@ def test_the_price_is_a_price() -> None:
     assert sizes[-1] == 0
 
 
-@pytest.mark.parametrize("model", [L0Regressor(k="cv", random_state=3), L0Classifier(k="cv", random_state=3)])
+@pytest.mark.parametrize("model", [L0Regressor(k="cv", random_state=3), *slow([L0Classifier(k="cv", random_state=3)])])
 def test_folds_follow_the_random_state_and_jobs_change_nothing(model: Any) -> None:
     x, y = labels() if isinstance(model, L0Classifier) else data()
     one = model.set_params(max_k=4).fit(x, y).path_.criterion
@@ -110,7 +112,7 @@ def test_poisson_predicts_means() -> None:
     y = np.random.default_rng(0).poisson(np.exp(0.5 * x[:, 3] + 1))
     model = L0Regressor(loss="poisson").fit(x, y)
     assert model.support_[3]
-    assert model.predict(x).mean() == pytest.approx(y.mean())  # the free intercept's equation
+    assert model.predict(x).mean() == pytest.approx(y.mean())  # follows from the equation of the intercept
     assert model.n_iter_ > 1
 
 
@@ -150,7 +152,7 @@ def test_separated_classes_give_a_warning() -> None:
         ({"k": True}, "k must be a size or a rule"),
         ({"k": 2.5}, "k must be a size or a rule"),
         ({"k": "bic"}, "k must be a size or a rule"),
-        ({"k": 3, "l0": 0.1}, "the price l0 takes the place of k"),
+        ({"k": 3, "l0": 0.1}, "l0 replaces k"),
         ({"l0": -0.1}, "l0 must be finite"),
         ({"alpha": -1}, "alpha must be finite"),
         ({"alpha": np.inf}, "alpha must be finite"),
@@ -174,8 +176,71 @@ def test_data_outside_their_range() -> None:
         L0Regressor().fit(x, y, sample_weight=-np.ones(150))
 
 
+@pytest.mark.slow  # the errors of import_extra have fast tests
 def test_the_extra_is_named_where_scikit_learn_is_missing() -> None:
     code = "import sys; sys.modules['sklearn'] = None; import l0hooks.sklearn"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert 'pip install "l0hooks[sklearn]"' in result.stderr
     assert "MissingExtraError" in result.stderr
+
+
+def selected(model: Any, y: Any, scale: float = 1.0, **options: Any) -> Any:
+    x = np.random.default_rng(0).normal(size=(300, 20))
+    selector = SelectFromModel(model, **options).fit(x * scale, y(x[:, :5] @ [5, 2, 1, 0.5, 0.3]))
+    return selector, selector.get_support().sum()
+
+
+@pytest.mark.parametrize(
+    ("model", "y"),
+    [
+        (L0Classifier(k=5), lambda score: score > 0),
+        (L0Classifier(k=5), lambda score: np.digitize(score, [-1, 1])),
+        (L0Regressor(k=5), lambda score: score),
+        (L0Regressor(k=5, loss="poisson"), lambda score: np.exp(score / 4).round()),
+    ],
+)
+def test_select_from_model_keeps_the_whole_support_or_says_why_not(model: Any, y: Any) -> None:
+    selector, kept = selected(model, y)
+    assert kept == 5
+    assert (selector.get_support() == selector.estimator_.support_).all()
+    with pytest.warns(L0HooksWarning, match=r"the 5 features of the support(?s:.)*got: 5 of them"):
+        assert selected(model, y, 1e8)[1] == 0
+    assert selected(model, y, 1e8, importance_getter="support_", threshold=0.5)[1] == 5
+    assert "penalty" not in model.get_params()
+
+
+SCALED = [
+    L0Regressor(2),
+    L0Regressor(),
+    L0Regressor(2, loss="poisson"),
+    L0Classifier(2, alpha=0.0),  # its ridge by default is on the columns as given
+    L0FeatureSelector(2, "linear"),
+]
+
+
+@pytest.mark.parametrize("as_sparse", [False, True])
+@pytest.mark.parametrize("part", ["X", "a column", "y", "weights"])
+@pytest.mark.parametrize("model", SCALED, ids=str)
+def test_data_are_fitted_at_every_scale_that_can_be_squared_and_else_refused(
+    model: Any, part: str, as_sparse: bool
+) -> None:
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(100, 20))
+    score = 2 * x[:, 3] - x[:, 7] + 0.3 * rng.normal(size=100)
+    y = score > 0 if isinstance(model, L0Classifier) else score
+    if isinstance(model, L0Regressor) and model.loss == "poisson":
+        y = np.exp(score / 3).round()
+    for scale, fits in ((1e-300, False), (1e-74, True), (1e74, True), (1e155, False), (1e300, False)):
+        columns = np.ones(20)
+        columns[slice(None) if part == "X" else 3] = scale if part in ("X", "a column") else 1.0
+        scaled = sparse.csr_array(x * columns) if as_sparse else x * columns
+        target = y * scale if part == "y" and y.dtype != bool else y
+        weights = np.full(100, scale) if part == "weights" else None
+        shares = part == "weights" and scale < 1 and not isinstance(model, L0FeatureSelector)  # their scale is free
+        if fits or shares or (part == "y" and y.dtype == bool):
+            model.fit(scaled, target, sample_weight=weights)
+            found = model.get_support() if isinstance(model, L0FeatureSelector) else model.support_
+            assert {3, 7} <= set(np.flatnonzero(found).tolist())
+        else:
+            with pytest.raises(InvalidValueError, match="of a magnitude that can be squared"):
+                model.fit(scaled, target, sample_weight=weights)

@@ -1,5 +1,6 @@
-"""L0FeatureSelector beyond the laws of estimators: what it finds, its options, and every kind of module."""
+"""L0FeatureSelector beyond the laws of estimators: the features it finds, its options, and kinds of modules."""
 
+import contextlib
 import copy
 import math
 
@@ -16,7 +17,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import nn
 
-from l0hooks.errors import InvalidValueError, StateError, UnsupportedModuleError
+from l0hooks.errors import InvalidValueError, L0HooksWarning, StateError, UnsupportedModuleError
 from l0hooks.sklearn import L0FeatureSelector
 from l0hooks.sklearn.targets import task_of
 
@@ -49,7 +50,10 @@ def test_exactly_k_also_where_there_is_nothing_to_choose_by(estimator, kind):
         "one": rng.standard_normal((30, 1)),
     }[kind]
     k = min(3, x.shape[1])
-    assert make(estimator, k, steps=10).fit(x, rng.integers(0, 3, 30)).get_support().sum() == k
+    tied = pytest.warns(L0HooksWarning, match="6 gates that are equal, of which 3 stay")
+    with tied if (estimator, kind) == ("mlp", "constant") else contextlib.nullcontext():
+        fitted = make(estimator, k, steps=10).fit(x, rng.integers(0, 3, 30))
+    assert fitted.get_support().sum() == k
 
 
 def test_another_random_state_gives_other_importances():
@@ -87,7 +91,7 @@ def test_features_that_matter_only_together_are_found_among_five_hundred(seed):
 
 
 @pytest.mark.parametrize("estimator", ["mlp", "module"])
-def test_a_regression_finds_what_no_linear_model_sees(estimator):
+def test_a_regression_finds_features_without_linear_effect(estimator):
     rng = np.random.default_rng(0)
     x = rng.standard_normal((400, 8))
     y = 100 * np.cos(2 * x[:, 1]) + 50 * np.abs(x[:, 5]) + rng.standard_normal(400)
@@ -97,7 +101,7 @@ def test_a_regression_finds_what_no_linear_model_sees(estimator):
 
 
 @pytest.mark.slow
-def test_three_way_parity_needs_the_networks_for_no_pair_tells_anything():
+def test_three_way_parity_needs_the_networks_because_no_pair_is_informative():
     rng = np.random.default_rng(0)
     x = rng.choice([-1.0, 1.0], (2000, 10))
     selector = L0FeatureSelector(3, random_state=0).fit(x, x[:, 1] * x[:, 4] * x[:, 7] > 0)
@@ -128,7 +132,7 @@ def test_text_labels_and_many_classes():
         assert selector.classes_.tolist() == ["left", "middle", "right"]
 
 
-def test_auto_tells_classes_from_numbers():
+def test_auto_distinguishes_classes_from_numbers():
     assert task_of(load_diabetes().target) == "regression"  # whole numbers, but hundreds of them
     assert task_of(np.arange(10) % 3) == "classification"
     assert task_of(np.array([True, False])) == "classification"
@@ -212,7 +216,7 @@ def test_a_module_with_another_output_is_refused(outputs, task, wanted):
         make("module", 2, outputs=outputs, task=task).fit(x, y.astype(float))
 
 
-def test_gates_that_are_no_numbers_are_not_ranked():
+def test_gates_that_are_nan_are_not_ranked_by_the_selector():
     x, y = table()
     selector = L0FeatureSelector(2, nn.Linear(9, 2), loss=lambda output, _: output.sum() * math.nan, steps=3)
     with pytest.raises(

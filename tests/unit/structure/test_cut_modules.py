@@ -1,4 +1,4 @@
-"""Cutting parameters: what stays is what index_select takes, and every layer computes with it what it says."""
+"""Cutting parameters: each layer has the chosen slices of its tensors and computes with them."""
 
 import copy
 
@@ -11,7 +11,7 @@ from torch import nn
 from l0hooks.structure.cut_modules import _CORRECTIONS, Cut, apply_cuts, plan_cuts
 from l0hooks.structure.groups import ChannelGroup, GroupSite
 
-IN, OUT = (0, 2, 3), (1, 2, 5, 6)  # what stays of 5 inputs and 8 outputs
+IN, OUT = (0, 2, 3), (1, 2, 5, 6)  # the indices kept of 5 inputs and 8 outputs
 
 
 def cut(names, shape, **kept):
@@ -173,7 +173,7 @@ def tensors_of(module):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_a_cut_layer_computes_with_what_stays_and_knows_its_size(name):
+def test_a_cut_layer_computes_with_its_slices_and_stores_its_sizes(name):
     build, cuts, shape, by_hand, attributes = CASES[name]
     module = build().eval()
     with torch.no_grad():
@@ -218,7 +218,7 @@ def test_every_kind_of_layer_that_is_corrected_is_tested():
             assert any(issubclass(t, kind) for t in tested), kind
 
 
-def test_hugging_face_conv1d_knows_its_sizes():
+def test_hugging_face_conv1d_stores_its_sizes():
     pytorch_utils = pytest.importorskip("transformers.pytorch_utils")
     module = pytorch_utils.Conv1D(8, 5)  # out, in
     nn.init.normal_(module.bias)
@@ -262,7 +262,7 @@ def test_parameters_of_the_model_itself_are_cut():
     assert torch.equal(model.w, expected)
 
 
-def test_what_a_cut_does_not_name_is_the_same_object():
+def test_tensors_that_no_cut_names_are_the_same_objects():
     model = nn.Sequential(nn.Linear(5, 8), nn.BatchNorm1d(8), nn.Linear(8, 2))
     before = copy.copy(dict(model.named_parameters()))
     apply_cuts(model, [cut("0.weight", (8, 5), axis1=IN)])

@@ -1,4 +1,4 @@
-"""Label tensors, and the union–find under them against one written with sets."""
+"""Label tensors, and their union–find checked against one written with sets."""
 
 import pytest
 import torch
@@ -153,7 +153,7 @@ def test_the_first_reason_is_kept_and_spread():
     assert [classes.reason_of(t) for t in (a, b, torch.cat([b, a]))] == ["first", "second", "first"]
     classes.unite(b, c)
     assert classes.reason_of(c) == "second"
-    classes.unite(torch.zeros(1, dtype=torch.int64), d)  # atom 0 knows no reason
+    classes.unite(torch.zeros(1, dtype=torch.int64), d)  # atom 0 has no reason
     assert classes.is_frozen(d)
     assert classes.reason_of(d) == ""
     assert classes.first_frozen(torch.cat([d, b, a])) == a

@@ -1,13 +1,24 @@
 """Temperatures and strengths that follow a schedule: one step for each step of an optimiser, and they resume."""
 
 import copy
+import pickle
 import re
 
 import pytest
 import torch
 from torch import nn
 
-from l0hooks import Budget, Gate, Scheduled, iter_gates, param_groups, penalty, sparsify, temperature_schedule
+from l0hooks import (
+    Budget,
+    Gate,
+    Scheduled,
+    iter_gates,
+    param_groups,
+    penalty,
+    set_budget,
+    sparsify,
+    temperature_schedule,
+)
 from l0hooks.errors import InvalidValueError, SpecError, StateError
 from l0hooks.schedules import cosine, cubic, exponential, linear
 
@@ -225,3 +236,46 @@ def test_a_state_of_something_else_is_refused(state):
     with pytest.raises(InvalidValueError, match=r"must be a Scheduled's(.|\n)*" + re.escape(str(state))):
         strength.load_state_dict(state)
     assert strength.steps == 0
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_step_that_a_scaler_skips_counts_for_no_schedule(fused):
+    gate = Gate(6)
+    (rule,) = set_budget(gate, Budget(keep=2, steps=9, schedule="linear"))
+    temperature_schedule(gate, linear(1.0, 0.5, steps=10))
+    optimizer = torch.optim.Adam(gate.parameters(), lr=0.1, fused=fused)
+    strength = Scheduled(linear(0.0, 1.0, steps=10), optimizer)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    for bad in (False, True, True, False):
+        optimizer.zero_grad()
+        before = gate.log_alpha.detach().clone()
+        scaler.scale((gate() * torch.arange(6.0)).sum()).backward()
+        if bad:
+            gate.log_alpha.grad[0] = torch.inf
+        scaler.step(optimizer)
+        scaler.update()
+        assert torch.equal(gate.log_alpha, before) == bad
+    assert (rule.step, gate.scheduled_steps, strength.steps) == (2, 2, 2)
+
+
+@pytest.mark.parametrize(
+    "copied", [copy.deepcopy, lambda both: pickle.loads(pickle.dumps(both))], ids=["copy", "pickle"]
+)
+def test_a_copy_counts_the_steps_of_the_optimizer_that_came_with_it(copied):
+    gate = Gate(4)
+    optimizer = torch.optim.SGD(gate.parameters(), lr=0.1)
+    strength = Scheduled(linear(0.0, 1.0, 10), optimizer)
+    for first in ((strength, optimizer), (optimizer, strength)):
+        again = copied(first)
+        its, steps = (again[0], again[1].step) if first[0] is strength else (again[1], again[0].step)
+        before = strength.steps
+        steps(), steps()
+        assert (its.steps, strength.steps) == (before + 2, before)
+    optimizer.step()
+    assert strength.steps == 1
+
+
+def test_a_copy_without_an_optimizer_counts_its_own_steps():
+    again = copy.deepcopy(Scheduled(linear(0.0, 1.0, 10)))
+    again.step()
+    assert again.value == 0.1

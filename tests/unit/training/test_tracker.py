@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from l0hooks import Gate, Tracker, iter_gates, param_groups, penalty, prune, set_temperature, sparsify, summary
 from l0hooks.errors import InvalidValueError, MissingExtraError, SpecError, StateError
-from l0hooks.training.tracker import ScalarWriter
+from l0hooks.training.metrics import ScalarWriter
 
 X = torch.randn(4, 3, 6, 6, generator=torch.Generator().manual_seed(0))
 

@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
+from kernel_product import gated_by
 from philox_oracle import expected_uniforms, problem
 from scipy import stats
 from torch import Tensor, nn
@@ -22,22 +23,22 @@ from torch.utils.checkpoint import checkpoint
 
 from l0hooks import GateSpec, iter_gates, param_groups, penalty, sparsify
 from l0hooks.gates import hard_concrete as hc
-from l0hooks.gates.derivatives import inverted
+from l0hooks.gates import moments
+from l0hooks.gates.constants import Constants
 from l0hooks.gates.expected_count import expected_count
 from l0hooks.gates.random import Philox, stream
-from l0hooks.gates.sampling import Constants, gated_weight, sampled
+from l0hooks.gates.sampling import gated_weight, sampled
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("numba") is None, reason="numba is not installed")
 if importlib.util.find_spec("numba") is not None:
     from l0hooks.gates.kernels import cpu as kernels
     from l0hooks.gates.kernels import threads as compiled
-    from l0hooks.gates.kernels.autograd import levelled
 
     BLOCK, CELL = kernels.BLOCK, 1 / kernels.CELLS
 
 CPU, COUNT = torch.device("cpu"), 2**15
 SEEDS = (0, 7, -(2**63), 2**63 - 1, -1234567890123456789)
-CONSTANTS = [(2 / 3, -0.1, 1.1), (0.25, -0.1, 1.1), (1.5, -0.5, 1.3)]
+CONSTANTS = [Constants(*c) for c in ((2 / 3, -0.1, 1.1), (0.25, -0.1, 1.1), (1.5, -0.5, 1.3))]
 all_constants = pytest.mark.parametrize("constants", CONSTANTS, ids=str)
 
 
@@ -46,7 +47,8 @@ def uniforms(count: int, seed: int = 7, start: int = 0) -> Tensor:
 
 
 def gates(log_alpha: Tensor, constants: tuple[float, float, float], seed: int = 7, start: int = 0) -> Tensor:
-    return kernels.gates_of(kernels.gated(torch.ones_like(log_alpha), log_alpha, seed, start, inverted(constants))[1])
+    _, levels = kernels.gated(torch.ones_like(log_alpha), log_alpha, seed, start, constants)
+    return kernels.gates_of(log_alpha, levels, constants)
 
 
 @pytest.fixture
@@ -120,9 +122,9 @@ def test_powers_and_logarithms_are_as_exact_as_they_say(name: str) -> None:
 @pytest.mark.parametrize(("count", "start"), [(1, 0), (7, 3), (4096, 0), (100_005, 1)])
 def test_gates_are_the_formula_s_in_float64(constants: tuple[float, float, float], count: int, start: int) -> None:
     weight, log_alpha, _ = problem(count)
-    product, levels = kernels.gated(weight, log_alpha, -5, start, inverted(constants))
+    product, levels = kernels.gated(weight, log_alpha, -5, start, constants)
     exact = hc.sample(log_alpha.double(), expected_uniforms(-5, start, count), *constants)
-    z = kernels.gates_of(levels)
+    z = kernels.gates_of(log_alpha, levels, constants)
     torch.testing.assert_close(z.double(), exact, rtol=0, atol=0.55 * CELL)
     assert torch.equal(product, weight * z)
     for end in (0, 1):  # atoms are not rounded; at most what float32 makes of the formula may differ
@@ -138,13 +140,13 @@ def test_gradients_are_the_formula_s_at_the_gates(
 ) -> None:
     weight, log_alpha, cotangent = problem(count)
     temperature, gamma, zeta = constants
-    _, levels = kernels.gated(weight, log_alpha, -5, start, inverted(constants))
-    by_weight, by_location = kernels.gated_backward(cotangent, weight, log_alpha, levels, inverted(constants))
-    z = kernels.gates_of(levels).double()
+    _, levels = kernels.gated(weight, log_alpha, -5, start, constants)
+    by_weight, by_location = kernels.gated_backward(cotangent, weight, log_alpha, levels, constants)
+    z = kernels.gates_of(log_alpha, levels, constants).double()
     slope = torch.where((z > 0) & (z < 1), (z - gamma) * (zeta - z) / ((zeta - gamma) * temperature), 0)
     assert by_weight is not None
     assert by_location is not None
-    assert torch.equal(by_weight, cotangent * kernels.gates_of(levels))
+    assert torch.equal(by_weight, cotangent * kernels.gates_of(log_alpha, levels, constants))
     torch.testing.assert_close(by_location.double(), cotangent.double() * weight.double() * slope, rtol=2e-5, atol=2e-6)
     # and, but for the rounding, those of the unrounded gates
     wide = [t.double().requires_grad_() for t in (weight, log_alpha)]
@@ -154,11 +156,11 @@ def test_gradients_are_the_formula_s_at_the_gates(
     assert ((by_location.double() - expected).abs() <= 3 * CELL / temperature * size + 1e-6).double().mean() > 0.9999
 
 
-def test_a_debt_is_paid_in_the_same_pass() -> None:
+def test_the_gradient_of_a_count_is_added_in_the_same_pass() -> None:
     weight, log_alpha, cotangent = problem(30_000)
     log_alpha[:4] = torch.tensor([80.0, -80.0, 20.0, -20.0])
-    _, levels = kernels.gated(weight, log_alpha, 3, 0, inverted(CONSTANTS[0]))
-    arguments = (weight, log_alpha, levels, inverted(CONSTANTS[0]))
+    _, levels = kernels.gated(weight, log_alpha, 3, 0, CONSTANTS[0])
+    arguments = (weight, log_alpha, levels, CONSTANTS[0])
     _, alone = kernels.gated_backward(cotangent, *arguments)
     _, both = kernels.gated_backward(cotangent, *arguments, (2.5, -1.6))
     assert alone is not None
@@ -170,8 +172,8 @@ def test_a_debt_is_paid_in_the_same_pass() -> None:
 @pytest.mark.parametrize("wanted", [(True, False), (False, True), (False, False)])
 def test_only_what_is_wanted_is_computed(wanted: tuple[bool, bool]) -> None:
     weight, log_alpha, cotangent = problem(10_000)
-    _, levels = kernels.gated(weight, log_alpha, 3, 0, inverted(CONSTANTS[0]))
-    arguments = (cotangent, weight, log_alpha, levels, inverted(CONSTANTS[0]), (1.0, -1.6))
+    _, levels = kernels.gated(weight, log_alpha, 3, 0, CONSTANTS[0])
+    arguments = (cotangent, weight, log_alpha, levels, CONSTANTS[0], (1.0, -1.6))
     both, some = kernels.gated_backward(*arguments), kernels.gated_backward(*arguments, wanted=wanted)
     for want, one, other in zip(wanted, both, some, strict=True):
         assert (other is not None) == want
@@ -189,14 +191,14 @@ def test_extremes_are_no_nan(temperature: float) -> None:
     drawn = gates(log_alpha, constants, 5)
     torch.testing.assert_close(drawn.double(), expected, rtol=1e-5, atol=1e-5)
     ones = torch.ones_like(log_alpha)
-    _, levels = kernels.gated(ones, log_alpha, 5, 0, inverted(constants))
-    slopes = kernels.gated_backward(ones, ones, log_alpha, levels, inverted(constants), (1.0, -1.6))
+    _, levels = kernels.gated(ones, log_alpha, 5, 0, constants)
+    slopes = kernels.gated_backward(ones, ones, log_alpha, levels, constants, (1.0, -1.6))
     assert all(slope is not None and slope.isfinite().all() for slope in slopes)
 
 
 def test_what_is_no_number_stays_none() -> None:
     log_alpha, weight = torch.tensor([math.nan, 0.0, 0.0]), torch.tensor([1.0, 1.0, math.nan])
-    product, _ = kernels.gated(weight, log_alpha, 5, 0, inverted(CONSTANTS[0]))
+    product, _ = kernels.gated(weight, log_alpha, 5, 0, CONSTANTS[0])
     assert product.isnan().tolist() == [True, False, True]
     assert kernels.count(log_alpha, -1.6).isnan()
 
@@ -221,8 +223,8 @@ def test_gates_have_the_distribution(location: float, temperature: float) -> Non
         ((drawn == 1), hc.prob_one(where, *constants)),
     ):
         assert abs(float(share.double().mean() - p)) < 5 * math.sqrt(float(p * (1 - p)) / count)
-    spread = math.sqrt(float(hc.variance(where, *constants)) / count)
-    assert abs(float(drawn.mean() - hc.mean(where, *constants))) < 5 * spread
+    spread = math.sqrt(float(moments.variance(where, *constants)) / count)
+    assert abs(float(drawn.mean() - moments.mean(where, *constants))) < 5 * spread
     inside = drawn[(drawn > 0) & (drawn < 1)][:100_000]
     low, high = (float(hc.cdf(torch.tensor(x, dtype=torch.float64), where, *constants)) for x in (0.0, 1 - 1e-12))
 
@@ -235,7 +237,7 @@ def test_gates_have_the_distribution(location: float, temperature: float) -> Non
 
 def test_threads_change_no_bit(threads: None) -> None:
     weight, log_alpha, cotangent = problem(5 * BLOCK + 11)
-    numbers = inverted(CONSTANTS[0])
+    numbers = CONSTANTS[0]
 
     def everything() -> list[Tensor]:
         product, levels = kernels.gated(weight, log_alpha, 3, 2, numbers)
@@ -262,19 +264,19 @@ def test_a_forked_process_has_threads_of_its_own(threads: None) -> None:
 
 
 def node(weight: Tensor, log_alpha: Tensor) -> str:
-    gated = gated_weight(weight, log_alpha, stream(1, weight.numel(), CPU), Constants())
+    gated = gated_weight(weight, log_alpha, 1, Constants())
     assert gated.grad_fn is not None
     return gated.grad_fn.name()
 
 
 def test_which_weights_take_the_kernels() -> None:
     log_alpha = torch.zeros(16, 24, requires_grad=True)
-    assert node(torch.ones(16, 24), log_alpha) == "_LevelledBackward"
+    assert node(torch.ones(16, 24), log_alpha) == "_GatedByKernelsBackward"
     for dtype in (torch.bfloat16, torch.float16, torch.float64):
         assert node(torch.ones(16, 24, dtype=dtype), log_alpha) == "_GatedWeightBackward"
     assert node(torch.ones(24, 16).t(), log_alpha) == "_GatedWeightBackward"
     assert node(torch.ones(24, 16), log_alpha.t()) == "_GatedWeightBackward"
-    assert node(torch.ones(10, 24), log_alpha[:10]) == "_GatedWeightBackward"  # fewer than _SOME
+    assert node(torch.ones(10, 24), log_alpha[:10]) == "_GatedWeightBackward"  # fewer than LEAST_FOR_NUMBA
 
 
 def test_every_path_of_a_ticket_has_the_same_noise() -> None:
@@ -283,9 +285,9 @@ def test_every_path_of_a_ticket_has_the_same_noise() -> None:
     plain = hc.sample(log_alpha, stream(9, COUNT, CPU).uniform_(torch.empty(COUNT)))
     assert isinstance(stream(9, COUNT, CPU), Philox)
     torch.testing.assert_close(sampled(log_alpha, stream(9, COUNT, CPU), Constants()), plain)
-    by_kernel = gated_weight(ones, log_alpha, stream(9, COUNT, CPU), Constants())
+    by_kernel = gated_weight(ones, log_alpha, 9, Constants())
     torch.testing.assert_close(by_kernel, plain, rtol=0, atol=0.55 * CELL)
-    turned = gated_weight(ones.view(256, -1).t(), log_alpha.view(-1, 256), stream(9, COUNT, CPU), Constants())
+    turned = gated_weight(ones.view(256, -1).t(), log_alpha.view(-1, 256), 9, Constants())
     torch.testing.assert_close(turned.reshape(-1), plain)
 
 
@@ -293,7 +295,7 @@ def test_sixteen_bits_of_a_gate_are_kept() -> None:
     weight, log_alpha, _ = problem(COUNT)
     kept: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        gated_weight(weight.requires_grad_(), log_alpha.requires_grad_(), stream(1, COUNT, CPU), Constants())
+        gated_weight(weight.requires_grad_(), log_alpha.requires_grad_(), 1, Constants())
     own = {weight.data_ptr(), log_alpha.data_ptr()}
     assert [t.nbytes for t in kept if t.data_ptr() not in own] == [2 * COUNT]
 
@@ -306,7 +308,7 @@ def test_second_derivatives_are_those_of_the_formula(constants: tuple[float, flo
     for wide in (False, True):
         w, a, g = (t.double() if wide else t for t in (weight, log_alpha, cotangent))
         w, a = w.requires_grad_(), a.requires_grad_()
-        product = w * hc.sample(a, u, *constants) if wide else levelled(w, a, (3, 0), constants)
+        product = w * hc.sample(a, u, *constants) if wide else gated_by(kernels, w, a, constants)
         first = torch.autograd.grad(product, (w, a), g, create_graph=True)
         second = torch.autograd.grad(sum(s.square().sum() for s in first), (w, a))
         results.append([t.detach().double() for t in (product, *first, *second)])
@@ -317,7 +319,7 @@ def test_second_derivatives_are_those_of_the_formula(constants: tuple[float, flo
 def test_a_batch_of_gradients_and_a_graph_kept_for_a_second_pass() -> None:
     weight, log_alpha, cotangent = problem(5000)
     w, a = weight.requires_grad_(), log_alpha.requires_grad_()
-    product = levelled(w, a, (3, 0), CONSTANTS[0])
+    product = gated_by(kernels, w, a, CONSTANTS[0])
     once = torch.autograd.grad(product, (w, a), cotangent, retain_graph=True)
     again = torch.autograd.grad(product, (w, a), cotangent, retain_graph=True)
     batched = torch.autograd.grad(product, (w, a), torch.stack([cotangent] * 2), is_grads_batched=True)
@@ -330,7 +332,8 @@ def test_a_gradient_that_is_not_contiguous() -> None:
     weight, log_alpha, cotangent = (t.view(50, 100) for t in problem(5000))
     w, a = weight.requires_grad_(), log_alpha.requires_grad_()
     for g in (cotangent.t().contiguous().t(), torch.tensor(1.5).expand(50, 100)):
-        slopes = [torch.autograd.grad(levelled(w, a, (3, 0), CONSTANTS[0]), (w, a), x) for x in (g, g.contiguous())]
+        products = [gated_by(kernels, w, a, CONSTANTS[0]) for _ in range(2)]
+        slopes = [torch.autograd.grad(p, (w, a), x) for p, x in zip(products, (g, g.contiguous()), strict=True)]
         assert all(torch.equal(one, other) for one, other in zip(*slopes, strict=True))
 
 
@@ -387,6 +390,7 @@ def test_two_penalties_owed_at_once() -> None:
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.slow  # tests/laws/test_noise.py compiles models of every granularity
 def test_a_compiled_model_has_the_same_gates() -> None:
     net, x = model(), torch.randn(8, 256)
     torch.manual_seed(1)

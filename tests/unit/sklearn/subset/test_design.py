@@ -1,4 +1,4 @@
-"""What a design matrix and its weights must be."""
+"""Checks of a design matrix and its weights."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from l0hooks.sklearn.subset.design import Design
     ("weight", "message"),
     [(np.ones(3), "one weight for each row"), (-np.ones(4), "not negative"), (np.zeros(4), "not all zero")],
 )
-def test_weights_that_are_none(weight: Any, message: str) -> None:
+def test_invalid_weights_are_refused(weight: Any, message: str) -> None:
     with pytest.raises(InvalidValueError, match=message):
         Design(np.eye(4), weight)
 

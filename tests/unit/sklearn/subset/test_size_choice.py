@@ -10,8 +10,9 @@ from l0hooks.sklearn.subset.results import smallest
 from l0hooks.sklearn.subset.size_choice import (
     Task,
     ebic_gamma,
+    held_out,
     largest_size,
-    ric_places,
+    ric_indices,
     with_price,
     with_ric,
 )
@@ -29,29 +30,41 @@ def test_ebic_is_bic_with_few_columns_and_strict_with_many() -> None:
     assert 0.55 < ebic_gamma(500, 1000) < ebic_gamma(500, 100_000) < 1
 
 
+def test_a_held_out_weight_is_that_many_copies_of_the_row() -> None:
+    x, y = data(3)
+    weight = np.random.default_rng(0).integers(0, 4, len(y))
+    path, task = path_of(x, y, range(4)), Task("squared")
+    losses, mass = held_out(path, x, y, weight.astype(float), task)
+    expected, count = held_out(path, x.repeat(weight, axis=0), y.repeat(weight), None, task)
+    assert losses == pytest.approx(expected)
+    assert mass == count == weight.sum()
+    residual = y - y.mean()
+    assert losses[0] == pytest.approx(weight @ residual**2 / 2 / mass)  # of no columns: the mean of y alone
+
+
 class TestRic:
     @pytest.mark.parametrize("seed", range(5))
     def test_the_sizes_proposed_minimise_the_criterion_for_some_price(self, seed: int) -> None:
         x, y = data(seed, n=60, p=200)
         path, task = path_of(x, y, range(12)), Task("squared")
-        places = ric_places(path, task, 60.0)
+        indices = ric_indices(path, task, 60.0)
         rss = 2 * path.loss
         risk = {int(np.argmin(60 * np.log(rss) + c * path.k * np.log(200))) for c in np.linspace(1.5, 2.5, 41)}
-        assert places.tolist() == sorted(risk)
+        assert indices.tolist() == sorted(risk)
 
     def test_with_few_columns_the_price_is_that_of_bic(self) -> None:
         x, y = data(1, n=2000, p=6)
         path = path_of(x, y, range(7))
         bic = 2000 * np.log(2 * path.loss) + path.k * np.log(2000)
-        assert ric_places(path, Task("squared"), 2000.0).tolist() == [int(np.argmin(bic))]
+        assert ric_indices(path, Task("squared"), 2000.0).tolist() == [int(np.argmin(bic))]
 
     def test_further_columns_of_a_group_cost_two_each(self) -> None:
         x, y = data(2, n=80, p=60)
         groups = tuple(np.arange(3 * g, 3 * g + 3) for g in range(20))
         path = path_of(x, y, range(5), groups=groups)
-        places = ric_places(path, Task("squared", groups=groups), 80.0)
+        indices = ric_indices(path, Task("squared", groups=groups), 80.0)
         value = 80 * np.log(2 * path.loss) + path.k * (2 * np.log(20) + 2 * 2)
-        assert int(np.argmin(value)) in places
+        assert int(np.argmin(value)) in indices
 
     def test_the_largest_size_that_loses_at_most_half_a_standard_error(self) -> None:
         path = path_of(*data(3), range(5))

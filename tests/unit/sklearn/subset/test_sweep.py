@@ -68,7 +68,7 @@ def test_what_enters_is_what_gains_most_by_any_exchange(dependent: bool) -> None
 
 
 @pytest.mark.parametrize("groups", [None, [[0, 3], [1], [2, 4, 5], [6], [7, 8]]])
-def test_gains_alone_are_those_of_what_is_left_of_y(groups: Any) -> None:
+def test_gains_alone_are_those_of_the_residual(groups: Any) -> None:
     x, y = data(11)
     indices = None if groups is None else [np.array(g) for g in groups]
     problem = SquaresProblem(Design(x), y[:, None], groups=indices)

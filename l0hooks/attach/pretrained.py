@@ -1,0 +1,82 @@
+"""``save_pretrained`` of gated models of transformers: what it writes, ``from_pretrained`` can load."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+import warnings
+from typing import Any
+
+from torch import nn
+
+from l0hooks._torch.tensors import is_meta, is_sharded
+from l0hooks.attach.copies import folded_weights
+from l0hooks.attach.gated_weight import iter_sites
+from l0hooks.errors import explain
+
+_METHOD = "save_pretrained"
+
+
+class SavesBoth:
+    """In place of a gated model's ``save_pretrained``: writes the gated weights, and beside them the plain ones.
+
+    Without the plain ones ``from_pretrained`` would begin with new weights. They are the products with the test-time
+    gates. Loaded into a gated model, as a trainer does when it resumes, the gated ones count.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+        With gates.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Write as the model's class does."""
+        method = inspect.getattr_static(type(self.model), _METHOD)
+        bound = inspect.signature(method).bind(self.model, *args, **kwargs)
+        sites = list(iter_sites(self.model))
+        if any(is_sharded(site.weight) or is_meta(site.weight) for site in sites):
+            message = explain(
+                _METHOD,
+                "from_pretrained needs the plain weights beside the gated ones.",
+                got="weights that are spread over processes: the gated ones alone are written",
+                hint="l0hooks.prune, then save_pretrained of the result",
+            )
+            warnings.warn(message, stacklevel=2)
+        elif sites:
+            given = bound.arguments.get("state_dict")
+            state = dict(self.model.state_dict() if given is None else given)
+            folded = folded_weights(sites)
+            for name in [name for name in state if ".parametrizations." in f".{name}"]:
+                state[name] = state[name].clone()  # tied ones several times: files hold no shared memory
+            for site in sites:
+                state[site.name] = folded[id(site.weight)].clone()
+            bound.arguments["state_dict"] = state
+        return method(*bound.args, **bound.kwargs)
+
+    def remove(self) -> None:
+        """Give the model its own method back."""
+        vars(self.model).pop(_METHOD, None)
+
+
+def save_both(model: nn.Module) -> list[SavesBoth]:
+    """Let all models of transformers within ``model`` that hold gates write plain weights, too, **in place**."""
+    base: Any = getattr(sys.modules.get("transformers.modeling_utils"), "PreTrainedModel", None)
+    if base is None:
+        return []
+    found = []
+    for module in model.modules():
+        if isinstance(module, base) and next(iter_sites(module), None) is not None and _METHOD not in vars(module):
+            found.append(SavesBoth(module))
+            vars(module)[_METHOD] = found[-1]
+    return found
+
+
+def plain_method(model: nn.Module) -> None:
+    """Take away what :func:`save_both` has put into ``model``, **in place**."""
+    for module in model.modules():
+        method = vars(module).get(_METHOD)
+        if isinstance(method, SavesBoth):
+            del vars(module)[_METHOD]

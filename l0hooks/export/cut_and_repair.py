@@ -1,0 +1,68 @@
+"""Cut modules, and repair the sizes that their attributes hold by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol
+
+from torch import nn
+
+from l0hooks._torch.running import refresh
+from l0hooks.export.outputs import outputs_of
+from l0hooks.export.repairs import Change, changed, repairs, repairs_in_order
+from l0hooks.structure import ChannelGroup
+from l0hooks.structure.cut_modules import Bools, Cut, apply_cuts
+
+
+class Reference(Protocol):
+    """What a module must compute, on which inputs."""
+
+    @property
+    def inputs(self) -> Sequence[tuple[Any, ...]]: ...
+
+    def wrong(self, model: nn.Module, *, folded: bool = False) -> str:
+        """What is wrong with the outputs of ``model``, empty if nothing is."""
+
+
+def cut_and_repair(
+    model: nn.Module,
+    cuts: Sequence[Cut],
+    groups: Sequence[tuple[ChannelGroup, Bools]],
+    reference: Reference,
+    *,
+    folded: bool = False,
+) -> str:
+    """Cut the modules of ``model`` **in place** and repair attributes; what is still wrong, empty if nothing is.
+
+    Parameters
+    ----------
+    model : nn.Module
+    cuts : sequence of Cut
+    groups : sequence of (ChannelGroup, bool array)
+        What ``cuts`` were planned for.
+    reference : Reference
+    folded : bool
+        Whether constants were added to weights of ``model``, which rounds them.
+    """
+    apply_cuts(model, cuts)
+    refresh(model)  # what it keeps in evaluation has the old sizes
+    wrong = reference.wrong(model, folded=folded)
+    if not wrong:
+        return ""
+    for changes in _candidates(model, groups, cuts, reference):
+        with changed(changes) as keep:
+            if not reference.wrong(model, folded=folded):
+                keep()
+                return ""
+    return wrong
+
+
+def _candidates(
+    model: nn.Module, groups: Sequence[tuple[ChannelGroup, Bools]], cuts: Sequence[Cut], reference: Reference
+) -> Iterator[list[Change]]:
+    """Changes to try, all with ``model`` as it was."""
+    yield from repairs(model, groups, cuts)
+    for fewest in (True, False):
+        found = repairs_in_order(model, groups, cuts, lambda: outputs_of(model, reference.inputs[:1]), fewest=fewest)
+        if found:
+            yield found

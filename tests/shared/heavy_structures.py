@@ -1,0 +1,28 @@
+"""Which structures of the zoo are left to the slow tests."""
+
+from __future__ import annotations
+
+import pytest
+from parameters import OLDEST
+
+# Each takes seconds, and others of its kind do not: HFGPT2 of transformers; MultiQuery, ZeroBias and
+# InPlace of those that are cut as graphs. ``.ci/run`` runs them on the oldest torch, too.
+HEAVY = {
+    *("C2f", "ComplexRotation", "CrossAttention", "OneMaskForAllHeads", "PlainAttention", "RotaryAttention"),
+    *("TransformerEncoder", "ViT", "VGGWithView", "HFBertEager", "HFBertSdpa", "HFConvNeXt", "HFDistilBert", "HFLlama"),
+    *("HFMobileNetV2", "HFResNet", "HFSwin", "HFT5"),
+}
+GATED_BY_LAYER = {"bert", "gpt2", "llama", "vit"}  # those that take seconds to cut; one of their cuts is fast
+
+
+def mark_heavy(items: list[pytest.Item]) -> None:
+    """Mark the tests of heavy structures."""
+    for item in items:
+        callspec = vars(item).get("callspec")  # of tests with parameters alone
+        if callspec is None or item.path.parent.name != "zoo" or item.get_closest_marker("slow"):
+            continue
+        name, case = callspec.params.get("name"), callspec.params.get("case")
+        is_cut = case is not None and "closed_channels_are_cut_out" in item.name
+        if name in HEAVY or (is_cut and case[0] in GATED_BY_LAYER and case != ("gpt2", "input")):
+            for mark in OLDEST:
+                item.add_marker(mark)
