@@ -419,7 +419,10 @@ def test_a_stop_in_swaps_or_greedy_still_gives_k():
 SCRIPT = """
 import json, os, signal, sys
 import numpy as np
+import torch
 from l0hooks.calibration import Calibrator
+
+torch.set_num_threads(1)  # a fork has none of the threads that its parent waits for
 
 def fit(path=None, die=0):
     rng = np.random.default_rng(0)
@@ -455,7 +458,7 @@ def test_a_killed_fit_goes_on_where_it_was(kills, tmp_path):
     weights, rows, steps = scope["fit"]()
     path = tmp_path / "fit.ckpt"
     command = [sys.executable, "-c", SCRIPT + KILLED, str(path), *map(str, kills)]
-    ended = subprocess.run(command, capture_output=True, text=True, check=True)
+    ended = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300)
     assert ended.stdout.split() == [f"{-signal.SIGKILL}"] * len(kills), ended.stderr
     again = scope["fit"](path)
     assert again[0] == weights  # to the bit
