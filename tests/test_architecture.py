@@ -29,7 +29,7 @@ IMPORTS: dict[str, set[str]] = {
     "attach": MODELS,
     "plots": ATTACHED,
     "export": {*ATTACHED, "_files"},
-    "training": {*TRAINED, "_files"} - {"training"},
+    "training": {*TRAINED, "export", "_files"} - {"training"},
     "select": TRAINED,
     "calibration": {*TRAINED, "_files"},
     "integrations": {*TRAINED, "export"},

@@ -113,3 +113,26 @@ def _bytes_spanned(tensor: Tensor) -> int:
 def start_values(like: Tensor, start: float, device: torch.device) -> nn.Parameter:
     """A parameter of the shape of ``like`` that holds ``start`` everywhere."""
     return nn.Parameter(torch.full_like(like, start, device=device), requires_grad=like.requires_grad)
+
+
+def replace_data(parameter: Tensor, data: Tensor, grad: Tensor | None = None) -> None:
+    """Give a parameter or buffer data of another shape, **in place**, and a gradient for it.
+
+    Graphs of earlier forwards may live on, and torch would use their accumulator again, which expects the old shape. It
+    lets go of it when the dtype changes.
+
+    Examples
+    --------
+    >>> weight = nn.Parameter(torch.ones(3))
+    >>> loss = weight.sum()
+    >>> replace_data(weight, torch.ones(2))
+    >>> weight.sum().backward()
+    >>> weight.grad
+    tensor([1., 1.])
+    """
+    parameter.grad = None
+    other = torch.float16 if data.dtype != torch.float16 else torch.float32
+    if data.is_floating_point():
+        parameter.data = torch.empty(0, dtype=other, device=data.device)
+    parameter.data = data
+    parameter.grad = grad

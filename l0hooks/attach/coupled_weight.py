@@ -72,14 +72,24 @@ class CoupledWeight(Gating):
         self.coupled = nn.ModuleList(members.values())
         self.example_noise = example_noise
         self.call = RunningCall()
-        self._index, self.axis = _index_of(plan, self.numbers, name)
         self._traversal = Traversal()
+        self._index, self.axis = _index_of(plan, self.numbers, name)
         self.shape = tuple(shape)
         self._view = tuple(-1 if d == self.axis else 1 for d in range(len(shape)))
-        device = next(iter(members.values())).log_alpha.device
-        count = len(next(iter(members.values())).log_alpha)
-        whole = len(members) == 1 and np.array_equal(self._index, 1 + np.arange(count))
-        self.register_buffer("index", None if whole else torch.from_numpy(self._index).to(device), persistent=False)
+        self.register_buffer("index", self._index_on(next(iter(members.values())).log_alpha.device), persistent=False)
+
+    def follow(self, plan: CoupledPlan, shape: tuple[int, ...]) -> None:
+        """Take the plan of a model that was cut, and the weight's new shape; the gates were cut before."""
+        self.plan, self.shape = plan, tuple(shape)
+        self._index, _ = _index_of(plan, self.numbers, self.name)
+        self.index = self._index_on(self.gates[0].log_alpha.device)
+        self.kept.drop()
+
+    def _index_on(self, device: torch.device) -> Tensor | None:
+        """Where each channel's gate stands; None where one group's gates lie in order."""
+        count = self.plan.groups[self.numbers[0]].size
+        whole = len(self.numbers) == 1 and np.array_equal(self._index, 1 + np.arange(count))
+        return None if whole else torch.from_numpy(self._index).to(device)
 
     def factor(self, values: Sequence[Tensor], rest: float = 1.0) -> Tensor:
         return self._assemble(values, rest).view(self._view)

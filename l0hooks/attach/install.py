@@ -23,6 +23,7 @@ from l0hooks._torch.tensors import same_tensor
 from l0hooks.attach.gated_weight import Gating, Site
 from l0hooks.attach.pickling import make_picklable
 from l0hooks.gates.gate import iter_gates
+from l0hooks.gates.registry import rules_over
 from l0hooks.gates.saved_state import check_checkpoint
 
 
@@ -81,6 +82,8 @@ def refuse_other_budgets(module: nn.Module, state_dict: dict[str, Any], prefix: 
     """Check all gates below ``module`` before anything of a checkpoint is loaded: each must be of the same budget."""
     for name, gate in iter_gates(module):
         check_checkpoint(gate, state_dict, f"{prefix}{name}.")
+    for rule in rules_over(gate for _, gate in iter_gates(module)):
+        rule.before_load(module, state_dict, prefix)
 
 
 def settle_gates(module: nn.Module, _: object) -> None:

@@ -96,7 +96,8 @@ class Summary:
         Multiply-adds of all layers for one example, those without gates as well: what a budget in ``"macs"`` counts.
         None unless example inputs were given to ``summary``.
     budgets : tuple of Progress
-        Step, size and target of every budget. Printed while its target is not reached.
+        Step, size and target of every budget, and the parameters that were cut while training. Printed while its
+        target is not reached.
 
     Examples
     --------
@@ -221,6 +222,9 @@ class Summary:
         if self.exported_parameters is not None:
             zeros = f", and {self.exported_zeros:,} zeros, which training changes" if self.exported_zeros else ""
             lines.append(f"exported: {self.exported_parameters:,} parameters{zeros}")
+        cut = sum(one.cut for one in self.budgets)
+        if cut:
+            lines.append(f"cut while training: {cut:,} parameters, which are not counted above")
         lines += [f"budget not reached: {one}" for one in self.budgets if one.missed]
         if self.ungated:
             lines.append("not gated: " + ", ".join(self.ungated))

@@ -21,6 +21,7 @@ from l0hooks.gates.protocols import Rule
 from l0hooks.gates.random import Stream
 from l0hooks.gates.registry import register
 from l0hooks.gates.sampling import sampled
+from l0hooks.gates.selected_stream import SelectedStream
 
 
 class Gate(LogOdds):
@@ -110,20 +111,19 @@ class Gate(LogOdds):
 
     def noise(self, examples: int | None = None) -> Tensor:
         """Uniform noise of the running forward, in fresh memory: shape of ``log_alpha``, ``examples`` before it."""
-        return self.noise_source.uniform(self._like(examples))
+        noise = self.noise_source.uniform(self._like(examples))
+        return noise if self.positions is None else noise.index_select(-1, self.positions)
 
     def stream(self, examples: int | None = None) -> Stream:
         """The same noise as :meth:`noise`, to be drawn in pieces."""
-        return self.noise_source.stream(self._like(examples))
+        every = self.noise_source.stream(self._like(examples))
+        return every if self.positions is None else SelectedStream(every, self.drawn, self.positions)
 
     @property
     def shared(self) -> dict[object, Any] | None:
         """What the running forward computes once for several places; None outside every forward."""
         source = self.noise_source.source
         return None if source.owner is None else source.shared
-
-    def _like(self, examples: int | None) -> Tensor:
-        return self.log_alpha if examples is None else self.log_alpha.new_empty((examples, *self.log_alpha.shape))
 
     def sample(self, examples: int | None = None) -> Tensor:
         """Gates with the noise of the running forward, differentiable; for each example if ``examples`` is given.
@@ -133,7 +133,7 @@ class Gate(LogOdds):
         if self.rule is not None and self.rule.finished:
             held = self.final() + 0 * self.log_alpha  # distributed training wants to see every parameter used
             return held if examples is None else held.expand(examples, *held.shape)
-        if self.constants is not None and not is_traced():
+        if self.constants is not None and self.positions is None and not is_traced():
             return sampled(self.log_alpha, self.stream(examples), self.constants, examples)
         return self.family.sample(self.log_alpha, self.noise(examples), self.temperature)
 

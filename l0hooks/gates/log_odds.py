@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from l0hooks._torch.memory import pieces
 from l0hooks._torch.modules import Traversal
-from l0hooks._torch.tensors import is_meta, start_values, whole
+from l0hooks._torch.tensors import is_meta, replace_data, start_values, whole
 from l0hooks.errors import InvalidValueError, explain, near_names
 from l0hooks.gates.constants import GAMMA, ZETA, Constants, check_constants
 from l0hooks.gates.families import Family, FamilyName, HardConcreteFamily, initial_log_alpha, make_family
@@ -40,6 +40,8 @@ class LogOdds(nn.Module):
     ----------
     constants : Constants or None
         β, γ and ζ, if the gates are Hard Concrete: then fused functions sample them.
+    positions : Tensor, int64, shape (gates left,), or None
+        Once gates were dropped while training: the places that those left had among all ``drawn``.
 
     Raises
     ------
@@ -50,6 +52,7 @@ class LogOdds(nn.Module):
     log_alpha: nn.Parameter
     multipliers: nn.Parameter | None
     constants: Constants | None
+    positions: Tensor | None
 
     def __init__(
         self,
@@ -73,6 +76,8 @@ class LogOdds(nn.Module):
         self.estimator = check_estimator_name(estimator)
         self.log_alpha = nn.Parameter(torch.full(size, self.start, dtype=torch.float32, device=device))
         self.register_parameter("multipliers", None)
+        self.register_buffer("positions", None)
+        self.drawn = self.log_alpha.numel()
         self._traversal = Traversal()
 
     @property
@@ -121,6 +126,24 @@ class LogOdds(nn.Module):
         if self.estimator == "paper":
             stays &= self.family.paper(log_alpha, self.temperature) > 0
         return stays
+
+    def _like(self, examples: int | None) -> Tensor:
+        """An array for the noise of one forward: of all gates that there were, ``examples`` before them."""
+        if examples is None and self.positions is None:
+            return self.log_alpha
+        shape = self.log_alpha.shape if self.positions is None else (self.drawn,)
+        return self.log_alpha.new_empty(shape if examples is None else (examples, *shape))
+
+    @torch.no_grad()
+    def drop(self, stay: Tensor) -> None:
+        """Keep only the gates at ``stay`` (int64, of an array of one axis), **in place**; the parameter stays the same.
+
+        They draw the noise that they would have drawn among all.
+        """
+        before = torch.arange(self.drawn, device=stay.device) if self.positions is None else self.positions
+        self.positions = before[stay]
+        grad = None if self.log_alpha.grad is None else self.log_alpha.grad[stay]
+        replace_data(self.log_alpha, self.log_alpha.detach()[stay], grad)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         def keep_dtype(tensor: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import gc
 import operator
 import warnings
 import weakref
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -110,6 +110,12 @@ def _same_objects(a: list[Tensor], b: list[Tensor]) -> bool:
 
 _warned: weakref.WeakSet[Rule] = weakref.WeakSet()
 _holdings: weakref.WeakKeyDictionary[torch.optim.Optimizer, _Holding] = weakref.WeakKeyDictionary()
+
+
+def optimizers_of(parameters: Iterable[nn.Parameter]) -> list[torch.optim.Optimizer]:
+    """The optimisers that have taken a step and hold one of ``parameters``."""
+    wanted = set(map(id, parameters))
+    return [one for one in list(_holdings) if any(id(p) in wanted for g in one.param_groups for p in g["params"])]
 
 
 def _holding(optimizer: torch.optim.Optimizer) -> _Holding:

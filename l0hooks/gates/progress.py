@@ -21,6 +21,8 @@ class Progress:
         What sizes count.
     kept, target, whole : float
         The size that evaluation keeps now, the size to reach, and the size with all gates open.
+    cut : int
+        Parameters that were cut out of the model while it trained.
 
     Examples
     --------
@@ -34,6 +36,7 @@ class Progress:
     kept: float
     target: float
     whole: float
+    cut: int = 0
 
     @property
     def missed(self) -> bool:

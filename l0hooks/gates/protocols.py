@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 
@@ -52,6 +52,10 @@ class Rule(Protocol):
 
     def resume(self, *state: float) -> None:
         """Go on from there."""
+        ...
+
+    def before_load(self, module: nn.Module, checkpoint: Mapping[str, Any], prefix: str) -> None:
+        """A checkpoint is about to be loaded into ``module``, whose names in it begin with ``prefix``."""
         ...
 
     def takes(self, *state: float) -> bool:

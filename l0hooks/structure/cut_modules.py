@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from operator import attrgetter
 
 import numpy as np
@@ -50,6 +50,33 @@ def plan_cuts(groups: Iterable[tuple[ChannelGroup, Bools]]) -> list[Cut]:
         if kept:
             cuts.append(Cut(names, shape, kept))
     return cuts
+
+
+def groups_left(groups: Sequence[tuple[ChannelGroup, Bools]]) -> list[ChannelGroup]:
+    """The groups as they are once :func:`plan_cuts` of them was applied: shapes and positions of what stays.
+
+    Examples
+    --------
+    >>> from l0hooks import channel_groups
+    >>> model = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 1))
+    >>> (group,) = channel_groups(model, (torch.ones(1, 2),))
+    >>> (left,) = groups_left([(group, np.array([True, False, True]))])
+    >>> left.size, left.first.shape, left.first.indices.tolist()
+    (2, (2, 2), [[0], [1]])
+    """
+    kept = {name: dict(cut.kept) for cut in plan_cuts(groups) for name in cut.names}
+    found = []
+    for group, stays in groups:
+        sites = []
+        for site in group.sites:
+            along = kept.get(site.names[0], {})
+            shape = tuple(len(along.get(axis, range(n))) for axis, n in enumerate(site.shape))
+            indices = site.indices[stays]
+            if site.axis in along:
+                indices = np.searchsorted(along[site.axis], indices)
+            sites.append(replace(site, shape=shape, indices=indices))
+        found.append(replace(group, size=int(stays.sum()), sites=tuple(sites)))
+    return found
 
 
 def composed(first: Sequence[Cut], second: Sequence[Cut]) -> list[Cut]:

@@ -15,6 +15,7 @@ from l0hooks.errors import SpecError, StateError, explain
 from l0hooks.training.budget import Budget, invalid_budget
 from l0hooks.training.budget_rule import BudgetRule
 from l0hooks.training.cost import Size, size_of
+from l0hooks.training.cutting import Cutter
 from l0hooks.training.lagrangian import LagrangianRule
 from l0hooks.training.start_scores import check_scores, start_scores
 
@@ -36,7 +37,7 @@ def set_budget(
         One for all gates together, counting the whole model. With a mapping each counts its own part: the gates of
         the modules that the pattern matches (the first that does), and the tensors that they remove from.
     example_inputs : sequence, optional
-        Positional arguments of ``model``, for budgets of multiply-adds.
+        Positional arguments of ``model``, for budgets of multiply-adds or with ``cut_every``.
     scores : mapping from the name of a gate to Tensor, >= 0, shape of the gate, optional
         What closing each gate would cost, from :func:`l0hooks.score`. The gates start from it, divided by what a gate's
         removal saves in the budget's unit, in place of the size of the weights behind them.
@@ -52,8 +53,9 @@ def set_budget(
     StateError
         If there are no gates without a budget.
     SpecError
-        If a pattern matches no gate, multiply-adds are asked for without example inputs, or ``scores`` lack a gate that
-        multiplies weights or have another shape.
+        If a pattern matches no gate, multiply-adds or ``cut_every`` are asked for without example inputs, there are
+        gates of single layers beside ``cut_every``, or ``scores`` lack a gate that multiplies weights or have another
+        shape.
     InvalidValueError
         If a size cannot be reached, the message has the smallest that can; if scores are negative or not finite.
 
@@ -76,6 +78,7 @@ def set_budget(
     weights = tuple(weakref.ref(p) for p in model.parameters() if id(p) not in own)
     rules: list[BudgetRule] = []
     starts: list[list[Tensor | None]] = []
+    cutter = _cutter(model, every, budget, example_inputs)
     given = None if scores is None else check_scores(model, free, scores)
     for part, one_budget in _parts(model, free, budget):
         size = size_of(model, part, every, one_budget.unit, example_inputs, whole=not isinstance(budget, Mapping))
@@ -87,6 +90,7 @@ def set_budget(
     try:
         for rule, start in zip(rules, starts, strict=True):
             _begin(rule, start, weights)
+            rule.cutter = None if rule.budget.cut_every is None else cutter
     except BaseException:  # the user may interrupt
         for gate, log_alpha, limits in before:
             gate.rule, gate.multipliers, gate.limits = None, None, limits
@@ -94,6 +98,28 @@ def set_budget(
             gate.log_alpha.detach().copy_(log_alpha)
         raise
     return rules
+
+
+def _cutter(
+    model: nn.Module,
+    every: Sequence[Gated],
+    budget: Budget | Mapping[Pattern, Budget],
+    example_inputs: Sequence[Any] | None,
+) -> Cutter | None:
+    """What cuts the model while it trains, if a budget wants that and it can be done."""
+    if all(one.cut_every is None for one in ([budget] if isinstance(budget, Budget) else budget.values())):
+        return None
+    others = [one.name for one in every if one.coupled is None]
+    if others or example_inputs is None:
+        raise SpecError(
+            explain(
+                "Budget(cut_every=...)",
+                "only members of coupled groups are cut while training, and what is left is compared on examples.",
+                expected='granularity "coupled" alone, and example_inputs',
+                got=f"other gates on {others[0]!r}" if others else "no example_inputs",
+            )
+        )
+    return Cutter(model, example_inputs)
 
 
 def _begin(rule: BudgetRule, start: list[Tensor | None], weights: tuple[weakref.ref[nn.Parameter], ...]) -> None:

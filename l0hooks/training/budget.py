@@ -43,6 +43,10 @@ class Budget:
         How much a gate's start depends on the weights behind it: its log-odds are raised by ``prior`` for every
         standard deviation that the logarithm of their size lies above the mean; the expected size stays the same.
         With scores (:func:`l0hooks.set_budget`), that of the score in place of the size. 0: all start alike.
+    cut_every : int, >= 1, optional
+        Every so many steps, and when the support is fixed, cut the members of coupled groups that are closed for good
+        out of the model, in place: training gets cheaper as the model gets smaller. Closed for good is, from then on,
+        whatever fewer than one draw in 1,000 opens.
     automatic : bool
         Count steps of the optimiser; else those of :meth:`~l0hooks.training.BudgetRule.advance`.
     method : "shift" or "lagrangian"
@@ -83,6 +87,7 @@ class Budget:
     schedule: ScheduleName | MakeSchedule = "cubic"
     min_keep: int = 1
     prior: float = 1.0
+    cut_every: int | None = None
     automatic: bool = True
     method: Method = "shift"
     constraint: Constraint | None = None
@@ -104,6 +109,10 @@ class Budget:
             raise invalid_budget("min_keep must not be negative.", self.min_keep, "an integer >= 0")
         if not 0 <= self.prior < np.inf:
             raise invalid_budget("prior must not be negative.", self.prior, "a number >= 0")
+        if self.cut_every is not None and (type(self.cut_every) is not int or self.cut_every < 1):
+            raise invalid_budget("cut_every must be a number of steps.", self.cut_every, "a positive integer")
+        if self.cut_every is not None and self.method == "lagrangian":
+            raise invalid_budget("multipliers may open any gate again.", "cut_every", hint='method="shift"')
         if not callable(self.schedule) and self.schedule not in NAMED:
             raise invalid_budget(
                 "the schedule must be known.", repr(self.schedule), hint=near_names(str(self.schedule), NAMED)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, get_args
 
 import numpy as np
@@ -19,7 +19,9 @@ from l0hooks.gates.progress import Progress
 from l0hooks.gates.protocols import OptimizedGate
 from l0hooks.schedules import NAMED, Schedule
 from l0hooks.training.budget import Budget, Method, invalid_budget
+from l0hooks.training.closing import ClosedGates
 from l0hooks.training.cost import Size
+from l0hooks.training.cutting import MUST, Cutter, warn_uncut
 from l0hooks.training.fitting_support import FittingSupport, choose_at_once
 from l0hooks.training.shared_shift import SharedShift
 
@@ -44,6 +46,8 @@ class BudgetRule:
         Whether the schedule has ended and the support is fixed.
     limits : (float, float) or None
         For the log-odds, wider than a gate's own: a common shift must not press its gates together at an end.
+    cutter : Cutter or None
+        With ``cut_every``: what cuts the model that the budget was set for. A copy has none.
 
     Raises
     ------
@@ -72,19 +76,20 @@ class BudgetRule:
                     hint="model.to_empty(device=...) and load_state_dict, then l0hooks.set_budget(model, Budget(...))",
                 )
             )
-        self.budget = budget
-        self.automatic = budget.automatic
+        self.budget, self.automatic = budget, budget.automatic
         self.weights: tuple[weakref.ref[nn.Parameter], ...] = ()
         self.gates = tuple(gates)
-        self.size = size
-        self.step = 0
+        self.size, self.step = size, 0
         self._shift = SharedShift(self.gates, size)
-        self._support = FittingSupport(self.gates, size, budget.min_keep)
+        self._closed = None if budget.cut_every is None else ClosedGates(self.gates, size, budget.min_keep)
+        self.cutter: Cutter | None = None
+        self._support = FittingSupport(self.gates, size, budget.min_keep, self._closed)
         self.start = self.expected()
         self.target = budget.target(size.whole)
         self._schedule = self._make_schedule()
         self._least = size.of(size.least(budget.min_keep))
         self._moved: set[int] = set()  # the gates that this step has moved, by number
+        self._stays_whole = False  # the model cannot be cut, which was said
         _ = self.scheduled  # refuses a schedule whose first value is not finite
 
     def _make_schedule(self) -> Schedule:
@@ -122,7 +127,8 @@ class BudgetRule:
         """How far the schedule has come, and the size that evaluation keeps now."""
         kept = np.array([gate.kept() for gate in self.gates], np.float64)
         sizes = {"kept": self.size.of(kept), "target": self.target, "whole": self.size.whole}
-        return Progress(step=self.step, steps=self.budget.steps, unit=self.budget.unit, **sizes)
+        cut = 0 if self.cutter is None else self.cutter.parameters_cut
+        return Progress(step=self.step, steps=self.budget.steps, unit=self.budget.unit, cut=cut, **sizes)
 
     # --- training --------------------------------------------------------------------------------------------------
 
@@ -160,6 +166,8 @@ class BudgetRule:
             return
         self.step += 1
         self._settle()
+        if self._closed is not None:
+            self._close_and_cut(self._closed)
         # sharded gates are gathered one by one within a forward, perhaps in lower precision: choose the support now
         if self.finished or self._support.is_sharded():
             self.refresh()
@@ -168,9 +176,26 @@ class BudgetRule:
         """Fix the support at the target, as if the schedule had ended."""
         if self.finished:
             return
-        self.step = math.ceil(self.budget.steps)
-        self._settle()
-        self.refresh()
+        self.step = math.ceil(self.budget.steps) - 1
+        self.advance()
+
+    def _close_and_cut(self, closed: ClosedGates) -> None:
+        """Hold what is closed for good; now and then close more, and cut it."""
+        closed.hold()
+        if self.finished:
+            self.refresh()
+            closed.close([~gate.support() for gate in self.gates])
+        elif self.step % (self.budget.cut_every or 1) == 0:
+            closed.close_seldom_open()
+        else:
+            return
+        if not self._stays_whole:
+            why = "a copy, which does not know the model that it belongs to"
+            if self.cutter is not None:
+                why = self.cutter.cut(self.gates, closed.masks, all_of_them=self.finished)
+            self._stays_whole = bool(why)
+            if why:
+                warn_uncut(why)
 
     def _settle(self) -> None:
         """Bring the gates to the size that the schedule asks for."""
@@ -195,7 +220,8 @@ class BudgetRule:
         self._schedule = self._make_schedule()
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_schedule": None, "weights": ()}  # no lambda in a pickle, no weights of another model
+        # no lambda in a pickle, and nothing of another model
+        return self.__dict__ | {"_schedule": None, "weights": (), "cutter": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -218,17 +244,17 @@ class BudgetRule:
         budget = self.budget
         schedule = _SCHEDULES.index(budget.schedule) if isinstance(budget.schedule, str) else -1
         words = (_UNITS.index(budget.unit), _METHODS.index(budget.method), int(budget.constraint == "equality"))
-        return budget.steps, self.target, self.size.whole, *words, schedule, budget.min_keep
+        return budget.steps, self.target, self.size.whole, *words, schedule, budget.min_keep, budget.cut_every or 0
 
     def describe(self, identity: Sequence[float]) -> str:
         """The budget that :meth:`identity` is of, in words."""
         steps, target, whole = identity[:3]
-        unit, method, equality, schedule, least = map(int, identity[3:])
+        unit, method, equality, schedule, least, cut = map(int, identity[3:])
         names = [*_SCHEDULES, "another"]
         return (
             f"{target:,.6g} of {whole:,.6g} {_UNITS[unit % len(_UNITS)]} in {steps:g} steps, "
             f"schedule {names[schedule % len(names)]}, method {_METHODS[method % len(_METHODS)]}"
-            f"{' with equality' if equality else ''}, min_keep {least}"
+            f"{' with equality' if equality else ''}, min_keep {least}{f', cut_every {cut}' if cut else ''}"
         )
 
     def resume(self, *state: float) -> None:
@@ -237,6 +263,19 @@ class BudgetRule:
         self._schedule = self._make_schedule()
         self._moved.clear()
         self._shift.restart(state[2])
+        if self._closed is not None:
+            self._closed.restart()
+
+    def before_load(self, module: nn.Module, checkpoint: Mapping[str, Any], prefix: str) -> None:
+        """Cut the model as it was cut when the checkpoint was written."""
+        if self.cutter is None or self._closed is None or not self.cutter.is_of(module):
+            return
+        gone = self.cutter.gone_in(self.gates, checkpoint, prefix)
+        if any(bool(mask.any()) for mask in gone):
+            self._closed.close(gone)
+            why = self.cutter.cut(self.gates, self._closed.masks, all_of_them=True)
+            if why:
+                raise StateError(explain("load_state_dict", MUST, got=why))
 
     # --- the support -----------------------------------------------------------------------------------------------
 

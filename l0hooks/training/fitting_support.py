@@ -11,6 +11,7 @@ from torch import Tensor
 from l0hooks._torch.tensors import is_sharded, version, whole
 from l0hooks.gates.gate import Gate
 from l0hooks.gates.optimizer_hooks import steps_taken
+from l0hooks.training.closing import ClosedGates
 from l0hooks.training.cost import Size, fitting
 
 
@@ -24,12 +25,15 @@ class FittingSupport:
         By the numbers of gates that stay in each array.
     min_keep : int, >= 0
         How many of each array stay at the least.
+    closed : ClosedGates, optional
+        Gates that never stay.
     """
 
-    def __init__(self, gates: Sequence[Gate], size: Size, min_keep: int) -> None:
+    def __init__(self, gates: Sequence[Gate], size: Size, min_keep: int, closed: ClosedGates | None = None) -> None:
         self._gates = gates
         self._size = size
         self._min_keep = min_keep
+        self._closed = closed
         self._key: tuple[object, ...] = ()
         self._sharded = False
 
@@ -72,8 +76,10 @@ class FittingSupport:
         for part, n in zip(torch.split(rank, [len(a) for a in arrays]), least, strict=True):
             part[_first_largest(part, int(n))] = torch.inf
         order = rank.argsort(descending=True, stable=True).cpu().numpy()
-        array_of = np.repeat(np.arange(len(arrays)), self._size.counts)[order]
         stays = np.zeros(len(order), np.bool_)
+        if self._closed is not None:
+            order = order[~torch.cat([mask.flatten().cpu() for mask in self._closed.masks]).numpy()[order]]
+        array_of = np.repeat(np.arange(len(arrays)), [len(a) for a in arrays])[order]
         stays[order[fitting(self._size, array_of, allowed)]] = True
         masks = torch.split(torch.from_numpy(stays), [len(a) for a in arrays])
         return [m.view(g.log_alpha.shape).to(g.log_alpha.device) for m, g in zip(masks, self._gates, strict=True)]
