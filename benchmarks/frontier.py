@@ -3,11 +3,12 @@
 pip install "l0hooks[dev]" "l0-python==0.6.2" && pip install --no-deps "torch-pruning==1.6.*"
 python -m benchmarks.frontier --seeds 5 --json frontier.json --plot frontier.png       # one thread, most of an hour
 python -m benchmarks.frontier --tasks digits --kinds weights --targets 0.9 --seeds 1   # a look
+python -m benchmarks.frontier --tasks lenet300 lenet5 --targets 0.9 0.95 0.98          # Fashion-MNIST, hours
 
-Weights: l0hooks with a budget; l0hooks with a penalty; l0-python's layers; global magnitude with the cubic schedule
-of Zhu & Gupta. Channels: l0hooks with a budget of parameters; Torch-Pruning with magnitude and Taylor importance. The
-size is reached in 70 % of the steps, then weights alone train. Methods with a penalty have no target: of
-their strengths the one counts, seed by seed, that is as sparse and no sparser than it has to be.
+Weights: l0hooks by `recipe`; l0hooks with a penalty; l0-python's layers; global magnitude with the cubic schedule of
+Zhu & Gupta. Channels: l0hooks by `recipe`; Torch-Pruning with magnitude and Taylor importance. The size is reached in
+70 % of the steps, then weights alone train. Methods with a penalty have no target: of their strengths the one counts,
+seed by seed, that is as sparse and no sparser than it has to be.
 """
 
 from __future__ import annotations
@@ -20,80 +21,20 @@ import math
 import statistics
 import time
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from sklearn.datasets import load_digits, make_classification
-from sklearn.model_selection import train_test_split
 from torch import nn
 
 import l0hooks
-from examples.retrofit_digits import make_model
+from benchmarks.frontier_tasks import NAMES, Task, step
 from l0hooks import schedules
+from l0hooks.training import recipe
 
-HOLD = 0.3  # of the steps, after the size is reached
 TARGETS = (0.5, 0.8, 0.9, 0.95, 0.98)
 STRENGTHS = (0.5, 2, 8, 24, 64, 200)  # of penalties, over the number of gates
-
-
-class Task:
-    """Data, a dense network that has learned it, and one way to train it further."""
-
-    def __init__(self, name, seed, quick):
-        self.name, self.seed = name, seed
-        torch.manual_seed(seed)
-        if name == "digits":
-            x, y = load_digits(return_X_y=True)
-            x = torch.tensor(x, dtype=torch.float32).reshape(-1, 1, 8, 8) / 16
-            model, dense, self.epochs, self.batch, test = make_model(), 12, 30, 64, 0.3
-        else:
-            x, y = make_classification(
-                12_000, 200, n_informative=40, n_redundant=40, n_classes=10, n_clusters_per_class=4, class_sep=2,
-                flip_y=0.01, random_state=seed,
-            )  # fmt: skip
-            x = torch.tensor((x - x.mean(0)) / x.std(0), dtype=torch.float32)
-            model = nn.Sequential(nn.Linear(200, 400), nn.ReLU(), nn.Linear(400, 200), nn.ReLU(), nn.Linear(200, 10))
-            dense, self.epochs, self.batch, test = 8, 20, 128, 0.3
-        y = torch.tensor(y)
-        self.x, self.test_x, self.y, self.test_y = train_test_split(x, y, test_size=test, stratify=y, random_state=seed)
-        if quick:
-            dense, self.epochs = 2, 3
-        self.steps = self.epochs * math.ceil(len(self.x) / self.batch)
-        self.change = int((1 - HOLD) * self.steps)  # steps in which the size may change
-        optimizer = torch.optim.Adam(model.parameters(), 1e-3)
-        for x, y in self.batches(dense):
-            step(model, optimizer, x, y)
-        self.dense = model
-
-    def batches(self, epochs=None) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        for _ in range(epochs or self.epochs):
-            for rows in torch.randperm(len(self.x)).split(self.batch):
-                yield self.x[rows], self.y[rows]
-
-    def start(self):
-        """A copy of the dense network, and the same batches for everyone."""
-        torch.manual_seed(1000 + self.seed)
-        return copy.deepcopy(self.dense).train()
-
-    def rate(self, t):
-        """The learning rate's share at a step: constant, then half a cosine."""
-        return 0.5 * (1 + math.cos(math.pi * max(0.0, 2 * t / self.steps - 1)))
-
-    @torch.no_grad()
-    def accuracy(self, model):
-        return (model.eval()(self.test_x).argmax(1) == self.test_y).double().mean().item()
-
-
-def step(model, optimizer, x, y, extra=None, rate=1.0):
-    for group in optimizer.param_groups:
-        group["lr"] = group.setdefault("base", group["lr"]) * (1.0 if group.get("gates") else rate)
-    optimizer.zero_grad()
-    loss = F.cross_entropy(model(x), y)
-    (loss if extra is None else loss + extra()).backward()
-    optimizer.step()
 
 
 def weights_of(model):
@@ -109,14 +50,21 @@ def groups(model, gate_lr):
 
 
 def with_budget(task, target):
-    model = task.start()
-    l0hooks.sparsify(model, "weight", budget=l0hooks.Budget(sparsity=target, steps=task.change))
-    for t, (x, y) in enumerate(task.batches()):
-        if t in (0, task.change):  # Adam's second moments remember the noise for longer than is left
-            optimizer = torch.optim.Adam(groups(model, 0.1))
-        step(model, optimizer, x, y, rate=task.rate(t))
+    model, plan = task.start(), recipe(steps=task.steps)
+    l0hooks.sparsify(model, plan.spec, budget=plan.budget(sparsity=target))
+    by_recipe(model, plan, task)
     small = l0hooks.prune(model)
     return zeros(small), task.accuracy(small)
+
+
+def by_recipe(model, plan, task):
+    optimizer = torch.optim.Adam(plan.param_groups(model, lr=1e-3))
+    scheduler = plan.scheduler(optimizer)
+    for x, y in task.batches():
+        optimizer.zero_grad()
+        F.cross_entropy(model(x), y).backward()
+        optimizer.step()
+        scheduler.step()
 
 
 def with_penalty(task, strength):
@@ -216,14 +164,9 @@ def zeros(model):
 
 
 def with_coupled_budget(task, target):
-    model, example = task.start(), (task.x[:2],)
-    spec = l0hooks.GateSpec(granularity="coupled", noise="example")
-    budget = l0hooks.Budget(sparsity=target, unit="params", steps=task.change)
-    l0hooks.sparsify(model, spec, example_inputs=example, budget=budget)
-    for t, (x, y) in enumerate(task.batches()):
-        if t in (0, task.change):
-            optimizer = torch.optim.Adam(groups(model, 0.1))
-        step(model, optimizer, x, y, rate=task.rate(t))
+    model, example, plan = task.start(), (task.x[:2],), recipe(steps=task.steps, granularity="coupled")
+    l0hooks.sparsify(model, plan.spec, example_inputs=example, budget=plan.budget(sparsity=target))
+    by_recipe(model, plan, task)
     small = l0hooks.prune(model, example_inputs=example)
     return gone(small, task.dense), task.accuracy(small)
 
@@ -344,7 +287,7 @@ def plot(found, targets, path):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--tasks", nargs="+", choices=("digits", "synthetic"), default=["digits", "synthetic"])
+    parser.add_argument("--tasks", nargs="+", choices=NAMES, default=["digits", "synthetic"])
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
     parser.add_argument("--targets", nargs="+", type=float, default=TARGETS)
     parser.add_argument("--methods", nargs="+", help="only methods whose name contains one of these")

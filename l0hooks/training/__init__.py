@@ -3,6 +3,7 @@
 from l0hooks.training._finish_budget import finish_budget
 from l0hooks.training._keep_zeros import KeptZeros, keep_zeros
 from l0hooks.training._param_groups import param_groups
+from l0hooks.training._recipe import Recipe, RecipeScheduler, recipe
 from l0hooks.training._recover import RecoveredLayer, Recovery, recover
 from l0hooks.training._score import Scores, score
 from l0hooks.training._set_budget import set_budget
@@ -22,6 +23,8 @@ __all__ = [
     "Distillation",
     "KeptZeros",
     "LagrangianRule",
+    "Recipe",
+    "RecipeScheduler",
     "RecoveredLayer",
     "Recovery",
     "ScalarWriter",
@@ -33,6 +36,7 @@ __all__ = [
     "keep_zeros",
     "param_groups",
     "penalty",
+    "recipe",
     "recover",
     "register_penalty",
     "score",
