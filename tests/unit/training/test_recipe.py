@@ -83,6 +83,12 @@ def test_settings_of_the_budget_can_be_changed() -> None:
     assert recipe(steps=1000, granularity="coupled").budget(sparsity=0.5).cut_every == 46
 
 
+def test_gates_learn_faster_in_a_short_run() -> None:
+    rates = [recipe(steps=steps).gate_lr for steps in (100, 600, 2814, 100_000)]
+    assert rates == pytest.approx([0.3, 90 / 420, 90 / 1969, 0.02])
+    assert recipe(steps=600, granularity="coupled").gate_lr == 0.1
+
+
 @pytest.mark.parametrize("steps", [1, 0, -5, 2.5, "100"])
 def test_a_run_without_steps_is_refused(steps: Any) -> None:
     with pytest.raises(InvalidValueError, match="steps must be those of the whole run"):
