@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -121,7 +122,9 @@ class RecipeScheduler(LambdaLR):
                 )
             )
         self._fixed = recipe.budget_steps
-        rates = [_Constant() if all(own) else _HalfCosine(recipe.steps) for own in of_gates]
+        rates: list[Callable[[int], float]] = [
+            _Constant() if all(own) else _HalfCosine(recipe.steps) for own in of_gates
+        ]
         super().__init__(optimizer, rates)
 
     def step(self, epoch: int | None = None) -> None:
