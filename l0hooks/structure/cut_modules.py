@@ -124,10 +124,24 @@ def replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
             model.set_submodule(name, new)
 
 
-def _sliced(tensor: Tensor, cut: Cut) -> Tensor:
+def sliced(tensor: Tensor, cut: Cut) -> Tensor:
+    """The part of a tensor that ``cut`` keeps, without a gradient.
+
+    Examples
+    --------
+    >>> sliced(torch.arange(6).view(2, 3), Cut(("a",), (2, 3), ((1, (0, 2)),)))
+    tensor([[0, 2],
+            [3, 5]])
+    """
     result = tensor.detach()
     for axis, kept in cut.kept:
         result = result.index_select(axis, torch.tensor(kept, device=result.device))
+    return result
+
+
+def _sliced(tensor: Tensor, cut: Cut) -> Tensor:
+    """:func:`sliced`; a Parameter if ``tensor`` is one."""
+    result = sliced(tensor, cut)
     if isinstance(tensor, nn.Parameter):
         return nn.Parameter(result.contiguous(), requires_grad=tensor.requires_grad)
     return result

@@ -18,7 +18,7 @@ from l0hooks.attach.walk import Gated
 from l0hooks.gates.gate import Gate
 from l0hooks.gates.optimizer_hooks import optimizers_of
 from l0hooks.structure import ChannelGroup
-from l0hooks.structure.cut_modules import Bools, Cut, groups_left
+from l0hooks.structure.cut_modules import Bools, Cut, groups_left, sliced
 from l0hooks.structure.group_costs import CoupledPlan
 from l0hooks.structure.settings import change, integers
 
@@ -36,8 +36,8 @@ class Changes:
         held = optimizers_of(model.parameters())
         for cut in cuts:
             for tensor in {id(t): t for t in (_at(model, name) for name in cut.names)}.values():
-                grad = None if tensor.grad is None else _sliced(tensor.grad, cut)
-                self._new.append((tensor, _sliced(tensor.detach(), cut), grad))
+                grad = None if tensor.grad is None else sliced(tensor.grad, cut)
+                self._new.append((tensor, sliced(tensor, cut), grad))
                 for optimizer in held:
                     why = self._plan_state(optimizer, tensor, cut)
                     if why:
@@ -51,7 +51,7 @@ class Changes:
                 continue
             if value.shape != tensor.shape:
                 return f"{type(optimizer).__name__}, which keeps {name!r} of shape {tuple(value.shape)} for a parameter"
-            self._states.append((state, name, _sliced(value, cut)))
+            self._states.append((state, name, sliced(value, cut)))
         return ""
 
     def settings(self, model: nn.Module, plain: nn.Module, small: nn.Module) -> None:
@@ -108,7 +108,7 @@ class Changes:
             for name, value in list(state.items()):
                 if isinstance(value, Tensor) and value.shape == gate.log_alpha.shape:
                     self._undo.append(partial(operator.setitem, state, name, value))
-                    state[name] = _sliced(value, cut)
+                    state[name] = sliced(value, cut)
         gate.drop(chosen)
         gate.mask = None if gate.mask is None else gate.mask[chosen]
         gate.held = None if gate.held is None else gate.held[chosen]
@@ -126,9 +126,3 @@ def _at(model: nn.Module, name: str) -> Tensor:
     chains = parametrization_lists(module)
     tensor: Tensor = chains[own].original if own in chains else getattr(module, own)
     return tensor
-
-
-def _sliced(tensor: Tensor, cut: Cut) -> Tensor:
-    for axis, kept in cut.kept:
-        tensor = tensor.index_select(axis, torch.tensor(kept, device=tensor.device))
-    return tensor.contiguous()
