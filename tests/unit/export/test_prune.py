@@ -647,7 +647,7 @@ def test_block_sizes_must_be_two_positive_numbers(block_size):
         prune(gated(nn.Linear(4, 4)), sparse_format="bsr", block_size=block_size)
 
 
-@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support")  # torch says it once in a process
+@SPARSE
 @pytest.mark.parametrize("options", [{}, {"sparse_format": "csr"}, {"inplace": True}], ids=str)
 def test_the_report_says_how_many_parameters_the_pruned_model_has(options):
     model = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 4))
