@@ -11,9 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import l0hooks
-from l0hooks.gates import expected_count as counting
-from l0hooks.gates import random as streams
-from l0hooks.gates import sampling
+from l0hooks.gates.kernels import loading
 
 PEER = "l0-python" + (f" {version('l0-python')}" if importlib.util.find_spec("l0") else "")
 STRENGTH, TEMPERATURE, START = 1e-6, 2 / 3, 0.95
@@ -90,14 +88,13 @@ def without_kernels(step: Callable[[], None]) -> Callable[[], None]:
     """``step`` as it runs where Numba is not installed."""
 
     def plain() -> None:
-        before = streams.kernels_for, counting.kernels_on
-        streams.kernels_for = sampling.kernels_for = lambda count, device: None
-        counting.kernels_on = lambda device: None
+        before = loading.kernels_for, loading.kernels_on
+        loading.kernels_for = lambda count, device: None
+        loading.kernels_on = lambda device: None
         try:
             step()
         finally:
-            streams.kernels_for, counting.kernels_on = before
-            sampling.kernels_for = before[0]
+            loading.kernels_for, loading.kernels_on = before
 
     return plain
 

@@ -15,7 +15,7 @@ from benchmarks.contenders import PEER, Contender, has_peer, notes, ours, peers,
 from benchmarks.registry import Aim, Panel, Row, Scale, Table, register
 from benchmarks.timing import medians, ratio, rounds
 from l0hooks.gates.constants import Constants
-from l0hooks.gates.random import kernels_on
+from l0hooks.gates.kernels.loading import kernels_on
 from l0hooks.gates.sampling import gated_weight
 
 SIDE, BATCH = 4096, 8192

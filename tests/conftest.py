@@ -8,9 +8,7 @@ from heavy_structures import mark_heavy
 from torch import nn
 
 from l0hooks import iter_gates
-from l0hooks.gates import expected_count as counting
-from l0hooks.gates import random as streams
-from l0hooks.gates import sampling
+from l0hooks.gates.kernels import loading
 
 for _helper in (
     *("coupled_models", "family_laws", "granularity_laws", "penalty_laws", "structure_oracle", "traced_models"),
@@ -35,9 +33,8 @@ def _reproducible() -> None:
 @pytest.fixture
 def no_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if Numba were not installed."""
-    for module in (streams, sampling):
-        monkeypatch.setattr(module, "kernels_for", lambda count, device: None)
-    monkeypatch.setattr(counting, "kernels_on", lambda device: None)
+    monkeypatch.setattr(loading, "kernels_for", lambda count, device: None)
+    monkeypatch.setattr(loading, "kernels_on", lambda device: None)
 
 
 @pytest.fixture(params=["by Numba", "by torch"])

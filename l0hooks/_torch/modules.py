@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import types
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from operator import attrgetter
 from typing import Any
 
@@ -71,6 +71,17 @@ def parametrization_lists(module: nn.Module) -> dict[str, parametrize.Parametriz
     return {name: plist for name, plist in lists.items() if isinstance(plist, parametrize.ParametrizationList)}
 
 
+def parametrized_tensors(
+    modules: Iterable[tuple[str, nn.Module]],
+) -> list[tuple[str, nn.Module, str, parametrize.ParametrizationList]]:
+    """Name, module, tensor name and :func:`parametrization_lists` of all parametrized tensors of named modules."""
+    return [
+        (name, module, tensor_name, chain)
+        for name, module in modules
+        for tensor_name, chain in parametrization_lists(module).items()
+    ]
+
+
 def drop_parametrization(module: nn.Module, tensor_name: str) -> None:
     """Remove the parametrization of one tensor, **in place**; with the last one restore the module's plain class."""
     plain: type[nn.Module] = type(module).__bases__[0]
@@ -89,6 +100,15 @@ def tensors_of(module: nn.Module) -> list[tuple[str, Tensor]]:
         if chain.is_tensor and isinstance(chain.original, Tensor):  # weight_norm has two originals
             own.append((name, chain.original))
     return own
+
+
+def all_tensors(model: nn.Module) -> list[tuple[str, nn.Module, str, Tensor]]:
+    """Name, module, tensor name and tensor for the :func:`tensors_of` every module; a shared module once."""
+    return [
+        (name, module, tensor_name, tensor)
+        for name, module in model.named_modules()
+        for tensor_name, tensor in tensors_of(module)
+    ]
 
 
 def own_class(module: nn.Module, *, without: str = "") -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from l0hooks._torch.names import refuse
 from l0hooks._torch.trees import tree_map, tree_map_only
@@ -40,6 +41,26 @@ def in_precision(dtype: torch.dtype) -> AbstractContextManager[object]:
 
     mode: AbstractContextManager[object] = Precision()  # type: ignore[no-untyped-call]
     return mode
+
+
+@torch.no_grad()
+def copy_in(dtype: torch.dtype, model: nn.Module) -> nn.Module:
+    """A copy with parameters, buffers and other tensors in this dtype; parameters that have it are shared."""
+    tensors = [*model.parameters(), *model.buffers()]
+    tensors += [value for module in model.modules() for value in vars(module).values() if isinstance(value, Tensor)]
+    memo: dict[int, Any] = {}
+    for tensor in tensors:
+        moved = converted(tensor.detach(), dtype)
+        if isinstance(tensor, nn.Parameter):
+            memo[id(tensor)] = nn.Parameter(moved, requires_grad=False)
+        else:  # the model may write into it
+            memo[id(tensor)] = moved if moved.dtype != tensor.dtype else moved.clone()
+    return copy.deepcopy(model, memo)
+
+
+def inputs_in(dtype: torch.dtype, inputs: Sequence[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
+    """Arguments of several calls, with their tensors in this dtype; integers stay."""
+    return tree_map_only(Tensor, lambda t: converted(t, dtype), list(inputs))  # type: ignore[no-any-return]
 
 
 def converted_dtype(old: torch.dtype, floating: torch.dtype) -> torch.dtype:

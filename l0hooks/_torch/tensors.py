@@ -51,6 +51,11 @@ def same_tensor(tensor: Tensor) -> tuple[Any, ...]:
     return tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride()
 
 
+def distinct(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """The tensors that are not the :func:`same_tensor` as one before: tied parameters once."""
+    return list({same_tensor(tensor): tensor for tensor in tensors}.values())
+
+
 def storage_of(tensor: Tensor) -> tuple[bool, int]:
     """A key that is equal for tensors in one storage: its address, or on the meta device a number."""
     storage = tensor.untyped_storage()

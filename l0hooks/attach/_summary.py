@@ -11,8 +11,8 @@ import torch
 from torch import nn
 from torch.nn.parameter import UninitializedParameter
 
-from l0hooks._torch.modules import tensors_of
-from l0hooks._torch.tensors import same_tensor
+from l0hooks._torch.modules import all_tensors
+from l0hooks._torch.tensors import distinct
 from l0hooks.attach.spec import named_modules
 from l0hooks.attach.summary_table import CoupledTotals, Summary, SummaryRow
 from l0hooks.attach.walk import Coupled, Gated, iter_gated
@@ -81,8 +81,7 @@ def summarise(
     """
     rows = tuple(_row(gated, kept[id(gated.gate)], positions) for gated in every)
     own = {id(p) for gated in every for p in gated.gate.parameters()}
-    plain = {same_tensor(p): p for p in _initialised(model.parameters()) if id(p) not in own}
-    total = sum(p.numel() for p in plain.values())
+    total = sum(p.numel() for p in distinct([p for p in _initialised(model.parameters()) if id(p) not in own]))
     firsts = (one.coupled for one in every if one.coupled and one.coupled.number == 0)
     coupled = tuple(_totals(one, model, kept, positions) for one in firsts)
     macs = None if positions is None else round(total_macs(model, positions))
@@ -129,8 +128,7 @@ def _named(positions: Mapping[tuple[int, str], float], model: nn.Module, prefix:
     """By a parameter's name instead of its module; a module with several names under one of them."""
     return {
         f"{name}.{tensor_name}".removeprefix(prefix).removeprefix("."): positions[id(module), tensor_name]
-        for name, module in model.named_modules()
-        for tensor_name, _ in tensors_of(module)
+        for name, module, tensor_name, _ in all_tensors(model)
         if (id(module), tensor_name) in positions
     }
 

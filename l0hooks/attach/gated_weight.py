@@ -13,11 +13,12 @@ from l0hooks._torch.autograd import is_traced
 from l0hooks._torch.modules import (
     Tie,
     parameters_of,
-    parametrization_lists,
+    parametrized_tensors,
 )
 from l0hooks._torch.tensors import is_meta
 from l0hooks.attach.folded_weight import Folded, Kept
 from l0hooks.gates.gate import Gate
+from l0hooks.gates.median_weight import median_weight
 from l0hooks.gates.sampling import gated_weight, held_weight
 from l0hooks.structure.layers import GateLayout, Granularity
 
@@ -160,9 +161,12 @@ class GatedWeight(Gating):
             return super().sampled(weight)
         if gate.rule is not None and gate.rule.finished:
             return held_weight(weight, gate.log_alpha, gate.final())
-        if gate.constants is None:
+        if gate.noiseless is not None:
+            gated = median_weight(weight, gate.log_alpha, gate.noiseless)
+        elif gate.constants is not None:
+            gated = gated_weight(weight, gate.log_alpha, gate.noise_source.seed(), gate.constants)
+        else:
             return super().sampled(weight)
-        gated = gated_weight(weight, gate.log_alpha, gate.noise_source.seed(), gate.constants)
         gate.last_sample.note(gated)
         return gated
 
@@ -189,9 +193,8 @@ def iter_sites(model: nn.Module) -> Iterator[Site]:
 
 def sites_among(modules: Iterable[tuple[str, nn.Module]]) -> Iterator[Site]:
     """The gated weights that modules own themselves."""
-    for name, module in modules:
-        for tensor_name, chain in parametrization_lists(module).items():
-            gating, weight = chain[0], parameters_of(chain).get("original")
-            if isinstance(gating, Gating) and weight is not None:
-                full = f"{name}.{tensor_name}" if name else tensor_name
-                yield Site(full, module, tensor_name, weight, gating)
+    for name, module, tensor_name, chain in parametrized_tensors(modules):
+        gating, weight = chain[0], parameters_of(chain).get("original")
+        if isinstance(gating, Gating) and weight is not None:
+            full = f"{name}.{tensor_name}" if name else tensor_name
+            yield Site(full, module, tensor_name, weight, gating)

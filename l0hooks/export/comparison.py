@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import traceback
 import warnings
 from collections import Counter
@@ -15,9 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from l0hooks._torch.memory import has_room
-from l0hooks._torch.precision import converted, in_precision
+from l0hooks._torch.precision import copy_in, in_precision, inputs_in
 from l0hooks._torch.running import OUT_OF_MEMORY
-from l0hooks._torch.trees import tree_map_only
 from l0hooks.errors import L0HooksWarning, StateError, explain, in_one_line
 from l0hooks.export.examples import attempt, batches, lengths, noise_like
 from l0hooks.export.outputs import allowances, difference, excess, has_numbers, largest, outputs_of
@@ -174,25 +172,9 @@ def _fits(model: nn.Module, dtype: torch.dtype) -> bool:
 
 def _outputs_in(dtype: torch.dtype, model: nn.Module, inputs: Sequence[tuple[Any, ...]]) -> list[list[Any]]:
     """What a copy of ``model`` in this dtype computes."""
-    moved = [tree_map_only(Tensor, lambda t: converted(t, dtype), one) for one in inputs]
     with warnings.catch_warnings(), torch.compiler.set_stance("force_eager"):
         warnings.simplefilter("ignore")  # the model gave its warnings before, and torch warns of copies of graphs
-        return outputs_of(_copy_in(dtype, model), moved, in_precision(dtype))
-
-
-@torch.no_grad()
-def _copy_in(dtype: torch.dtype, model: nn.Module) -> nn.Module:
-    """A copy with parameters, buffers and other tensors in this dtype; parameters that have it are shared."""
-    tensors = [*model.parameters(), *model.buffers()]
-    tensors += [value for module in model.modules() for value in vars(module).values() if isinstance(value, Tensor)]
-    memo: dict[int, Any] = {}
-    for tensor in tensors:
-        moved = converted(tensor.detach(), dtype)
-        if isinstance(tensor, nn.Parameter):
-            memo[id(tensor)] = nn.Parameter(moved, requires_grad=False)
-        else:  # the model may write into it
-            memo[id(tensor)] = moved if moved.dtype != tensor.dtype else moved.clone()
-    return copy.deepcopy(model, memo)
+        return outputs_of(copy_in(dtype, model), inputs_in(dtype, inputs), in_precision(dtype))
 
 
 def described(error: Exception) -> str:

@@ -35,19 +35,19 @@ def reattach(gates: Tensor, log_alpha: Tensor, constants: tuple[float, float, fl
 
 def slope_times(gates: Tensor, grad: Tensor, constants: tuple[float, float, float], out: Tensor) -> None:
     """``grad`` times dz/dlogα = (ζ − γ)/β · s(1 − s), where z = γ + (ζ − γ)s."""
-    temperature, gamma, zeta = constants
-    s = torch.add(constant(-gamma / (zeta - gamma), gates.dtype), gates, alpha=1 / (zeta - gamma))
+    steepness, gamma, width = inverted(constants)
+    s = torch.add(constant(-gamma / width, gates.dtype), gates, alpha=1 / width)
     aten = torch.ops.aten
     aten.sigmoid_backward.grad_input(grad.to(gates.dtype), s, grad_input=out)
     # hardtanh's backward is the clamp's: zero where the gate is exactly 0 or 1
-    aten.hardtanh_backward.grad_input(out.mul_((zeta - gamma) / temperature), gates, 0.0, 1.0, grad_input=out)
+    aten.hardtanh_backward.grad_input(out.mul_(width * steepness), gates, 0.0, 1.0, grad_input=out)
 
 
 def slope_of(gates: Tensor, constants: tuple[float, float, float]) -> Tensor:
     """dz/dlogα as a function of z: (z − γ)(ζ − z)/((ζ − γ)β) inside, 0 at the clamps."""
-    temperature, gamma, zeta = constants
+    steepness, gamma, width = inverted(constants)
     inside = (gates > 0) & (gates < 1)
-    return torch.where(inside, (gates - gamma) * (zeta - gates) / ((zeta - gamma) * temperature), 0.0)
+    return torch.where(inside, (gates - gamma) * (gamma + width - gates) / width * steepness, 0.0)
 
 
 def count_slope(log_alpha: Tensor, shift: float, grad: Tensor, out: Tensor | None = None) -> Tensor:

@@ -12,7 +12,7 @@ from l0hooks._torch.autograd import wants_plain
 from l0hooks._torch.memory import fresh_like, has_address, pieces
 from l0hooks.gates.derivatives import count_slope
 from l0hooks.gates.hard_concrete import closing_point, keep_prob
-from l0hooks.gates.random import kernels_on
+from l0hooks.gates.kernels import loading
 
 LEAST_FUSED = 2**15  # gates; for fewer, calling a Python function costs more than the memory it saves
 
@@ -24,7 +24,7 @@ class _ExpectedCount(torch.autograd.Function):
     def forward(ctx: Any, log_alpha: Tensor, shift: float, sampler: weakref.ref[Any] | None) -> Tensor:
         ctx.shift, ctx.sampler = shift, sampler
         ctx.save_for_backward(log_alpha)
-        kernels = kernels_on(log_alpha.device)
+        kernels = loading.kernels_on(log_alpha.device)
         if kernels is not None and has_address(log_alpha):
             total: Tensor = kernels.count(log_alpha, shift)
             return total

@@ -133,6 +133,9 @@ class Gate(LogOdds):
         if self.rule is not None and self.rule.finished:
             held = self.final() + 0 * self.log_alpha  # distributed training wants to see every parameter used
             return held if examples is None else held.expand(examples, *held.shape)
+        if self.noiseless is not None:
+            median = self.family.median(self.log_alpha, self.temperature)
+            return median if examples is None else median.expand(examples, *median.shape)
         if self.constants is not None and self.positions is None and not is_traced():
             return sampled(self.log_alpha, self.stream(examples), self.constants, examples)
         return self.family.sample(self.log_alpha, self.noise(examples), self.temperature)

@@ -13,7 +13,14 @@ from l0hooks._torch.modules import Traversal
 from l0hooks._torch.tensors import is_meta, replace_data, start_values, whole
 from l0hooks.errors import InvalidValueError, explain, near_names
 from l0hooks.gates.constants import GAMMA, ZETA, Constants, check_constants
-from l0hooks.gates.families import Family, FamilyName, HardConcreteFamily, initial_log_alpha, make_family
+from l0hooks.gates.families import (
+    DeterministicFamily,
+    Family,
+    FamilyName,
+    HardConcreteFamily,
+    initial_log_alpha,
+    make_family,
+)
 from l0hooks.gates.registry import note_change
 
 Estimator = Literal["median", "paper", "mean"]
@@ -40,6 +47,8 @@ class LogOdds(nn.Module):
     ----------
     constants : Constants or None
         β, γ and ζ, if the gates are Hard Concrete: then fused functions sample them.
+    noiseless : Constants or None
+        β, γ and ζ, if the gates are deterministic: then no noise is drawn.
     positions : Tensor, int64, shape (gates left,), or None
         Once gates were dropped while training: the places that those left had among all ``drawn``.
 
@@ -52,6 +61,7 @@ class LogOdds(nn.Module):
     log_alpha: nn.Parameter
     multipliers: nn.Parameter | None
     constants: Constants | None
+    noiseless: Constants | None
     positions: Tensor | None
 
     def __init__(
@@ -89,9 +99,11 @@ class LogOdds(nn.Module):
     def temperature(self, value: float) -> None:
         check_constants("temperature", value, GAMMA, ZETA)
         self._temperature = float(value)
-        family, self.constants = self.family, None
+        family, self.constants, self.noiseless = self.family, None, None
         if type(family) is HardConcreteFamily:  # a subclass may sample in another way
             self.constants = Constants(self._temperature, family.gamma, family.zeta)
+        elif type(family) is DeterministicFamily:
+            self.noiseless = Constants(self._temperature, family.gamma, family.zeta)
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import functools
-import importlib
-import logging
-import warnings
 from types import ModuleType
 from typing import Protocol
 
@@ -15,15 +12,11 @@ from torch import Tensor
 
 from l0hooks._torch.autograd import outside_transforms, transform_level
 from l0hooks._torch.memory import has_address
-from l0hooks.errors import L0HooksWarning, explain
-from l0hooks.gates.kernels.agreement import TOLERANCE, disagreement
+from l0hooks.gates.kernels import loading
 
-LEAST_FOR_NUMBA = 2**8  # numbers; loading the kernels is not worth the time for fewer
 LEAST_FOR_PACKED = 2**15  # numbers; Packed is slow to seed and fast to run
 _LEVELS = 2**16
 _WORD = 2**64 - 1
-_COMPILERS = {"cuda": ("triton", "cuda"), "cpu": ("numba", "cpu")}
-_log = logging.getLogger("l0hooks")
 
 
 class Stream(Protocol):
@@ -61,86 +54,10 @@ def stream(seed: int, count: int, device: torch.device) -> Stream:
     ... )
     True
     """
-    kernels = kernels_for(count, device)
+    kernels = loading.kernels_for(count, device)
     if kernels is not None:
         return Philox(seed, kernels)
     return Packed(seed) if device.type == "cpu" and count >= LEAST_FOR_PACKED else Native(seed, device)
-
-
-@functools.lru_cache(maxsize=1024)  # asked in every forward
-def kernels_for(count: int, device: torch.device) -> ModuleType | None:
-    """The kernels that draw ``count`` numbers on ``device``, if any do.
-
-    Parameters
-    ----------
-    count : int
-    device : torch.device
-
-    Returns
-    -------
-    module or None
-
-    Examples
-    --------
-    >>> kernels_for(2, torch.device("cpu")) is None
-    True
-    """
-    return None if device.type == "cpu" and count < LEAST_FOR_NUMBA else kernels_on(device)
-
-
-@functools.cache
-def kernels_on(device: torch.device) -> ModuleType | None:
-    """The module ``kernels.cuda`` or ``kernels.cpu``, if it can run on ``device``; the log says once why not.
-
-    Before their first use on a device the kernels are compared with the plain formula.
-
-    Parameters
-    ----------
-    device : torch.device
-
-    Returns
-    -------
-    module or None
-
-    Warns
-    -----
-    L0HooksWarning
-        If the kernels compute something else.
-
-    Examples
-    --------
-    >>> kernels_on(torch.device("meta")) is None
-    True
-    """
-    if device.type not in _COMPILERS:
-        return None
-    compiler, module = _COMPILERS[device.type]
-    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (7, 0):
-        _log.info("gates on %s run without Triton kernels: it needs compute capability 7.0", device)
-        return None
-    try:
-        kernels = importlib.import_module(f"l0hooks.gates.kernels.{module}")
-    except ImportError as error:
-        without = f"gates on {device} run without {compiler.capitalize()} kernels"
-        if isinstance(error, ModuleNotFoundError) and error.name == compiler:
-            _log.info("%s: the package %s is not installed", without, compiler)
-        elif device.type == "cpu":  # Numba is optional here: one that is broken must not stop the training
-            _log.warning("%s: the package %s cannot be imported: %s", without, compiler, error)
-        else:
-            raise
-        return None
-    wrong = disagreement(kernels, device)
-    if not wrong:
-        return kernels
-    text = explain(
-        f"gates on {device}",
-        f"{compiler.capitalize()} kernels must compute what the plain formula does; they are not used here.",
-        expected=f"a difference of at most {TOLERANCE:.0e}",
-        got=wrong,
-        hint=f"another version of {compiler}; until then gates are drawn by torch, more slowly",
-    )
-    warnings.warn(text, L0HooksWarning, stacklevel=2)
-    return None
 
 
 class Native:

@@ -11,8 +11,9 @@ from l0hooks._torch.autograd import DeferredGradients, wants_plain
 from l0hooks._torch.memory import fresh, fresh_like, pieces
 from l0hooks.gates.constants import Constants
 from l0hooks.gates.derivatives import constant, count_slope, inverted, reattach, slope_of, slope_times
+from l0hooks.gates.kernels import loading
 from l0hooks.gates.protocols import Drawn, Kernels
-from l0hooks.gates.random import Stream, kernels_for, stream
+from l0hooks.gates.random import Stream, stream
 
 
 class _Sampled(torch.autograd.Function):
@@ -195,7 +196,7 @@ def gated_weight(weight: Tensor, log_alpha: Tensor, seed: int, constants: Consta
     >>> gated_weight(torch.ones(2), torch.tensor([30.0, -30.0]), 0, Constants())
     tensor([1., 0.])
     """
-    kernels: Any = kernels_for(weight.numel(), weight.device)
+    kernels: Any = loading.kernels_for(weight.numel(), weight.device)
     gated: Tensor
     if kernels is not None and kernels.fits(weight, log_alpha):
         gated = _GatedByKernels.apply(weight, log_alpha, seed, constants, kernels)  # type: ignore[no-untyped-call]

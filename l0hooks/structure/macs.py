@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from l0hooks._torch.modules import tensors_of
+from l0hooks._torch.modules import all_tensors
 from l0hooks._torch.running import evaluating, shapes_alone, slow_attention
 from l0hooks._torch.tensors import beside, has_meta
 from l0hooks._torch.trees import tree_leaves
@@ -120,8 +120,8 @@ def _needs_data(error: RuntimeError) -> SpecError:
 
 def total_macs(model: nn.Module, positions: Mapping[tuple[int, str], float]) -> float:
     """Multiply-adds of the whole model, from the result of :func:`count_positions`."""
-    tensors = ((id(module), name, tensor) for module in model.modules() for name, tensor in tensors_of(module))
-    return sum(positions.get((key, name), 0.0) * tensor.numel() for key, name, tensor in tensors)
+    tensors = all_tensors(model)
+    return sum(positions.get((id(module), name), 0.0) * tensor.numel() for _, module, name, tensor in tensors)
 
 
 def _counter(add: Callable[[nn.Module, str, float], None], examples: _Examples) -> Callable[..., None]:

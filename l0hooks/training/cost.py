@@ -11,7 +11,7 @@ import numpy.typing as npt
 from torch import nn
 from torch.nn.parameter import UninitializedParameter
 
-from l0hooks._torch.tensors import same_tensor
+from l0hooks._torch.tensors import distinct
 from l0hooks.attach.gated_weight import Site
 from l0hooks.attach.measured_size import Unit
 from l0hooks.attach.walk import Gated
@@ -217,7 +217,7 @@ def _total(model: nn.Module, every: Sequence[Gated], positions: Positions | None
     if positions is None:
         own = {id(p) for one in every for p in one.gate.parameters()}
         found = [p for p in model.parameters() if id(p) not in own and not isinstance(p, UninitializedParameter)]
-        return float(sum({same_tensor(p): p.numel() for p in found}.values()))  # tied ones once
+        return float(sum(p.numel() for p in distinct(found)))  # tied ones once
     return total_macs(model, positions)
 
 

@@ -10,9 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from l0hooks._torch.memory import has_address
 from l0hooks._torch.tensors import is_sharded, version, whole
 from l0hooks.gates.families import HardConcreteFamily
 from l0hooks.gates.gate import Gate
+from l0hooks.gates.hard_concrete import closing_point
+from l0hooks.gates.kernels import loading
 from l0hooks.training.cost import Floats, Size
 
 _ACCURACY, _EXACT = 1e-6, 1e-9  # of the size that is wanted
@@ -132,8 +135,9 @@ class SharedShift:
         """Σ p, Σ p′, Σ p(1 − p) and its slope, for every array of gates with its log-odds shifted."""
         bent = self._spread != 0
         parts = zip(self._gates, slopes, bent, strict=True)
+        dtype = torch.float64 if self._device.type == "cpu" else torch.float32  # not every device has both
         found: Floats = (
-            torch.stack([torch.stack(_sums_of(g, shift, s, b)).to(self._device) for g, s, b in parts])
+            torch.stack([torch.stack(_sums_of(g, shift, s, b)).to(self._device, dtype) for g, s, b in parts])
             .double()
             .cpu()
             .numpy()
@@ -144,6 +148,11 @@ class SharedShift:
 def _sums_of(gate: Gate, shift: float, slopes: Tensor | None, bent: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     family, location = gate.family, whole(gate.log_alpha.detach()).flatten()
     if isinstance(family, HardConcreteFamily) and not bent:
+        kernels = None if slopes is None else loading.median_kernels_for(location.numel(), location.device)
+        if kernels is not None and slopes is not None and has_address(location):
+            offset = shift - closing_point(gate.temperature, family.gamma, family.zeta)
+            total, slope = kernels.measure(location, offset, slopes)
+            return total, slope, slope, slope
         p = torch.add(location, shift - gate.temperature * math.log(-family.gamma / family.zeta), out=slopes).sigmoid_()
         total = p.sum()
         slope = torch.addcmul(p, p, p, value=-1, out=p).sum()  # p′ = p(1 − p), in the same memory

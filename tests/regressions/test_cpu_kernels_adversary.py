@@ -19,8 +19,9 @@ from l0hooks import Gate
 from l0hooks.gates import hard_concrete as hc
 from l0hooks.gates.constants import Constants
 from l0hooks.gates.expected_count import expected_count
+from l0hooks.gates.kernels.loading import kernels_for, kernels_on
 from l0hooks.gates.noise import _mixed
-from l0hooks.gates.random import Native, kernels_for, kernels_on, stream
+from l0hooks.gates.random import Native, stream
 from l0hooks.gates.sampling import gated_weight
 
 pytest.importorskip("numba")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -39,9 +40,34 @@ def disagreement(kernels: Any, device: torch.device) -> str:
     >>> disagreement(cpu, torch.device("cpu"))
     ''
     """
+    return _first_wrong(lambda: _computed(kernels, device))
+
+
+def median_disagreement(kernels: Any) -> str:
+    """The same for the kernels of gates without noise.
+
+    Parameters
+    ----------
+    kernels : module
+        ``kernels.cpu_median``.
+
+    Returns
+    -------
+    str
+
+    Examples
+    --------
+    >>> from l0hooks.gates.kernels import cpu_median
+    >>> median_disagreement(cpu_median)
+    ''
+    """
+    return _first_wrong(lambda: _computed_without_noise(kernels))
+
+
+def _first_wrong(compute: Callable[[], list[tuple[str, Tensor, Tensor]]]) -> str:
     with apart():
         try:
-            pairs = _computed(kernels, device)
+            pairs = compute()
         except OUT_OF_MEMORY:
             raise
         except Exception as error:  # noqa: BLE001  # whatever a compiler or a driver raises
@@ -56,8 +82,7 @@ def disagreement(kernels: Any, device: torch.device) -> str:
 def _computed(kernels: Any, device: torch.device) -> list[tuple[str, Tensor, Tensor]]:
     """Names, what the kernels compute, and what they should."""
     constants = Constants()
-    numbers = torch.arange(COUNT, dtype=torch.float64, device="cpu")
-    location, weight, grad = numbers / COUNT * 12 - 6, torch.cos(numbers), torch.sin(numbers)
+    location, weight, grad = _problem()
     noise = torch.logit(_uniforms(_SEED, COUNT))
     stretched = constants.gamma + (constants.zeta - constants.gamma) * torch.sigmoid(
         (noise + location) / constants.temperature
@@ -72,8 +97,7 @@ def _computed(kernels: Any, device: torch.device) -> list[tuple[str, Tensor, Ten
     by_weight, by_location = kernels.gated_backward(g, w, a, drawn, constants, deferred)
     total = kernels.count(a, _SHIFT)
 
-    # at the clamps rounding decides whether there is a slope
-    sure = ((stretched.abs() > TOLERANCE) & ((stretched - 1).abs() > TOLERANCE)).to(torch.float64)
+    sure = _inside_or_outside(stretched)
     slope = grad * weight * slope_of(gates, constants) + _DEFERRED * open_share * (1 - open_share)
     return [
         ("noise", drawn_noise / 16, noise / 16),
@@ -82,6 +106,41 @@ def _computed(kernels: Any, device: torch.device) -> list[tuple[str, Tensor, Ten
         ("the gradient of the log-odds", by_location.cpu() * sure, slope * sure),
         ("the expected count", total / COUNT, open_share.mean()),
     ]
+
+
+def _computed_without_noise(kernels: Any) -> list[tuple[str, Tensor, Tensor]]:
+    constants = Constants()
+    location, weight, grad = _problem()
+    stretched = constants.gamma + (constants.zeta - constants.gamma) * torch.sigmoid(location / constants.temperature)
+    gates, open_share = stretched.clamp(0, 1), torch.sigmoid(location - _SHIFT)
+    a, w, g = (one.float() for one in (location, weight, grad))
+    deferred = torch.tensor(_DEFERRED, device="cpu"), _SHIFT
+    by_weight, by_location = kernels.gated_backward(g, w, a, constants, deferred)
+    slopes = torch.empty_like(a)
+    sums = kernels.measure(a, -_SHIFT, slopes)
+    sure, spread = _inside_or_outside(stretched), open_share * (1 - open_share)
+    return [
+        ("the product with the gates without noise", kernels.gated(w, a, constants), weight * gates),
+        ("the gradient of the weight without noise", by_weight, grad * gates),
+        (
+            "the gradient of the log-odds without noise",
+            by_location * sure,
+            (grad * weight * slope_of(gates, constants) + _DEFERRED * spread) * sure,
+        ),
+        ("the slopes of the open share", slopes, spread),
+        ("the sums of the open share", sums / COUNT, torch.stack([open_share.mean(), spread.mean()])),
+    ]
+
+
+def _problem() -> tuple[Tensor, Tensor, Tensor]:
+    """Log-odds, weights and a gradient, float64."""
+    numbers = torch.arange(COUNT, dtype=torch.float64, device="cpu")
+    return numbers / COUNT * 12 - 6, torch.cos(numbers), torch.sin(numbers)
+
+
+def _inside_or_outside(stretched: Tensor) -> Tensor:
+    """1 where a gate is surely clamped or surely not: at the clamps rounding decides whether there is a slope."""
+    return ((stretched.abs() > TOLERANCE) & ((stretched - 1).abs() > TOLERANCE)).to(torch.float64)
 
 
 def _uniforms(seed: int, count: int) -> Tensor:

@@ -15,17 +15,8 @@ from scipy import stats
 from torch import Tensor
 
 from l0hooks.gates import kernels
-from l0hooks.gates.random import (
-    LEAST_FOR_NUMBA,
-    LEAST_FOR_PACKED,
-    Native,
-    Packed,
-    Philox,
-    Stream,
-    kernels_for,
-    kernels_on,
-    stream,
-)
+from l0hooks.gates.kernels.loading import LEAST_FOR_NUMBA, kernels_for, kernels_on
+from l0hooks.gates.random import LEAST_FOR_PACKED, Native, Packed, Philox, Stream, stream
 
 CPU = torch.device("cpu")
 FEW, SOME, MANY = 200, 1000, 4 * LEAST_FOR_PACKED

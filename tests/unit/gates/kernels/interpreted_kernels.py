@@ -21,12 +21,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from l0hooks import Budget, GateSpec, iter_gates, param_groups, penalty, prune, sparsify
-from l0hooks.gates import expected_count as counting
 from l0hooks.gates import hard_concrete as hc
-from l0hooks.gates import moments, sampling
-from l0hooks.gates import random as streams
+from l0hooks.gates import moments
 from l0hooks.gates.constants import Constants
 from l0hooks.gates.kernels import cuda as kernels
+from l0hooks.gates.kernels import loading
 from l0hooks.gates.kernels.agreement import disagreement
 from l0hooks.gates.noise import _mixed, _uniform_op
 from l0hooks.gates.random import Philox, stream
@@ -328,9 +327,8 @@ def test_they_agree_with_the_plain_formula_before_their_first_use(monkeypatch: p
 @pytest.fixture
 def everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
     """The kernels on the CPU, as if it were a GPU."""
-    for module in (streams, sampling):
-        monkeypatch.setattr(module, "kernels_for", lambda count, device: kernels)
-    monkeypatch.setattr(counting, "kernels_on", lambda device: kernels)
+    monkeypatch.setattr(loading, "kernels_for", lambda count, device: kernels)
+    monkeypatch.setattr(loading, "kernels_on", lambda device: kernels)
 
 
 def test_pieces_of_a_stream_are_the_whole(everywhere: None) -> None:

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from l0hooks import sparsify
 from l0hooks.errors import L0HooksWarning
-from l0hooks.gates import random as streams
-from l0hooks.gates.kernels import agreement
-from l0hooks.gates.random import Native, Philox, kernels_for, kernels_on, stream
+from l0hooks.gates.kernels import agreement, loading
+from l0hooks.gates.kernels.loading import kernels_for, kernels_on
+from l0hooks.gates.random import Native, Philox, stream
 
 kernels = pytest.importorskip("l0hooks.gates.kernels.cpu")
 CPU = torch.device("cpu")
@@ -96,7 +96,7 @@ def test_right_kernels_are_compared_once_in_a_process(monkeypatch: pytest.Monkey
         calls.append(device)
         return agreement.disagreement(module, device)
 
-    monkeypatch.setattr(streams, "disagreement", noted)
+    monkeypatch.setattr(loading, "disagreement", noted)
     state = torch.get_rng_state()
     for count in (300, 5000):
         assert isinstance(stream(1, count, CPU), Philox)

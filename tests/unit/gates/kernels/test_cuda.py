@@ -20,7 +20,8 @@ from l0hooks import Budget, GateSpec, iter_gates, param_groups, penalty, prune, 
 from l0hooks.gates import hard_concrete as hc
 from l0hooks.gates import moments
 from l0hooks.gates.expected_count import expected_count
-from l0hooks.gates.random import Philox, kernels_on, stream
+from l0hooks.gates.kernels.loading import kernels_on
+from l0hooks.gates.random import Philox, stream
 from l0hooks.gates.sampling import Constants, gated_weight
 
 ROOT = Path(__file__).parents[4]
