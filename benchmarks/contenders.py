@@ -88,13 +88,13 @@ def without_kernels(step: Callable[[], None]) -> Callable[[], None]:
     """``step`` as it runs where Numba is not installed."""
 
     def plain() -> None:
-        before = loading.kernels_for, loading.kernels_on
-        loading.kernels_for = lambda count, device: None
+        before = loading.kernels_for, loading.kernels_on, loading.median_kernels_for
+        loading.kernels_for = loading.median_kernels_for = lambda count, device: None
         loading.kernels_on = lambda device: None
         try:
             step()
         finally:
-            loading.kernels_for, loading.kernels_on = before
+            loading.kernels_for, loading.kernels_on, loading.median_kernels_for = before
 
     return plain
 

@@ -35,6 +35,7 @@ def no_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if Numba were not installed."""
     monkeypatch.setattr(loading, "kernels_for", lambda count, device: None)
     monkeypatch.setattr(loading, "kernels_on", lambda device: None)
+    monkeypatch.setattr(loading, "median_kernels_for", lambda count, device: None)
 
 
 @pytest.fixture(params=["by Numba", "by torch"])

@@ -134,25 +134,35 @@ class SharedShift:
     def _measure(self, shift: float, slopes: Sequence[Tensor | None]) -> Floats:
         """Σ p, Σ p′, Σ p(1 − p) and its slope, for every array of gates with its log-odds shifted."""
         bent = self._spread != 0
-        parts = zip(self._gates, slopes, bent, strict=True)
-        dtype = torch.float64 if self._device.type == "cpu" else torch.float32  # not every device has both
-        found: Floats = (
-            torch.stack([torch.stack(_sums_of(g, shift, s, b)).to(self._device, dtype) for g, s, b in parts])
-            .double()
-            .cpu()
-            .numpy()
-        )
+        found, by_torch = np.empty((len(self._gates), 4)), {}
+        for number, (gate, slope) in enumerate(zip(self._gates, slopes, strict=True)):
+            sums = None if slope is None or bent[number] else _sums_by_kernels(gate, shift, slope)
+            if sums is None:
+                by_torch[number] = torch.stack(_sums_of(gate, shift, slope, bent[number])).to(self._device)
+            else:
+                found[number, 0], found[number, 1:] = sums
+        if by_torch:  # brought over at once
+            found[list(by_torch)] = torch.stack(list(by_torch.values())).double().cpu().numpy()
         return found
+
+
+def _sums_by_kernels(gate: Gate, shift: float, slopes: Tensor) -> tuple[float, float] | None:
+    """Σ p and Σ p′, and p′ in ``slopes``, in one pass by compiled code; None if there is none for these gates."""
+    family, location = gate.family, gate.log_alpha
+    if not isinstance(family, HardConcreteFamily):
+        return None
+    kernels: Any = loading.median_kernels_for(location.numel(), location.device)
+    if kernels is None or not has_address(location):
+        return None
+    sums: tuple[float, float] = kernels.measure(
+        location, shift - closing_point(gate.temperature, family.gamma, family.zeta), slopes
+    )
+    return sums
 
 
 def _sums_of(gate: Gate, shift: float, slopes: Tensor | None, bent: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     family, location = gate.family, whole(gate.log_alpha.detach()).flatten()
     if isinstance(family, HardConcreteFamily) and not bent:
-        kernels = None if slopes is None else loading.median_kernels_for(location.numel(), location.device)
-        if kernels is not None and slopes is not None and has_address(location):
-            offset = shift - closing_point(gate.temperature, family.gamma, family.zeta)
-            total, slope = kernels.measure(location, offset, slopes)
-            return total, slope, slope, slope
         p = torch.add(location, shift - gate.temperature * math.log(-family.gamma / family.zeta), out=slopes).sigmoid_()
         total = p.sum()
         slope = torch.addcmul(p, p, p, value=-1, out=p).sum()  # p′ = p(1 − p), in the same memory

@@ -128,7 +128,11 @@ def _computed_without_noise(kernels: Any) -> list[tuple[str, Tensor, Tensor]]:
             (grad * weight * slope_of(gates, constants) + _DEFERRED * spread) * sure,
         ),
         ("the slopes of the open share", slopes, spread),
-        ("the sums of the open share", sums / COUNT, torch.stack([open_share.mean(), spread.mean()])),
+        (
+            "the sums of the open share",
+            torch.tensor(sums, device="cpu") / COUNT,
+            torch.stack([open_share.mean(), spread.mean()]),
+        ),
     ]
 
 

@@ -83,6 +83,7 @@ def kernels_on(device: torch.device) -> ModuleType | None:
     return kernels if _agree(disagreement(kernels, device), device) else None
 
 
+@functools.lru_cache(maxsize=1024)
 def median_kernels_for(count: int, device: torch.device) -> ModuleType | None:
     """The kernels of gates without noise for ``count`` gates on ``device``, if any run there: on CPUs with Numba.
 

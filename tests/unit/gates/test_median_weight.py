@@ -171,7 +171,7 @@ def test_a_budget_measures_as_it_does_without_kernels(monkeypatch: pytest.Monkey
         return [gate.log_alpha.detach().clone() for _, gate in iter_gates(model)]
 
     as_given = trained()
-    monkeypatch.setattr(loading, "kernels_for", lambda count, device: None)
+    monkeypatch.setattr(loading, "median_kernels_for", lambda count, device: None)
     for one, other in zip(as_given, trained(), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
 
@@ -187,6 +187,11 @@ def test_a_penalty_trains_gates_without_noise() -> None:
         assert (gate.log_alpha < then).double().mean() > 0.9
 
 
+def forget() -> None:
+    loading._median_kernels.cache_clear()
+    loading.median_kernels_for.cache_clear()
+
+
 def test_wrong_kernels_are_left_alone_with_one_warning(request: pytest.FixtureRequest) -> None:
     kernels = pytest.importorskip("l0hooks.gates.kernels.cpu_median")
     if "by torch" in request.node.name:
@@ -194,7 +199,7 @@ def test_wrong_kernels_are_left_alone_with_one_warning(request: pytest.FixtureRe
     patch = request.getfixturevalue("monkeypatch")
     right = kernels.gated
     patch.setattr(kernels, "gated", lambda *given: right(*given) * 1.001)
-    loading._median_kernels.cache_clear()
+    forget()
     try:
         weight, log_alpha, _ = problem(1000)
         wrong = r"(?s)gates on cpu: Numba kernels must.*got: the product with the gates without noise: a difference"
@@ -207,4 +212,4 @@ def test_wrong_kernels_are_left_alone_with_one_warning(request: pytest.FixtureRe
             warnings.simplefilter("error")
             median_weight(weight, log_alpha, CONSTANTS[0])
     finally:
-        loading._median_kernels.cache_clear()
+        forget()
