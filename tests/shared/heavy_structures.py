@@ -6,7 +6,7 @@ import pytest
 from parameters import OLDEST
 
 # Each takes seconds, and others of its kind do not: HFGPT2 of transformers; MultiQuery, ZeroBias and
-# InPlace of those that are cut as graphs. ``.ci/run`` runs them on the oldest torch, too.
+# InPlace of those that are cut as graphs. ``.ci/run`` runs them from end to end on the oldest torch, too.
 HEAVY = {
     *("C2f", "ComplexRotation", "CrossAttention", "OneMaskForAllHeads", "PlainAttention", "RotaryAttention"),
     *("TransformerEncoder", "ViT", "VGGWithView", "HFBertEager", "HFBertSdpa", "HFConvNeXt", "HFDistilBert", "HFLlama"),
@@ -24,5 +24,5 @@ def mark_heavy(items: list[pytest.Item]) -> None:
         name, case = callspec.params.get("name"), callspec.params.get("case")
         is_cut = case is not None and "closed_channels_are_cut_out" in item.name
         if name in HEAVY or (is_cut and case[0] in GATED_BY_LAYER and case != ("gpt2", "input")):
-            for mark in OLDEST:
+            for mark in OLDEST if "from_a_dense_model" in item.name or is_cut else (pytest.mark.slow,):
                 item.add_marker(mark)
