@@ -12,6 +12,7 @@ from l0hooks.attach.by_pattern import by_pattern
 from l0hooks.attach.spec import Pattern
 from l0hooks.attach.walk import Gated, iter_gated
 from l0hooks.errors import SpecError, StateError, explain
+from l0hooks.training.blocks import in_blocks
 from l0hooks.training.budget import Budget, invalid_budget
 from l0hooks.training.budget_rule import BudgetRule
 from l0hooks.training.cost import Size, size_of
@@ -82,6 +83,7 @@ def set_budget(
     given = None if scores is None else check_scores(model, free, scores)
     for part, one_budget in _parts(model, free, budget):
         size = size_of(model, part, every, one_budget.unit, example_inputs, whole=not isinstance(budget, Mapping))
+        size = in_blocks(size, part, one_budget)
         _refuse_unreachable(one_budget, size)
         kind = LagrangianRule if one_budget.method == "lagrangian" else BudgetRule
         rules.append(kind(one_budget, [one.gate for one in part], size))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import zlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -13,6 +15,7 @@ from l0hooks.schedules import NAMED, MakeSchedule, ScheduleName
 
 Method = Literal["shift", "lagrangian"]
 Constraint = Literal["inequality", "equality"]
+_UNITS, _METHODS, _SCHEDULES = get_args(Unit), get_args(Method), tuple(NAMED)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +50,12 @@ class Budget:
         Every so many steps, and when the support is fixed, cut the members of coupled groups that are closed for good
         out of the model, in place: training gets cheaper as the model gets smaller. Closed for good is, from then on,
         whatever fewer than one draw in 1,000 opens.
+    uniform : bool
+        Coupled groups of one kind and size keep the same number of members, as a model's config wants it. With a shift
+        they expect equally many at every step, too.
+    round_to : int, >= 1, or mapping from a group's kind to int
+        Keep members in multiples of this number: 8 for the units of a processor, ``{"neuron": 64}``. A group with fewer
+        members keeps all of them.
     automatic : bool
         Count steps of the optimiser; else those of :meth:`~l0hooks.training.BudgetRule.advance`.
     method : "shift" or "lagrangian"
@@ -88,6 +97,8 @@ class Budget:
     min_keep: int = 1
     prior: float = 1.0
     cut_every: int | None = None
+    uniform: bool = False
+    round_to: int | Mapping[str, int] = 1
     automatic: bool = True
     method: Method = "shift"
     constraint: Constraint | None = None
@@ -113,6 +124,11 @@ class Budget:
             raise invalid_budget("cut_every must be a number of steps.", self.cut_every, "a positive integer")
         if self.cut_every is not None and self.method == "lagrangian":
             raise invalid_budget("multipliers may open any gate again.", "cut_every", hint='method="shift"')
+        multiples = self.round_to.values() if isinstance(self.round_to, Mapping) else [self.round_to]
+        if any(type(n) is not int or n < 1 for n in multiples):
+            raise invalid_budget(
+                "round_to must be a number of members, or one for each kind.", self.round_to, "integers >= 1"
+            )
         if not callable(self.schedule) and self.schedule not in NAMED:
             raise invalid_budget(
                 "the schedule must be known.", repr(self.schedule), hint=near_names(str(self.schedule), NAMED)
@@ -123,12 +139,43 @@ class Budget:
         if self.constraint is not None and self.method == "shift":
             raise invalid_budget("a shift takes no constraint.", repr(self.constraint), hint='method="lagrangian"')
 
+    @property
+    def in_blocks(self) -> bool:
+        """Whether ``uniform`` or ``round_to`` says anything."""
+        return self.uniform or self.round_to != 1
+
     def target(self, whole: float) -> float:
         """The size to reach, of ``whole``."""
         if self.keep is not None:
             return float(self.keep)
         wanted = (1 - self.sparsity) * whole if self.sparsity is not None else whole
         return float(np.floor(wanted * (1 + 1e-12)))  # 0.1 · 1000 is a little less in floating point
+
+    def identity(self) -> tuple[float, ...]:
+        """Numbers that are equal for budgets between which checkpoints may move, if their sizes are."""
+        schedule = _SCHEDULES.index(self.schedule) if isinstance(self.schedule, str) else -1
+        words = (_UNITS.index(self.unit), _METHODS.index(self.method), int(self.constraint == "equality"))
+        several = isinstance(self.round_to, Mapping)
+        multiples = dict(self.round_to) if isinstance(self.round_to, Mapping) else {"": self.round_to}
+        code = zlib.crc32(repr(sorted(multiples.items())).encode()) if several else multiples[""]
+        return self.steps, *words, schedule, self.min_keep, self.cut_every or 0, int(self.uniform), several, code
+
+
+def described(identity: Sequence[float]) -> str:
+    """What :meth:`Budget.identity` says, in words; of ``round_to`` by kind only that there is one."""
+    unit, method, equality, schedule, least, cut, uniform, several, multiple = map(int, identity[1:])
+    names = [*_SCHEDULES, "another"]
+    extras = [
+        "with equality" if equality else "",
+        f"min_keep {least}",
+        f"cut_every {cut}" if cut else "",
+        "uniform" if uniform else "",
+        "round_to by kind" if several else f"round_to {multiple}" if multiple != 1 else "",
+    ]
+    return (
+        f"{_UNITS[unit % len(_UNITS)]} in {identity[0]:g} steps, schedule {names[schedule % len(names)]}, "
+        f"method {_METHODS[method % len(_METHODS)]}, {', '.join(filter(None, extras))}"
+    ).replace(", with", " with")
 
 
 def invalid_budget(must: str, got: object, expected: str | None = None, hint: str | None = None) -> InvalidValueError:

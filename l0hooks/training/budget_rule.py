@@ -5,20 +5,19 @@ from __future__ import annotations
 import math
 import weakref
 from collections.abc import Mapping, Sequence
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from l0hooks._torch.tensors import is_meta
-from l0hooks.attach.measured_size import Unit
 from l0hooks.errors import StateError, explain
 from l0hooks.gates.gate import Gate
 from l0hooks.gates.progress import Progress
 from l0hooks.gates.protocols import OptimizedGate
 from l0hooks.schedules import NAMED, Schedule
-from l0hooks.training.budget import Budget, Method, invalid_budget
+from l0hooks.training.budget import Budget, described, invalid_budget
 from l0hooks.training.closing import ClosedGates
 from l0hooks.training.cost import Size
 from l0hooks.training.cutting import MUST, Cutter, warn_uncut
@@ -26,7 +25,6 @@ from l0hooks.training.fitting_support import FittingSupport, choose_at_once
 from l0hooks.training.shared_shift import SharedShift
 
 _LARGEST_SHIFT = 1e3  # far more than log-odds can differ
-_UNITS, _METHODS, _SCHEDULES = get_args(Unit), get_args(Method), tuple(NAMED)
 
 
 class BudgetRule:
@@ -199,7 +197,7 @@ class BudgetRule:
 
     def _settle(self) -> None:
         """Bring the gates to the size that the schedule asks for."""
-        self._shift.shift_to(self.scheduled)
+        self._shift.settle(self.scheduled)
 
     @torch.no_grad()
     def start_from(self, scores: Sequence[Tensor | None]) -> None:
@@ -214,7 +212,7 @@ class BudgetRule:
             choose_at_once(self.gates, self.support_at(self.target))
             self.refresh()
             return
-        self._shift.shift_to(self.start)
+        self._shift.settle(self.start)
         self._shift.restart()
         self.start = self.expected()  # to the last bit
         self._schedule = self._make_schedule()
@@ -241,21 +239,12 @@ class BudgetRule:
 
     def identity(self) -> tuple[float, ...]:
         """Numbers that are equal for budgets between which checkpoints may move."""
-        budget = self.budget
-        schedule = _SCHEDULES.index(budget.schedule) if isinstance(budget.schedule, str) else -1
-        words = (_UNITS.index(budget.unit), _METHODS.index(budget.method), int(budget.constraint == "equality"))
-        return budget.steps, self.target, self.size.whole, *words, schedule, budget.min_keep, budget.cut_every or 0
+        return self.target, self.size.whole, *self.budget.identity()
 
     def describe(self, identity: Sequence[float]) -> str:
         """The budget that :meth:`identity` is of, in words."""
-        steps, target, whole = identity[:3]
-        unit, method, equality, schedule, least, cut = map(int, identity[3:])
-        names = [*_SCHEDULES, "another"]
-        return (
-            f"{target:,.6g} of {whole:,.6g} {_UNITS[unit % len(_UNITS)]} in {steps:g} steps, "
-            f"schedule {names[schedule % len(names)]}, method {_METHODS[method % len(_METHODS)]}"
-            f"{' with equality' if equality else ''}, min_keep {least}{f', cut_every {cut}' if cut else ''}"
-        )
+        target, whole = identity[:2]
+        return f"{target:,.6g} of {whole:,.6g} {described(identity[2:])}"
 
     def resume(self, *state: float) -> None:
         """Go on from what :meth:`state` said."""

@@ -38,6 +38,10 @@ class Size:
     square : float64, shape (arrays, arrays)
     floor : int64, shape (arrays,)
         How many gates of each array always stay: one of a coupled group, which cannot be cut to nothing.
+    sets : tuple of tuples of int, or None
+        Arrays that keep equally many gates, by their numbers; each array is in one set.
+    multiple : int64, shape (arrays,)
+        What the number of gates that stay in each array is a multiple of, where it has as many.
 
     Examples
     --------
@@ -51,6 +55,8 @@ class Size:
     linear: Floats
     square: Floats
     floor: npt.NDArray[np.int64] | int = 0
+    sets: tuple[tuple[int, ...], ...] | None = None
+    multiple: npt.NDArray[np.int64] | int = 1
 
     @property
     def whole(self) -> float:
@@ -59,8 +65,14 @@ class Size:
 
     def least(self, min_keep: int) -> Floats:
         """How many gates of each array stay at the least."""
-        least: Floats = np.minimum(np.maximum(min_keep, self.floor), self.counts).astype(np.float64)
+        wanted = np.minimum(np.maximum(min_keep, self.floor), self.counts)
+        width = np.minimum(self.multiple, self.counts)
+        least: Floats = np.minimum(-(-wanted // width), self.counts // width).astype(np.float64) * width
         return least
+
+    def width(self, array: int) -> int:
+        """How many gates of an array stay or go together."""
+        return int(min(np.broadcast_to(self.multiple, self.counts.shape)[array], self.counts[array]))
 
     def of(self, kept: Floats, variance: Floats | None = None) -> float:
         """The size when ``kept`` gates stay; with expected numbers and their variances, the expected size."""

@@ -11,6 +11,7 @@ from torch import Tensor
 from l0hooks._torch.tensors import is_sharded, version, whole
 from l0hooks.gates.gate import Gate
 from l0hooks.gates.optimizer_hooks import steps_taken
+from l0hooks.training.blocks import largest_blocks
 from l0hooks.training.closing import ClosedGates
 from l0hooks.training.cost import Size, fitting
 
@@ -71,6 +72,8 @@ class FittingSupport:
         """
         device = self._gates[0].log_alpha.device
         arrays = [whole(gate.log_alpha.detach()).flatten() for gate in self._gates]
+        if self._size.sets is not None:
+            return self._in_blocks(arrays, allowed)
         rank = torch.cat([a.to(device) for a in arrays])
         least = self._size.least(self._min_keep).tolist()
         for part, n in zip(torch.split(rank, [len(a) for a in arrays]), least, strict=True):
@@ -83,6 +86,20 @@ class FittingSupport:
         stays[order[fitting(self._size, array_of, allowed)]] = True
         masks = torch.split(torch.from_numpy(stays), [len(a) for a in arrays])
         return [m.view(g.log_alpha.shape).to(g.log_alpha.device) for m, g in zip(masks, self._gates, strict=True)]
+
+    def _in_blocks(self, arrays: Sequence[Tensor], allowed: float) -> list[Tensor]:
+        closed = [torch.zeros(len(a), dtype=torch.bool) for a in arrays] if self._closed is None else self._closed.masks
+        masks = largest_blocks(
+            self._size,
+            [a.double().cpu().numpy() for a in arrays],
+            [mask.flatten().cpu().numpy() for mask in closed],
+            allowed,
+            self._min_keep,
+        )
+        return [
+            torch.from_numpy(m).view_as(g.log_alpha).to(g.log_alpha.device)
+            for m, g in zip(masks, self._gates, strict=True)
+        ]
 
     @torch.no_grad()
     def ties(self, masks: Sequence[Tensor]) -> tuple[int, int]:

@@ -80,8 +80,15 @@ class SharedShift:
             else:
                 grad.add_(self._slopes[number].view_as(grad), alpha=-float(marginal[number]) * common)
 
+    def settle(self, wanted: float) -> None:
+        """Make the expected size ``wanted``, and equal within each set of arrays what they expect."""
+        self._shift_to(wanted)
+        if any(len(arrays) > 1 for arrays in self._size.sets or ()):
+            self._equalise()
+            self._shift_to(wanted)  # by little, which leaves them almost equal
+
     @torch.no_grad()
-    def shift_to(self, wanted: float) -> None:
+    def _shift_to(self, wanted: float) -> None:
         """Add the shift that makes the expected size ``wanted``: damped Newton steps between bounds that close in."""
         shift, low, high = self.last, -math.inf, math.inf
         for _ in range(100):
@@ -103,6 +110,17 @@ class SharedShift:
         self.last, self._key = shift, None
         for gate in self._gates:
             gate.log_alpha.add_(shift)
+
+    @torch.no_grad()
+    def _equalise(self) -> None:
+        """Let the arrays of each set expect equally many open gates, the mean of the set, by a shift of each."""
+        for arrays in self._size.sets or ():
+            if len(arrays) > 1:
+                gates = [self._gates[number] for number in arrays]
+                wanted = float(np.mean([_open(gate, 0.0)[0] for gate in gates]))
+                for gate in gates:
+                    gate.log_alpha.add_(_shift_of(gate, wanted))
+                self._key = None
 
     def _expected(self, sums: Floats) -> float:
         return self._size.of(sums[:, 0], sums[:, 2])
@@ -138,7 +156,7 @@ class SharedShift:
         for number, (gate, slope) in enumerate(zip(self._gates, slopes, strict=True)):
             sums = None if slope is None or bent[number] else _sums_by_kernels(gate, shift, slope)
             if sums is None:
-                by_torch[number] = torch.stack(_sums_of(gate, shift, slope, bent[number])).to(self._device)
+                by_torch[number] = torch.stack(_sums_of(gate, shift, slope, bent=bool(bent[number]))).to(self._device)
             else:
                 found[number, 0], found[number, 1:] = sums
         if by_torch:  # brought over at once
@@ -160,7 +178,27 @@ def _sums_by_kernels(gate: Gate, shift: float, slopes: Tensor) -> tuple[float, f
     return sums
 
 
-def _sums_of(gate: Gate, shift: float, slopes: Tensor | None, bent: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _open(gate: Gate, shift: float) -> tuple[float, float]:
+    """Σ p and Σ p′ of one array with its log-odds shifted."""
+    total, slope, *_ = _sums_of(gate, shift, None, bent=False)
+    return float(total), float(slope)
+
+
+def _shift_of(gate: Gate, wanted: float) -> float:
+    """The shift at which one array expects ``wanted`` open gates: Newton's method between bounds that close in."""
+    shift, low, high = 0.0, -math.inf, math.inf
+    for _ in range(50):
+        total, slope = _open(gate, shift)
+        error = total - wanted
+        if abs(error) <= _ACCURACY * wanted or not math.isfinite(error):
+            break
+        low, high = (low, shift) if error > 0 else (shift, high)
+        step = min(max(-error / max(slope, 1e-30), -_LONGEST_STEP), _LONGEST_STEP)
+        shift = shift + step if low < shift + step < high else (low + high) / 2
+    return shift
+
+
+def _sums_of(gate: Gate, shift: float, slopes: Tensor | None, *, bent: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     family, location = gate.family, whole(gate.log_alpha.detach()).flatten()
     if isinstance(family, HardConcreteFamily) and not bent:
         p = torch.add(location, shift - gate.temperature * math.log(-family.gamma / family.zeta), out=slopes).sigmoid_()
