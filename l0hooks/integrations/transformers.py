@@ -1,4 +1,4 @@
-"""The callback for the ``Trainer`` of Hugging Face transformers."""
+"""Hugging Face transformers: the callback for its ``Trainer``, and folders that ``from_pretrained`` loads."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from l0hooks.integrations.common import (
     warn_at_the_end,
     warn_if_too_short,
 )
+from l0hooks.integrations.pretrained import SavedPretrained, from_pretrained, save_pretrained
 from l0hooks.training._param_groups import gates_apart
 from l0hooks.training.distillation import Distillation
 
@@ -31,6 +32,8 @@ else:
     Trainer, TrainerCallback = _package.Trainer, _package.TrainerCallback
     _package = import_extra("accelerate", extra="transformers", where="l0hooks.integrations.transformers")
     AcceleratedOptimizer = _package.optimizer.AcceleratedOptimizer
+
+__all__ = ["SavedPretrained", "SparsifyCallback", "from_pretrained", "save_pretrained"]
 
 
 class SparsifyCallback(TrainerCallback):
