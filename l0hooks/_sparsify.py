@@ -30,6 +30,7 @@ from l0hooks.errors import SpecError, explain
 from l0hooks.gates.gate import Gate
 from l0hooks.gates.noise import EntryPoint, GateNoise, NoiseSource
 from l0hooks.structure import ChannelGroup
+from l0hooks.structure.example_inputs import ExampleInputs
 from l0hooks.structure.macs import count_positions
 from l0hooks.training._set_budget import set_budget
 from l0hooks.training.budget import Budget
@@ -39,7 +40,7 @@ def sparsify(
     model: nn.Module,
     spec: Spec = "weight",
     *,
-    example_inputs: Sequence[Any] | None = None,
+    example_inputs: ExampleInputs | None = None,
     exclude: Pattern | Sequence[Pattern] = (),
     groups: Sequence[ChannelGroup] | None = None,
     budget: Budget | Mapping[Pattern, Budget] | None = None,
@@ -57,8 +58,8 @@ def sparsify(
         In a mapping the first pattern that matches a module wins; patterns are shell patterns over qualified names
         (``"layer*.conv?"``, ``*`` crosses dots), compiled regular expressions, module types, ``"all"``,
         ``"all-linear"`` or ``"all-conv"``.
-    example_inputs : sequence, optional
-        Positional arguments of ``model``. The model runs on them once, in evaluation mode, to count
+    example_inputs : sequence or mapping, optional
+        Arguments of ``model``. The model runs on them once, in evaluation mode, to count
         multiply-adds for one example (one index along the first axis of the first tensor).
     exclude : pattern or sequence of patterns
         Modules to leave alone; a name stands for the modules below it too.

@@ -5,7 +5,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import nn
@@ -20,18 +19,19 @@ from l0hooks.errors import L0HooksWarning
 from l0hooks.gates.progress import unfinished, warn_if_tied
 from l0hooks.gates.registry import rules_over
 from l0hooks.structure import ChannelGroup
+from l0hooks.structure.example_inputs import ExampleInputs
 from l0hooks.structure.macs import count_positions, total_macs
 
 
-def summary(model: nn.Module, *, example_inputs: Sequence[Any] | None = None) -> Summary:
+def summary(model: nn.Module, *, example_inputs: ExampleInputs | None = None) -> Summary:
     """How sparse ``model`` is now.
 
     Parameters
     ----------
     model : nn.Module
         Not changed.
-    example_inputs : sequence, optional
-        Positional arguments of ``model``, to count multiply-adds; those of ``sparsify`` serve if not given.
+    example_inputs : sequence or mapping, optional
+        Arguments of ``model``, to count multiply-adds; those of ``sparsify`` serve if not given.
         Counts are those of one example: one index along the first axis of the first tensor, or all of it where the
         layer that reads it takes it without a batch.
 

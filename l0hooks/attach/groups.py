@@ -6,7 +6,6 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -19,7 +18,7 @@ from l0hooks.errors import L0HooksWarning, SpecError, StateError, explain
 from l0hooks.gates.gate import Gate, iter_gates
 from l0hooks.gates.shared_sampling import SharedSampling
 from l0hooks.structure import ChannelGroup, GroupSite, channel_groups
-from l0hooks.structure.example_inputs import check_examples
+from l0hooks.structure.example_inputs import ExampleInputs, positional
 from l0hooks.structure.group_costs import CoupledPlan
 from l0hooks.structure.layers import CONVOLUTIONS, TRANSPOSED, is_hugging_face_conv1d
 from l0hooks.structure.named_tensors import Tensors
@@ -40,7 +39,7 @@ def choose_groups(
     model: nn.Module,
     assigned: Mapping[str, GateSpec],
     exclude: Pattern | Sequence[Pattern],
-    example_inputs: Sequence[Any] | None,
+    example_inputs: ExampleInputs | None,
     groups: Sequence[ChannelGroup] | None = None,
 ) -> list[tuple[ChannelGroup, GateSpec]]:
     """The groups to gate: those that a module with a coupled specification writes or reads, and no excluded one does.
@@ -66,7 +65,7 @@ def choose_groups(
                 hint='sparsify(model, "coupled", example_inputs=(x,))',
             )
         )
-    check_examples(model, example_inputs)
+    example_inputs = positional(model, example_inputs)
     if next(iter_gates(model), None) is not None:
         raise StateError(
             explain(

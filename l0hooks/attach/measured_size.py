@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from collections.abc import Set as AbstractSet
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from l0hooks.attach.gated_weight import iter_sites
 from l0hooks.attach.summary_table import Summary
 from l0hooks.attach.walk import iter_gated
 from l0hooks.errors import StateError, explain
+from l0hooks.structure.example_inputs import ExampleInputs
 from l0hooks.structure.macs import count_positions
 
 Unit = Literal["gates", "params", "macs"]
@@ -62,7 +63,7 @@ def expected_size(model: nn.Module, report: Summary, unit: Unit) -> float:
 
 
 @torch.no_grad()
-def exported_size(model: nn.Module, pruned: nn.Module, unit: Unit, example_inputs: Sequence[Any] | None = None) -> int:
+def exported_size(model: nn.Module, pruned: nn.Module, unit: Unit, example_inputs: ExampleInputs | None = None) -> int:
     """What ``pruned``, made from the gated ``model``, really has; exact zeros of weights that had gates do not count.
 
     Raises

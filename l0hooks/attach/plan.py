@@ -6,7 +6,6 @@ import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
 
 from torch import nn
 
@@ -25,6 +24,7 @@ from l0hooks.attach.spec import (
 from l0hooks.attach.weight_plan import WeightPlan, check_kind, check_values, plan_weight, tie_clashes
 from l0hooks.errors import L0HooksWarning, SpecError, explain
 from l0hooks.structure import ChannelGroup, GroupSite
+from l0hooks.structure.example_inputs import ExampleInputs
 from l0hooks.structure.layers import (
     GATEABLE,
     gateable_weights,
@@ -39,7 +39,7 @@ def plan_gates(
     model: nn.Module,
     spec: Spec,
     exclude: Pattern | Sequence[Pattern],
-    example_inputs: Sequence[Any] | None,
+    example_inputs: ExampleInputs | None,
     groups: Sequence[ChannelGroup] | None,
 ) -> tuple[list[WeightPlan], list[tuple[ChannelGroup, GateSpec]]]:
     """Everything that will be gated, checked; nothing is changed."""

@@ -25,6 +25,7 @@ from l0hooks.export.fold_channels import Closed, after_cuts, closed_channels, cu
 from l0hooks.export.requirements import check_coupled, check_model, check_storage
 from l0hooks.structure import ChannelGroup
 from l0hooks.structure.cut_modules import Bools
+from l0hooks.structure.example_inputs import ExampleInputs, positional
 from l0hooks.structure.macs import count_positions
 
 SparseFormat = Literal["csr", "bsr"]
@@ -34,7 +35,7 @@ SparseFormat = Literal["csr", "bsr"]
 def prune(
     model: nn.Module,
     *,
-    example_inputs: Sequence[Any] | None = None,
+    example_inputs: ExampleInputs | None = None,
     inplace: bool = False,
     sparse_format: SparseFormat | None = None,
     block_size: tuple[int, int] = (4, 4),
@@ -46,7 +47,7 @@ def prune(
 def prune(
     model: nn.Module,
     *,
-    example_inputs: Sequence[Any] | None = None,
+    example_inputs: ExampleInputs | None = None,
     inplace: bool = False,
     sparse_format: SparseFormat | None = None,
     block_size: tuple[int, int] = (4, 4),
@@ -57,7 +58,7 @@ def prune(
 def prune(
     model: nn.Module,
     *,
-    example_inputs: Sequence[Any] | None = None,
+    example_inputs: ExampleInputs | None = None,
     inplace: bool = False,
     sparse_format: SparseFormat | None = None,
     block_size: tuple[int, int] = (4, 4),
@@ -75,8 +76,8 @@ def prune(
     ----------
     model : nn.Module
         Not changed unless ``inplace``.
-    example_inputs : sequence, optional
-        Positional arguments of ``model``. If given, closed channels are cut out, and the outputs of both models in
+    example_inputs : sequence or mapping, optional
+        Arguments of ``model``. If given, closed channels are cut out, and the outputs of both models in
         evaluation mode are compared.
     inplace : bool
         Prune ``model`` itself; its parameters stay the same objects, and nothing is cut out. A copy is made only to
@@ -110,6 +111,7 @@ def prune(
       (0): Linear(in_features=8, out_features=4, bias=True)
     )
     """
+    example_inputs = None if example_inputs is None else positional(model, example_inputs)
     every = list(iter_gated(model))
     sites = list({site.name: site for one in every for site in one.sites}.values())
     check_model(model, every, sites)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from l0hooks.export._prune import prune
 from l0hooks.export.save import save_pruned
 from l0hooks.gates.gate import iter_gates
 from l0hooks.gates.registry import rules_over
+from l0hooks.structure.example_inputs import ExampleInputs
 from l0hooks.training.penalties import Strength, penalty
 
 Penalties = Mapping[str, Strength | Mapping[Pattern, Strength]]
@@ -116,7 +117,7 @@ def plain_forward(model: nn.Module) -> Iterator[None]:
         model.__dict__.update(added)
 
 
-def pruned_and_saved(model: nn.Module, example_inputs: Sequence[Any] | None, path: Path | None) -> nn.Module:
+def pruned_and_saved(model: nn.Module, example_inputs: ExampleInputs | None, path: Path | None) -> nn.Module:
     """The plain model in evaluation mode, saved to ``path`` unless that is None."""
     training = [module for module in model.modules() if module.training]
     model.eval()

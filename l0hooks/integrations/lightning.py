@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +18,7 @@ from l0hooks.integrations.common import (
     warn_at_the_end,
     warn_if_too_short,
 )
+from l0hooks.structure.example_inputs import ExampleInputs
 
 if TYPE_CHECKING:
     from lightning.pytorch import Callback, LightningModule, Trainer
@@ -40,8 +40,8 @@ class SparsifyCallback(Callback):
     penalties : mapping, optional
         Keywords of :func:`l0hooks.penalty`: ``{"l0": 1e-3}``. The gradient is added before clipping, once for each
         step of the optimiser, also if batches are accumulated. The value is logged apart from the loss.
-    example_inputs : sequence, optional
-        Positional arguments of the pruned part, for :func:`l0hooks.prune`; needed for coupled gates.
+    example_inputs : sequence or mapping, optional
+        Arguments of the pruned part, for :func:`l0hooks.prune`; needed for coupled gates.
     part : str
         Name of the module to prune, the one passed to ``sparsify``; "" for the LightningModule itself.
     filename : str or None
@@ -71,7 +71,7 @@ class SparsifyCallback(Callback):
         self,
         *,
         penalties: Penalties | None = None,
-        example_inputs: Sequence[Any] | None = None,
+        example_inputs: ExampleInputs | None = None,
         part: str = "",
         filename: str | None = "pruned.safetensors",
     ) -> None:

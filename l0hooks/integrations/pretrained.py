@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -17,6 +17,7 @@ from l0hooks.export import load_pruned, save_pruned
 from l0hooks.export.comparison import tolerance
 from l0hooks.export.outputs import difference, outputs_of
 from l0hooks.integrations.config_sizes import sized_config
+from l0hooks.structure.example_inputs import ExampleInputs, positional
 
 if TYPE_CHECKING:
     import transformers
@@ -73,7 +74,7 @@ def save_pretrained(
     model: nn.Module,
     folder: str | Path,
     *,
-    example_inputs: Sequence[Any],
+    example_inputs: ExampleInputs,
     tokenizer: Savable | None = None,
 ) -> SavedPretrained:
     """Write a pruned model of transformers so that it loads where it came from.
@@ -89,8 +90,8 @@ def save_pretrained(
         What :func:`l0hooks.prune` returned. Not changed.
     folder : str or Path
         Weights of an earlier model in it are replaced.
-    example_inputs : sequence
-        Positional arguments of ``model``, on which both models are compared.
+    example_inputs : sequence or mapping
+        Arguments of ``model``, on which both models are compared.
     tokenizer : tokenizer or processor, optional
         Written into the same folder.
 
@@ -135,7 +136,7 @@ def save_pretrained(
         raise StateError(
             explain("save_pretrained", "the model must be pruned.", got="gates", hint="l0hooks.prune(model, ...) first")
         )
-    folder, examples = Path(folder), tuple(example_inputs)
+    folder, examples = Path(folder), positional(model, example_inputs)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".l0hooks-") as temporary:
         written = Path(temporary)

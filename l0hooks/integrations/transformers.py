@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +21,7 @@ from l0hooks.integrations.common import (
     warn_if_too_short,
 )
 from l0hooks.integrations.pretrained import SavedPretrained, from_pretrained, save_pretrained
+from l0hooks.structure.example_inputs import ExampleInputs
 from l0hooks.training._param_groups import gates_apart
 from l0hooks.training.distillation import Distillation
 
@@ -48,8 +49,8 @@ class SparsifyCallback(TrainerCallback):
     penalties : mapping, optional
         Keywords of :func:`l0hooks.penalty`: ``{"l0": 1e-3}``. The gradient is added after clipping, once for each
         step of the optimiser, also if batches are accumulated. The value is logged apart from the loss.
-    example_inputs : sequence, optional
-        Positional arguments of the model, for :func:`l0hooks.prune`; needed for coupled gates.
+    example_inputs : sequence or mapping, optional
+        Arguments of the model, for :func:`l0hooks.prune`; needed for coupled gates.
     filename : str or None
         File name of the pruned model in ``args.output_dir``; None to not save it.
     distillation : Distillation, optional
@@ -84,7 +85,7 @@ class SparsifyCallback(TrainerCallback):
         *,
         gate_lr: float = 0.05,
         penalties: Penalties | None = None,
-        example_inputs: Sequence[Any] | None = None,
+        example_inputs: ExampleInputs | None = None,
         filename: str | None = "pruned.safetensors",
         distillation: Distillation | None = None,
     ) -> None:

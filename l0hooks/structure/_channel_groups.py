@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 from einops import rearrange
 from torch import nn
 
+from l0hooks.structure.example_inputs import ExampleInputs, positional
 from l0hooks.structure.export_trace import export_and_trace
 from l0hooks.structure.frozen import cannot_go, frozen_channels
 from l0hooks.structure.groups import ChannelGroup, ChannelGroups, FrozenChannels, GroupSite, Ints, Kind
@@ -20,7 +20,7 @@ from l0hooks.structure.training_trace import breaking_training
 from l0hooks.structure.union_find import squeeze_constant, varies
 
 
-def channel_groups(model: nn.Module, example_inputs: Sequence[Any]) -> ChannelGroups:
+def channel_groups(model: nn.Module, example_inputs: ExampleInputs) -> ChannelGroups:
     """The channels, neurons and attention heads that can be removed from ``model``.
 
     The model is exported in evaluation mode and is not changed; if it has layers that it calls in training only, as
@@ -32,8 +32,8 @@ def channel_groups(model: nn.Module, example_inputs: Sequence[Any]) -> ChannelGr
     ----------
     model : nn.Module
         Any model that ``torch.export`` takes.
-    example_inputs : sequence
-        Positional arguments of ``model``.
+    example_inputs : sequence or mapping
+        Arguments of ``model``: positional ones, keyword ones as a tokenizer returns them, or both, the keywords last.
 
     Returns
     -------
@@ -43,7 +43,7 @@ def channel_groups(model: nn.Module, example_inputs: Sequence[Any]) -> ChannelGr
     Raises
     ------
     SpecError
-        If ``example_inputs`` is no sequence.
+        If ``example_inputs`` are no arguments of the model.
     UnsupportedModuleError
         If ``torch.export`` cannot trace the model.
 
@@ -59,15 +59,16 @@ def channel_groups(model: nn.Module, example_inputs: Sequence[Any]) -> ChannelGr
 
 
 def groups_and_program(
-    model: nn.Module, example_inputs: Sequence[Any]
+    model: nn.Module, example_inputs: ExampleInputs
 ) -> tuple[ChannelGroups, torch.export.ExportedProgram]:
     """The result of :func:`channel_groups`, and the program of the evaluation.
 
     Parameters
     ----------
     model : nn.Module
-    example_inputs : sequence
+    example_inputs : sequence or mapping
     """
+    example_inputs = positional(model, example_inputs)
     program, tracer = export_and_trace(model, example_inputs, training=True)
     found = groups_of(tracer)
     left = set(breaking_training(model, example_inputs, found) if tracer.training_only else [])

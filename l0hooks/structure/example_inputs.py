@@ -1,4 +1,4 @@
-"""``check_examples``: refuse what cannot be the positional arguments of a model."""
+"""Example inputs as people have them, in positional order."""
 
 from __future__ import annotations
 
@@ -10,52 +10,87 @@ from torch import nn
 
 from l0hooks.errors import SpecError, explain
 
+ExampleInputs = Sequence[Any] | Mapping[str, Any]
 
-def check_examples(model: nn.Module, example_inputs: Any) -> None:
-    """The example inputs must be a sequence: the positional arguments of ``model``.
+
+def positional(model: nn.Module, example_inputs: Any) -> tuple[Any, ...]:
+    """The arguments of ``model`` in the order of its ``forward``; defaults fill the gaps between keyword arguments.
+
+    Parameters
+    ----------
+    model : nn.Module
+    example_inputs : sequence or mapping
+        Positional arguments; keyword arguments, as a tokenizer returns them; or positional ones and last a mapping of
+        keyword arguments. A mapping whose keys are no parameters of ``forward`` is an argument like others.
+
+    Returns
+    -------
+    tuple
 
     Raises
     ------
     SpecError
-        If they are anything else; the message spells them as they should be.
+        If they are anything else, or keywords that cannot be put in order.
 
     Examples
     --------
-    >>> import torch
-    >>> check_examples(nn.Bilinear(2, 2, 2), {"input1": torch.ones(1, 2), "input2": torch.ones(1, 2)})
-    Traceback (most recent call last):
-    l0hooks.errors.SpecError: example_inputs: the positional arguments must come as a tuple.
-      got: dict
-      try: example_inputs=(inputs["input1"], inputs["input2"])
+    >>> positional(nn.Bilinear(2, 2, 2), {"input2": "b", "input1": "a"})
+    ('a', 'b')
+    >>> positional(nn.Bilinear(2, 2, 2), ("a", {"input2": "b"}))
+    ('a', 'b')
     """
-    if isinstance(example_inputs, Sequence) and not isinstance(example_inputs, (str, bytes)):
-        return
-    hint = "example_inputs=(x,)"
     if isinstance(example_inputs, Mapping):
-        hint = _spelled(model, example_inputs)
-    raise SpecError(
-        explain(
-            "example_inputs",
-            "the positional arguments must come as a tuple.",
-            got=type(example_inputs).__name__,
-            hint=hint,
+        return _in_order(model, (), example_inputs)
+    if not isinstance(example_inputs, Sequence) or isinstance(example_inputs, (str, bytes)):
+        raise SpecError(
+            explain(
+                "example_inputs",
+                "arguments must come as a tuple, or by name.",
+                expected="(x,) or {'name': x}",
+                got=type(example_inputs).__name__,
+                hint="example_inputs=(x,)",
+            )
         )
-    )
+    given = tuple(example_inputs)
+    last = given[-1] if given else None
+    if isinstance(last, Mapping) and last:
+        names = [p.name for p in _parameters(model)][len(given) - 1 :]
+        if all(key in names for key in last):
+            return _in_order(model, given[:-1], last)
+    return given
 
 
-def _spelled(model: nn.Module, given: Mapping[Any, Any]) -> str:
-    """Keyword arguments in the order of ``forward``; a dictionary that is itself the argument in a tuple."""
-    parameters = list(inspect.signature(model.forward).parameters.values())
-    names = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-    if not given or not all(key in names for key in given):
-        return "example_inputs=(inputs,) for a model that takes one dictionary, else its arguments in order"
-    until = max(names.index(key) for key in given)
-    values = []
-    for parameter in parameters[: until + 1]:
-        known = parameter.name in given
-        values.append(f'inputs["{parameter.name}"]' if known else repr(_default(parameter)))
-    return f"example_inputs=({', '.join(values)}{',' if len(values) == 1 else ''})"
+def _parameters(model: nn.Module) -> list[inspect.Parameter]:
+    """The parameters of ``forward`` that can be given by position."""
+    parameters = inspect.signature(model.forward).parameters.values()
+    return [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
 
 
-def _default(parameter: inspect.Parameter) -> Any:
-    return None if parameter.default is parameter.empty else parameter.default
+def _in_order(model: nn.Module, given: tuple[Any, ...], named: Mapping[str, Any]) -> tuple[Any, ...]:
+    parameters = _parameters(model)
+    names = [p.name for p in parameters]
+    unknown = next((str(key) for key in named if key not in names[len(given) :]), None)
+    if unknown is not None:
+        raise SpecError(
+            explain(
+                "example_inputs",
+                "each name must be a parameter of the model's forward that can be given by position.",
+                expected=", ".join(names) or "names in the signature of forward",
+                got=unknown,
+                hint="example_inputs=(inputs,) for a model that takes one dictionary; else its arguments in order",
+            )
+        )
+    until = max((names.index(key) + 1 for key in named), default=len(given))
+    values = list(given)
+    for parameter in parameters[len(given) : until]:
+        if parameter.name not in named and parameter.default is parameter.empty:
+            raise SpecError(
+                explain(
+                    "example_inputs",
+                    "every argument without a default must be given.",
+                    expected=parameter.name,
+                    got=", ".join(map(str, named)),
+                )
+            )
+        values.append(named.get(parameter.name, parameter.default))
+    return tuple(values)

@@ -14,7 +14,7 @@ from l0hooks._torch.graphs import export
 from l0hooks._torch.running import OUT_OF_MEMORY, evaluating
 from l0hooks._torch.tensors import beside, is_placed, memory_of, same_tensor
 from l0hooks.structure import rules_channels, rules_einsum  # noqa: F401  they fill the table
-from l0hooks.structure.example_inputs import check_examples
+from l0hooks.structure.example_inputs import ExampleInputs, positional
 from l0hooks.structure.export_errors import export_failure
 from l0hooks.structure.fx_nodes import first_of, has_shape, is_mutable, name_of, region_of, shape_of
 from l0hooks.structure.references import Parameter, Reference
@@ -29,7 +29,7 @@ _MOST_ELEMENTS = 2**21  # of a tensor that is filled piece by piece; a larger on
 
 
 def export_and_trace(
-    model: nn.Module, example_inputs: Sequence[Any], *, training: bool = False
+    model: nn.Module, example_inputs: ExampleInputs, *, training: bool = False
 ) -> tuple[torch.export.ExportedProgram, Tracer]:
     """Export ``model`` in evaluation mode and trace the channels of its graph.
 
@@ -44,11 +44,11 @@ def export_and_trace(
     Raises
     ------
     SpecError
-        If ``example_inputs`` is no sequence.
+        If ``example_inputs`` are no arguments of the model.
     UnsupportedModuleError
         If ``torch.export`` cannot take the model; the message says where it stopped.
     """
-    check_examples(model, example_inputs)
+    example_inputs = positional(model, example_inputs)
     with exporting(model):
         try:
             program = export(model, beside(model, example_inputs))

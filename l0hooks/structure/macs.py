@@ -14,11 +14,11 @@ from l0hooks._torch.running import evaluating, shapes_alone, slow_attention
 from l0hooks._torch.tensors import beside, has_meta
 from l0hooks._torch.trees import tree_leaves
 from l0hooks.errors import SpecError, UnsupportedModuleError, explain, in_one_line
-from l0hooks.structure.example_inputs import check_examples
+from l0hooks.structure.example_inputs import ExampleInputs, positional
 from l0hooks.structure.layers import CONVOLUTIONS, EMBEDDINGS, TRANSPOSED, is_gateable, is_hugging_face_conv1d
 
 
-def count_positions(model: nn.Module, example_inputs: Sequence[Any]) -> dict[tuple[int, str], float]:
+def count_positions(model: nn.Module, example_inputs: ExampleInputs) -> dict[tuple[int, str], float]:
     """Multiply-adds per weight element for one example, in evaluation, keyed by (id of the module, tensor name).
 
     A convolution uses each weight once for every output position (a transposed one: input position), a Linear once
@@ -27,11 +27,11 @@ def count_positions(model: nn.Module, example_inputs: Sequence[Any]) -> dict[tup
     Parameters
     ----------
     model : nn.Module
-    example_inputs : sequence
-        Positional arguments of ``model``. One example is one index along the first axis of the first tensor among
-        them. Three other cases are recognised by the layer that reads it: all of a tensor without a batch (a vector
-        for a Linear, one image for a convolution, one sequence for attention), one index along the second axis where
-        attention has ``batch_first=False``, and one tensor of a list that the model stacks.
+    example_inputs : sequence or mapping
+        Arguments of ``model``. One example is one index along the first axis of the first tensor among them. Three
+        other cases are recognised by the layer that reads it: all of a tensor without a batch (a vector for a Linear,
+        one image for a convolution, one sequence for attention), one index along the second axis where attention has
+        ``batch_first=False``, and one tensor of a list that the model stacks.
 
     Returns
     -------
@@ -40,11 +40,11 @@ def count_positions(model: nn.Module, example_inputs: Sequence[Any]) -> dict[tup
     Raises
     ------
     SpecError
-        If ``example_inputs`` is no sequence, or the model is on the meta device and cannot be run there.
+        If ``example_inputs`` are no arguments of the model, or it is on the meta device and cannot be run there.
     UnsupportedModuleError
         If a layer neither takes nor returns a tensor with its channels.
     """
-    check_examples(model, example_inputs)
+    example_inputs = positional(model, example_inputs)
     counts: dict[tuple[int, str], float] = {}
     examples = _Examples(example_inputs)
 

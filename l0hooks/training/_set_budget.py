@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from torch import Tensor, nn
 
@@ -12,6 +11,7 @@ from l0hooks.attach.by_pattern import by_pattern
 from l0hooks.attach.spec import Pattern
 from l0hooks.attach.walk import Gated, iter_gated
 from l0hooks.errors import SpecError, StateError, explain
+from l0hooks.structure.example_inputs import ExampleInputs, positional
 from l0hooks.training.blocks import in_blocks
 from l0hooks.training.budget import Budget, invalid_budget
 from l0hooks.training.budget_rule import BudgetRule
@@ -25,7 +25,7 @@ def set_budget(
     model: nn.Module,
     budget: Budget | Mapping[Pattern, Budget],
     *,
-    example_inputs: Sequence[Any] | None = None,
+    example_inputs: ExampleInputs | None = None,
     scores: Mapping[str, Tensor] | None = None,
 ) -> list[BudgetRule]:
     """Put the gates of ``model`` that have none yet under a budget, **in place**; all or, on any error, none.
@@ -37,8 +37,8 @@ def set_budget(
     budget : Budget, or mapping from pattern to Budget
         One for all gates together, counting the whole model. With a mapping each counts its own part: the gates of
         the modules that the pattern matches (the first that does), and the tensors that they remove from.
-    example_inputs : sequence, optional
-        Positional arguments of ``model``, for budgets of multiply-adds or with ``cut_every``.
+    example_inputs : sequence or mapping, optional
+        Arguments of ``model``, for budgets of multiply-adds or with ``cut_every``.
     scores : mapping from the name of a gate to Tensor, >= 0, shape of the gate, optional
         What closing each gate would cost, from :func:`l0hooks.score`. The gates start from it, divided by what a gate's
         removal saves in the budget's unit, in place of the size of the weights behind them.
@@ -106,7 +106,7 @@ def _cutter(
     model: nn.Module,
     every: Sequence[Gated],
     budget: Budget | Mapping[Pattern, Budget],
-    example_inputs: Sequence[Any] | None,
+    example_inputs: ExampleInputs | None,
 ) -> Cutter | None:
     """What cuts the model while it trains, if a budget wants that and it can be done."""
     if all(one.cut_every is None for one in ([budget] if isinstance(budget, Budget) else budget.values())):
@@ -121,7 +121,7 @@ def _cutter(
                 got=f"other gates on {others[0]!r}" if others else "no example_inputs",
             )
         )
-    return Cutter(model, example_inputs)
+    return Cutter(model, positional(model, example_inputs))
 
 
 def _begin(rule: BudgetRule, start: list[Tensor | None], weights: tuple[weakref.ref[nn.Parameter], ...]) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +15,7 @@ from l0hooks.attach.gated_weight import Site
 from l0hooks.attach.measured_size import Unit
 from l0hooks.attach.walk import Gated
 from l0hooks.errors import SpecError, explain
+from l0hooks.structure.example_inputs import ExampleInputs
 from l0hooks.structure.group_costs import CoupledPlan
 from l0hooks.structure.macs import count_positions, total_macs
 
@@ -135,7 +135,7 @@ def size_of(
     gated: Sequence[Gated],
     every: Sequence[Gated],
     unit: Unit,
-    example_inputs: Sequence[Any] | None,
+    example_inputs: ExampleInputs | None,
     *,
     whole: bool,
 ) -> Size:
@@ -192,7 +192,7 @@ def _every_use(one: Gated, unit: Unit) -> Sequence[Site]:
     return list(one.weights()) if unit == "params" else one.sites
 
 
-def _positions(model: nn.Module, unit: Unit, example_inputs: Sequence[Any] | None) -> Positions | None:
+def _positions(model: nn.Module, unit: Unit, example_inputs: ExampleInputs | None) -> Positions | None:
     if unit == "params":
         return None
     if example_inputs is None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, Literal, get_args
@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from l0hooks._torch.running import evaluating
 from l0hooks.attach.plain import plain_copy
 from l0hooks.errors import InvalidValueError, SpecError, StateError, explain, near_names
+from l0hooks.structure.example_inputs import ExampleInputs, positional
 from l0hooks.training.batches import floats_of
 
 Match = Literal["logits", "embedding", "numbers"]
@@ -48,8 +49,8 @@ class Distillation(nn.Module):
         tensor in a module's output is its hidden state; of several calls in a forward the last.
     temperature : float, > 0
         T.
-    example_inputs : sequence, optional
-        Positional arguments of both models, needed for ``hidden``: they show the widths.
+    example_inputs : sequence or mapping, optional
+        Arguments of both models, needed for ``hidden``: they show the widths.
 
     Attributes
     ----------
@@ -89,7 +90,7 @@ class Distillation(nn.Module):
         output: Callable[[Any, Any], Tensor] | None = None,
         hidden: Mapping[str, float | tuple[str, float]] | None = None,
         temperature: float = 2.0,
-        example_inputs: Sequence[Any] | None = None,
+        example_inputs: ExampleInputs | None = None,
     ) -> None:
         super().__init__()
         if match not in get_args(Match):
@@ -191,7 +192,7 @@ class Distillation(nn.Module):
         loss: Tensor = self.temperature**2 * (theirs.exp() * (theirs - ours)).sum(-1).mean()
         return loss
 
-    def _add_projections(self, example_inputs: Sequence[Any] | None) -> None:
+    def _add_projections(self, example_inputs: ExampleInputs | None) -> None:
         """A matrix for each hidden state whose widths differ."""
         if example_inputs is None:
             raise SpecError(
@@ -202,9 +203,10 @@ class Distillation(nn.Module):
                     hint="example_inputs=(x,)",
                 )
             )
+        inputs = positional(self._held["student"], example_inputs)
         with evaluating(self._held["student"]), evaluating(self.teacher):
-            ours = self._run("student", tuple(example_inputs), {})[1]
-            theirs = self._run("teacher", tuple(example_inputs), {})[1]
+            ours = self._run("student", inputs, {})[1]
+            theirs = self._run("teacher", inputs, {})[1]
         for name, state in ours.items():
             width, wanted = state.shape[-1], theirs[name].shape[-1]
             if width != wanted:

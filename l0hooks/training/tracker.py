@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, get_args
 
 import torch
@@ -17,6 +17,7 @@ from l0hooks.attach.measured_size import Unit, evaluated_size, expected_size, ex
 from l0hooks.attach.spec import check_one_of
 from l0hooks.errors import InvalidValueError, SpecError, StateError, explain, import_extra
 from l0hooks.gates.gate import iter_gates
+from l0hooks.structure.example_inputs import ExampleInputs
 from l0hooks.training.metrics import Number, Row, ScalarWriter, is_integer, is_number, plain_numbers
 from l0hooks.training.penalties import Strength, penalty
 
@@ -137,7 +138,7 @@ class Tracker:
         return turn
 
     def exported(
-        self, pruned_model: nn.Module, *, example_inputs: Sequence[Any] | None = None, **metrics: object
+        self, pruned_model: nn.Module, *, example_inputs: ExampleInputs | None = None, **metrics: object
     ) -> int:
         """Record the size that a pruned model really has, and ``metrics`` of it, as a row at the last step.
 

@@ -326,7 +326,7 @@ BAD = {
             ("Tensor", torch.zeros(2, 4), r"example_inputs=\(x,\)"),
             ("ndarray", torch.zeros(2, 4).numpy(), r"example_inputs=\(x,\)"),
             ("str", "x", r"example_inputs=\(x,\)"),
-            ("dict", {"input": torch.zeros(2, 4)}, r'example_inputs=\(inputs\["input"\],\)'),
+            ("image", {"image": torch.zeros(2, 4)}, r"example_inputs=\(inputs,\)"),
             ("generator", (t for t in [torch.zeros(2, 4)]), r"example_inputs=\(x,\)"),
             ("set", {1}, r"example_inputs=\(x,\)"),
         )

@@ -342,7 +342,7 @@ def test_a_layer_whose_calls_show_no_channels_is_refused():
 
 
 def test_a_bare_tensor_is_refused():
-    with pytest.raises(SpecError, match=r"positional arguments must come as a tuple(.|\n)*example_inputs=\(x,\)"):
+    with pytest.raises(SpecError, match=r"arguments must come as a tuple, or by name(.|\n)*example_inputs=\(x,\)"):
         count_positions(nn.Linear(2, 2), torch.zeros(1, 2))
 
 
