@@ -150,6 +150,6 @@ def _with_head_sizes(config: Any) -> Iterator[Any]:
     name, width, heads = _HEAD_SIZE
     table = vars(config)
     if table.get(name) is None and type(table.get(width)) is int and type(table.get(heads)) is int:
-        prepared = copy.deepcopy(config)
-        setattr(prepared, name, table[width] // table[heads])
-        yield prepared
+        prepared = _changed(config, (name, None, table[width] // table[heads]))
+        if prepared is not None:  # some configs compute it, and cannot be told
+            yield prepared

@@ -164,6 +164,17 @@ def test_a_size_of_heads_is_never_taken_for_their_number() -> None:
     assert (found.wrong, found.config.head_dim, found.config.num_attention_heads) == ((), 8, 6)
 
 
+def test_a_config_that_computes_the_size_of_its_heads(tmp_path: Path) -> None:
+    config = transformers.FalconConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, vocab_size=99)
+    torch.manual_seed(0)
+    model = transformers.FalconForCausalLM(config).eval()
+    budget = l0hooks.Budget(sparsity=0.1, unit="params", steps=0, uniform=True)
+    l0hooks.sparsify(model, "coupled", example_inputs=(TOKENS,), budget=budget)
+    small = l0hooks.prune(model, example_inputs=(TOKENS,))
+    save_pretrained(small, tmp_path, example_inputs={"input_ids": TOKENS})
+    assert_same(small, from_pretrained(tmp_path), (TOKENS,))
+
+
 # --- what is refused --------------------------------------------------------------------------------------------------
 
 
