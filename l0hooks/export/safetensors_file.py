@@ -14,6 +14,7 @@ from l0hooks._files import replacing
 from l0hooks.errors import InvalidValueError, explain, import_extra
 
 _FORMAT = "l0hooks 2"
+_FLOATING = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 def write(tensors: dict[str, Tensor], plan: dict[str, Any], path: str | Path) -> None:
@@ -66,6 +67,27 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise refuse("tensors or a plan that differ from those that were written")
     del plan["format"]
     return tensors, plan
+
+
+def floating_dtypes(path: Path) -> dict[str, torch.dtype]:
+    """The dtypes of the floating-point tensors in a safetensors file; no tensor is read.
+
+    Raises
+    ------
+    InvalidValueError
+        If it is no safetensors file.
+    MissingExtraError
+        If safetensors is not installed.
+    """
+    safetensors = import_extra("safetensors", extra="examples", where="load_pruned")
+    try:
+        with safetensors.safe_open(str(path), framework="pt") as file:
+            found = {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118  # not a mapping
+    except safetensors.SafetensorError as error:
+        raise InvalidValueError(
+            explain(f"load_pruned {path}", "the file must be one that save_pruned wrote, undamaged.", got=str(error))
+        ) from error
+    return {name: _FLOATING[dtype] for name, dtype in found.items() if dtype in _FLOATING}
 
 
 def _digest(tensors: dict[str, Tensor], plan: dict[str, Any]) -> str:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+import torch
 from torch import nn
 
 from l0hooks.attach.walk import iter_gated
@@ -16,6 +17,7 @@ from l0hooks.errors import InvalidValueError, StateError, explain, import_extra,
 from l0hooks.export import load_pruned, save_pruned
 from l0hooks.export.comparison import tolerance
 from l0hooks.export.outputs import difference, outputs_of
+from l0hooks.export.safetensors_file import floating_dtypes
 from l0hooks.integrations.config_sizes import sized_config
 from l0hooks.structure.example_inputs import ExampleInputs, positional
 
@@ -203,7 +205,8 @@ def from_pretrained(folder: str | Path) -> PreTrainedModel:
     if not (folder / _WITH_PLAN).is_file():
         plain: PreTrainedModel = kind.from_pretrained(folder)
         return plain
-    model: Any = load_pruned(lambda: kind(config), folder / _WITH_PLAN).eval()
+    path = folder / _WITH_PLAN
+    model: Any = load_pruned(lambda: _with_dtypes(kind(config), floating_dtypes(path)), path).eval()
     if (folder / "generation_config.json").is_file():
         model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
     return model  # type: ignore[no-any-return]
@@ -264,6 +267,13 @@ def _save_with_plan(model: PreTrainedModel, written: Path, examples: tuple[Any, 
                 hint="l0hooks.save_pruned and load_pruned, with a function that builds the dense model",
             )
         )
+
+
+def _with_dtypes(model: nn.Module, dtypes: Mapping[str, torch.dtype]) -> nn.Module:
+    """``model`` with its parameters and buffers in these dtypes, **in place**: a class builds all in float32."""
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        tensor.data = tensor.data.to(dtypes.get(name, tensor.dtype))
+    return model
 
 
 def _difference(model: nn.Module, other: nn.Module, examples: tuple[Any, ...]) -> float:

@@ -164,6 +164,23 @@ def test_a_size_of_heads_is_never_taken_for_their_number() -> None:
     assert (found.wrong, found.config.head_dim, found.config.num_attention_heads) == ((), 8, 6)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("family", "plain"), [("BERT", False), ("Qwen3", True)])
+def test_half_precision_stays(family: str, plain: bool, dtype: torch.dtype, tmp_path: Path) -> None:
+    model, inputs = tiny(family)
+    model.to(dtype)
+    budget = l0hooks.Budget(sparsity=0.1, unit="params", steps=0, uniform=True)
+    l0hooks.sparsify(model, "coupled", example_inputs=inputs, budget=budget)
+    small = l0hooks.prune(model, example_inputs=inputs)
+    assert save_pretrained(small, tmp_path, example_inputs=inputs).plain == plain
+    again = from_pretrained(tmp_path)
+    assert {p.dtype for p in again.parameters()} == {dtype}
+    with torch.no_grad():
+        one, other = small(*inputs).logits, again(*inputs).logits
+    # from_pretrained keeps frequencies of rotary positions in float32, where .to(dtype) has rounded them
+    torch.testing.assert_close(one, other, rtol=0, atol=0.02 if plain else 0)
+
+
 def test_a_config_that_computes_the_size_of_its_heads(tmp_path: Path) -> None:
     config = transformers.FalconConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, vocab_size=99)
     torch.manual_seed(0)
