@@ -67,6 +67,7 @@ class SharedShift:
             return
         if self._key is None or self._key != self._state():
             self._pass(0.0)
+        self._share_gradients(grads)
         common = total / max(self._slope(self._sums), 1e-30)
         marginal = self._size.gradient(self._sums[:, 0])
         for number, (gate, grad) in enumerate(zip(self._gates, grads, strict=True)):
@@ -79,6 +80,17 @@ class SharedShift:
                 grad.add_(slope, alpha=-common)
             else:
                 grad.add_(self._slopes[number].view_as(grad), alpha=-float(marginal[number]) * common)
+
+    def _share_gradients(self, grads: Sequence[Tensor | None]) -> None:
+        """Within each set, give every array the mean share along its shift: a step must not pull the arrays apart."""
+        for arrays in self._size.sets or ():
+            known = [(grads[n], self._slopes[n], float(self._sums[n, 1])) for n in arrays if grads[n] is not None]
+            if len(known) > 1:
+                sums = [float(grad.sum()) for grad, _, _ in known if grad is not None]
+                mean = sum(sums) / max(sum(slope for _, _, slope in known), 1e-30)
+                for (grad, slopes, slope), own in zip(known, sums, strict=True):
+                    if grad is not None:
+                        grad.add_(slopes.view_as(grad), alpha=mean - own / max(slope, 1e-30))
 
     def settle(self, wanted: float) -> None:
         """Make the expected size ``wanted``, and equal within each set of arrays what they expect."""

@@ -185,6 +185,27 @@ def test_at_every_step_sets_expect_equally_many_and_the_whole_is_on_schedule() -
         assert len(set(kept(model)[:3])) == 1
 
 
+def test_gradients_that_would_pull_a_set_apart_are_taken_out() -> None:
+    """What is left is what dense algebra leaves: no change of any array's expected number but a common one."""
+    torch.manual_seed(2)
+    model = nn.Sequential(Block(12, 24), Block(12, 24), nn.Linear(12, 3))
+    budget = Budget(sparsity=0.4, unit="params", steps=12, uniform=True, prior=3.0, automatic=False)
+    sparsify(model, "coupled", example_inputs=X, budget=budget)
+    rule = next(iter_gates(model))[1].rule
+    gates = [gate.log_alpha for gate in rule.gates]
+    slopes = []
+    for gate in rule.gates:
+        location = gate.log_alpha.detach().clone().requires_grad_()
+        p = gate.family.keep_prob(location, gate.temperature)
+        slopes.append(torch.autograd.grad(p.sum(), location)[0])
+    inside = torch.randn(24)
+    inside -= slopes[0] * inside.sum() / slopes[0].sum()  # moves no expected number by itself
+    gates[0].grad, gates[1].grad = inside + 3 * slopes[0], -2 * slopes[1]
+    rule.before_step()
+    torch.testing.assert_close(gates[0].grad, inside, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(gates[1].grad, torch.zeros(24), rtol=0, atol=1e-5)
+
+
 def test_what_is_cut_while_training_ends_uniform() -> None:
     budget = Budget(sparsity=0.5, unit="params", steps=30, uniform=True, round_to=2, cut_every=5)
     model = trained(budget, 32, gate_lr=4.0)
