@@ -149,7 +149,9 @@ def _cut(model: nn.Module, stays: Mapping[int, Bools], examples: Sequence[Any]) 
             changes.tensors()
             changes.gates(every, groups)
             sites = list(iter_sites(model))
-            wrong = comparison.wrong(make_plain(folded_copy(model, sites, folded_weights(sites))))
+            again = make_plain(folded_copy(model, sites, folded_weights(sites)))
+            # its place in an array decides whether torch computes a gate by vector instructions, which round otherwise
+            wrong = comparison.wrong(again, folded=True)
         except BaseException:  # the user may interrupt
             changes.take_back()
             raise
