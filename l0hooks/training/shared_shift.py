@@ -83,14 +83,19 @@ class SharedShift:
 
     def _share_gradients(self, grads: Sequence[Tensor | None]) -> None:
         """Within each set, give every array the mean share along its shift: a step must not pull the arrays apart."""
+        known = {number: grad for number, grad in enumerate(grads) if grad is not None}
         for arrays in self._size.sets or ():
-            known = [(grads[n], self._slopes[n], float(self._sums[n, 1])) for n in arrays if grads[n] is not None]
-            if len(known) > 1:
-                sums = [float(grad.sum()) for grad, _, _ in known if grad is not None]
-                mean = sum(sums) / max(sum(slope for _, _, slope in known), 1e-30)
-                for (grad, slopes, slope), own in zip(known, sums, strict=True):
-                    if grad is not None:
-                        grad.add_(slopes.view_as(grad), alpha=mean - own / max(slope, 1e-30))
+            sums = {number: float(whole(known[number].sum())) for number in arrays if number in known}
+            if len(sums) > 1:
+                slopes = {number: max(float(self._sums[number, 1]), 1e-30) for number in sums}
+                mean = sum(sums.values()) / sum(slopes.values())
+                for number, own in sums.items():
+                    gate, grad = self._gates[number], known[number]
+                    sharded = is_sharded(grad)
+                    slope = (
+                        _with_slope(gate, gate.log_alpha.detach())[1] if sharded else self._slopes[number].view_as(grad)
+                    )
+                    grad.add_(slope, alpha=mean - own / slopes[number])
 
     def settle(self, wanted: float) -> None:
         """Make the expected size ``wanted``, and equal within each set of arrays what they expect."""

@@ -143,6 +143,31 @@ def test_fully_sharded_training_is_that_of_one_process(spec: str) -> None:
         check_sharded(spec, penalise, one, other)
 
 
+def uniform(rank: int | None) -> list[Tensor]:
+    """Log-odds after some steps of a budget that keeps two groups equal; sharded, or in one process without a rank."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 8), nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
+    spec = l0hooks.GateSpec(granularity="coupled", family="deterministic")
+    budget = l0hooks.Budget(sparsity=0.4, unit="params", steps=6, uniform=True)
+    l0hooks.sparsify(model, spec, example_inputs=(batch(0, 0),), budget=budget)
+    if rank is not None:
+        shard(model, nested=False)
+    optimizer = torch.optim.SGD(l0hooks.param_groups(model, lr=0.05, gate_lr=2.0))
+    for step in range(5):
+        x = torch.cat([batch(step, 0), batch(step, 1)]) if rank is None else batch(step, rank)
+        model(x).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return [odds if rank is None else odds.full_tensor() for odds in log_odds(model)]
+
+
+def test_sharded_gates_that_must_stay_equal_train_as_in_one_process() -> None:
+    one, other = in_processes(uniform)
+    assert all(map(torch.equal, one, other))
+    for sharded, alone in zip(one, uniform(None), strict=True):
+        torch.testing.assert_close(sharded, alone, atol=2e-4, rtol=1e-4)
+
+
 def check_sharded(spec: str, penalise: bool, one: dict[str, Any], other: dict[str, Any]) -> None:
     _, history = single(spec, penalise)
     for mine, (odds, mask), (other_odds, other_mask) in zip(history, one["history"], other["history"], strict=True):
