@@ -96,7 +96,7 @@ def largest_blocks(
     """
     orders = [np.argsort(np.where(c, np.inf, -a), kind="stable") for a, c in zip(log_odds, closed, strict=True)]
     sets = size.sets or ()
-    widths = [size.width(number) for number in range(len(size.counts))]
+    widths = size.widths.tolist()
     least = size.least(min_keep)
     ranks: list[Floats] = []
     for arrays in sets:

@@ -66,13 +66,14 @@ class Size:
     def least(self, min_keep: int) -> Floats:
         """How many gates of each array stay at the least."""
         wanted = np.minimum(np.maximum(min_keep, self.floor), self.counts)
-        width = np.minimum(self.multiple, self.counts)
-        least: Floats = np.minimum(-(-wanted // width), self.counts // width).astype(np.float64) * width
+        widths = self.widths
+        least: Floats = np.minimum(-(-wanted // widths), self.counts // widths).astype(np.float64) * widths
         return least
 
-    def width(self, array: int) -> int:
-        """How many gates of an array stay or go together."""
-        return int(min(np.broadcast_to(self.multiple, self.counts.shape)[array], self.counts[array]))
+    @property
+    def widths(self) -> npt.NDArray[np.int64]:
+        """How many gates of each array stay or go together."""
+        return np.minimum(self.multiple, self.counts)
 
     def of(self, kept: Floats, variance: Floats | None = None) -> float:
         """The size when ``kept`` gates stay; with expected numbers and their variances, the expected size."""

@@ -98,7 +98,7 @@ def test_as_many_blocks_as_fit_of_the_best_members(case: tuple[Size, list[Any], 
         assert size.of(number) <= allowed + 1e-9 or (number == least).all()
         assert (number >= least).all()
     for arrays in size.sets or ():
-        width = size.width(arrays[0])
+        width = size.widths[arrays[0]]
         assert len({int(number[n]) for n in arrays}) == 1
         assert number[arrays[0]] % width == 0
         if all(number[n] + width <= there[n] for n in arrays):  # one more block is too much
