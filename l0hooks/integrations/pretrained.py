@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -245,11 +246,9 @@ def _save_with_plan(model: PreTrainedModel, written: Path, examples: tuple[Any, 
     StateError
         If what is loaded is another model.
     """
-    architectures, model.config.architectures = model.config.architectures, [type(model).__name__]
-    try:
-        model.config.save_pretrained(written)
-    finally:
-        model.config.architectures = architectures
+    config = copy.deepcopy(model.config)
+    config.architectures = [type(model).__name__]
+    config.save_pretrained(written)
     save_pruned(model, written / _WITH_PLAN)
     if model.can_generate() and model.generation_config is not None:
         model.generation_config.save_pretrained(written)
