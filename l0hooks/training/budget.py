@@ -32,9 +32,9 @@ class Budget:
         The share to remove. Either this or ``keep``.
     keep : int, > 0, optional
         The size to keep, in ``unit``.
-    unit : "gates", "params" or "macs"
-        What is counted: gates; or parameters, or multiply-adds for one example, of the whole model, those without
-        gates as well.
+    unit : "gates", "params", "macs" or "memory"
+        What is counted: gates; or parameters, multiply-adds for one example, or the bytes of the parameters, by their
+        dtype, of the whole model, those without gates as well. Bytes need coupled gates.
     steps : int, >= 0
         Optimiser steps until the size is reached and the support is fixed. 0: at once, in one shot. The gates that
         stay are then exactly 1.
