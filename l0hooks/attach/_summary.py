@@ -56,8 +56,13 @@ def summary(model: nn.Module, *, example_inputs: ExampleInputs | None = None) ->
 
 
 def gates_kept(every: Iterable[Gated]) -> dict[int, int]:
-    """How many gates stay, by the id of the gate; one member of a coupled group at least."""
-    return {id(one.gate): max(one.gate.kept(), int(one.coupled is not None)) for one in every}
+    """How many gates stay, by the id of the gate; of a coupled group as many members as must."""
+    return {id(one.gate): one.gate.kept() if one.coupled is None else _kept(one, one.coupled.group) for one in every}
+
+
+def _kept(one: Gated, group: ChannelGroup) -> int:
+    count = max(one.gate.kept(), group.least)
+    return min(-(-count // group.multiple) * group.multiple, group.size)
 
 
 @torch.no_grad()

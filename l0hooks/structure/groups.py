@@ -62,6 +62,11 @@ class GroupSite:
         return self.names[0].rpartition(".")[0]
 
     @property
+    def own_shape(self) -> tuple[int, ...]:
+        """The shape that a tensor of that name has in the model: without the stack's axis."""
+        return self.shape[1:] if self.stacked else self.shape
+
+    @property
     def parameters_each(self) -> int:
         """Elements removed from this parameter with one member when all others stay; 0 for a buffer."""
         if self.buffer:

@@ -81,7 +81,7 @@ def _joined(found: ChannelGroups, groups: Sequence[ChannelGroup], frozen: Sequen
     taken = {(name, site.axis) for group in found for site in group.sites for name in site.names if not site.stacked}
     free = [g for g in groups if taken.isdisjoint((n, s.axis) for s in g.sites if not s.stacked for n in s.names)]
     names = {name for group in free for site in group.sites for name in site.names}
-    names |= {site.module for group in free for site in group.sites if site.names[0].endswith(".weight")}
+    names |= {name.removesuffix(".weight") for name in names}
     left = []
     for one in found.frozen:
         modules = tuple(module for module in one.modules if module not in names)

@@ -183,7 +183,7 @@ def size_of(
                 raise _shared(prefix + names[0])
             each = 1.0 if positions is None else _uses(model, [prefix + name for name in names], positions)
             constant += plan.add_product(linear, square, each, sites, numbers)
-    floor = np.array([one.coupled is not None for one in gated], np.int64)
+    floor = np.array([0 if one.coupled is None else one.coupled.group.least for one in gated], np.int64)
     size = Size(counts, constant, linear, square, floor)
     return replace(size, constant=constant + _total(model, every, positions) - size.whole) if whole else size
 
