@@ -209,13 +209,14 @@ def _fill(model: nn.Module, groups: Sequence[tuple[ChannelGroup, Bools]], sign: 
         for site in group.sites:
             if site.reads or site.buffer or stays.all():
                 continue
-            path, _, name = site.names[0].rpartition(".")
-            tensor = model.get_submodule(path).get_parameter(name)
-            dead = torch.from_numpy(site.indices[~stays].reshape(-1)).to(tensor.device)
-            shape = [len(dead) if d == site.axis else n for d, n in enumerate(tensor.shape)]
-            noise = torch.randn(shape, generator=generator, dtype=torch.float32)
-            size = float(tensor.detach().abs().float().mean()) or 1.0  # larger numbers might overflow in deep models
-            tensor.index_copy_(site.axis, dead, (sign * size * noise).to(tensor))
+            axis = site.axis - int(site.stacked)
+            for name in site.names if site.stacked else site.names[:1]:
+                tensor = model.get_parameter(name)
+                dead = torch.from_numpy(site.indices[~stays].reshape(-1)).to(tensor.device)
+                shape = [len(dead) if d == axis else n for d, n in enumerate(tensor.shape)]
+                noise = torch.randn(shape, generator=generator, dtype=torch.float32)
+                size = float(tensor.detach().abs().float().mean()) or 1.0  # larger ones might overflow in deep models
+                tensor.index_copy_(axis, dead, (sign * size * noise).to(tensor))
 
 
 def _in_one_line(error: Exception) -> str:

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from l0hooks._torch.modules import buffers_of, tensors_of
 from l0hooks._torch.trees import tree_leaves, tree_map_only
 from l0hooks.structure.groups import GroupSite
-from l0hooks.structure.layers import is_gateable
 from l0hooks.structure.named_tensors import Tensors
+from l0hooks.structure.stacked_weights import stacked_weights
 
 _OWN_LAYERS = "torch.nn."
 
@@ -78,9 +78,7 @@ def expert_blocks(model: nn.Module) -> list[ExpertBlock]:
 
 def _experts_stacked(module: nn.Module) -> int | None:
     """The number of experts in the parameters of three axes that a module owns; None if there are none."""
-    if is_gateable(module) or type(module).__module__.startswith(_OWN_LAYERS):
-        return None
-    counts = {t.shape[0] for _, t in _initialised(module) if t.dim() > 2}
+    counts = set(stacked_weights(module).values())
     return counts.pop() if len(counts) == 1 and min(counts) > 1 else None
 
 

@@ -62,7 +62,7 @@ class Trial:
         twin = copy.deepcopy(module, {id(p): p for p in module.parameters()})
         for site, factor in factors:
             names = self.names(site)
-            parts: Sequence[Any] = factor if site.stacked else [factor]
+            parts: Sequence[Any] = factor.expand(len(names), *factor.shape[1:]) if site.stacked else [factor]
             for name, part in zip(names if site.stacked else names[:1], parts, strict=True):
                 weight = twin.get_parameter(name)
                 product = nn.Parameter(weight.detach() * part.to(weight), requires_grad=False)
@@ -229,15 +229,13 @@ def _cut_differs(trial: Trial, group: ChannelGroup, written: Sequence[GroupSite]
 
 
 def group_of_neurons(trial: Trial) -> ChannelGroup | None:
-    """The neurons between the two products of stacked experts, the same in all experts; None if there are none.
+    """The neurons between the two products of experts, the same in all experts; None if there are none.
 
     Parameters
     ----------
     trial : Trial
     """
     sites = [site for site in trial.block.sites if not site.names[0].startswith(f"{trial.block.router}.".lstrip("."))]
-    if any(site.stacked for site in sites):
-        return None
     last = [site for site in reversed(sites) if len(site.shape) == 3]
     for reader, axis in itertools.product(last, (2, 1)):
         others = [site for site in sites if site.names != reader.names]

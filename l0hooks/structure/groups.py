@@ -62,6 +62,11 @@ class GroupSite:
         return self.names[0].rpartition(".")[0]
 
     @property
+    def of_experts(self) -> bool:
+        """Whether the tensor is one of experts, whose first axis or stack counts them, rather than their router's."""
+        return self.stacked or len(self.shape) > 2
+
+    @property
     def own_shape(self) -> tuple[int, ...]:
         """The shape that a tensor of that name has in the model: without the stack's axis."""
         return self.shape[1:] if self.stacked else self.shape

@@ -80,6 +80,8 @@ def _joined(found: ChannelGroups, groups: Sequence[ChannelGroup], frozen: Sequen
     """All groups in the order of the model's layers, as far as no two hold the same axis; and what is frozen."""
     taken = {(name, site.axis) for group in found for site in group.sites for name in site.names if not site.stacked}
     free = [g for g in groups if taken.isdisjoint((n, s.axis) for s in g.sites if not s.stacked for n in s.names)]
+    traced = {name for name, _ in taken}
+    free = [g for g in free if g.kind == "expert" or traced.isdisjoint(n for s in g.sites if s.stacked for n in s.names)]
     names = {name for group in free for site in group.sites for name in site.names}
     names |= {name.removesuffix(".weight") for name in names}
     left = []

@@ -181,8 +181,11 @@ def size_of(
         for names, sites in tensors.items():
             if not whole and any(number not in numbers for number, _ in sites):
                 raise _shared(prefix + names[0])
-            each = 1.0 if positions is None else _uses(model, [prefix + name for name in names], positions)
-            constant += plan.add_product(linear, square, each, sites, numbers)
+            each, counted = 1.0, sites
+            if positions is not None:
+                each = _uses(model, [prefix + name for name in names], positions)
+                each, counted = each / (len(names) if sites[0][1].stacked else 1), plan.by_token(sites)
+            constant += plan.add_product(linear, square, each, counted, numbers)
     floor = np.array([0 if one.coupled is None else one.coupled.group.least for one in gated], np.int64)
     size = Size(counts, constant, linear, square, floor)
     return replace(size, constant=constant + _total(model, every, positions) - size.whole) if whole else size
