@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -114,3 +114,33 @@ def _set_outer_counts(model: nn.Module, experts: Sequence[Closing]) -> None:
         for attribute, value in list(vars(module).items()) if around else ():
             if type(value) is int and value == old and "expert" in attribute.lower():
                 vars(module)[attribute] = new
+
+
+def length_of_experts(module: nn.Module) -> int:
+    """The length of a list of modules that are alike and hold parameters; 0 of anything else.
+
+    Examples
+    --------
+    >>> length_of_experts(nn.ModuleList(nn.Linear(2, 2) for _ in range(3))), length_of_experts(nn.Linear(2, 2))
+    (3, 0)
+    """
+    if not isinstance(module, nn.ModuleList):
+        return 0
+    kinds = {(type(m), tuple((n, tuple(p.shape)) for n, p in m.named_parameters())) for m in module}
+    return len(module) if len(kinds) == 1 and any(kind for _, kind in kinds) else 0
+
+
+def shorten_lists(model: nn.Module, lengths: Mapping[str, int]) -> None:
+    """Leave only the first modules in lists that are to be shorter, **in place**; which ones matters not, as they are
+    alike and get other numbers.
+
+    Examples
+    --------
+    >>> model = nn.ModuleDict({"experts": nn.ModuleList(nn.Linear(2, 2) for _ in range(3))})
+    >>> shorten_lists(model, {"experts": 2})
+    >>> len(model["experts"])
+    2
+    """
+    for name, module in list(model.named_modules()):
+        if 0 < lengths.get(name, 0) < length_of_experts(module):
+            shorten(model, name, range(lengths[name]))

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from l0hooks._torch.modules import buffers_of, tensors_of
 from l0hooks._torch.trees import tree_leaves, tree_map_only
+from l0hooks.structure.cut_experts import length_of_experts
 from l0hooks.structure.groups import GroupSite
 from l0hooks.structure.named_tensors import Tensors
 from l0hooks.structure.stacked_weights import stacked_weights
@@ -83,11 +84,9 @@ def _experts_stacked(module: nn.Module) -> int | None:
 
 
 def _experts_of_list(modules: nn.ModuleList) -> int | None:
-    """The length of a list of modules that are alike and hold parameters; None if it is another."""
-    kinds = {(type(m), tuple((n, tuple(p.shape)) for n, p in m.named_parameters())) for m in modules}
-    alike = len(modules) > 1 and len(kinds) == 1 and any(kind for _, kind in kinds)
-    buffers = any(True for _ in modules.buffers())
-    return len(modules) if alike and not buffers else None
+    """The length of a list of modules that are alike and hold parameters; None if it is another, or holds buffers."""
+    count = length_of_experts(modules)
+    return count if count > 1 and next(modules.buffers(), None) is None else None
 
 
 def _initialised(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -223,10 +222,10 @@ def _own(value: Any) -> Any:
 
 
 def outputs_of_block(block: nn.Module, calls: Calls) -> list[Tensor]:
-    """The floating-point tensors that a block returns for its calls."""
+    """The first floating-point tensor that a block returns, for each of its calls."""
     found = []
     with torch.no_grad():
         for args, kwargs in calls.inputs:
             output = block(*_own(args), **_own(kwargs))
-            found += [t for t in tree_leaves(output) if isinstance(t, Tensor) and t.is_floating_point()]
+            found += [t for t in tree_leaves(output) if isinstance(t, Tensor) and t.is_floating_point()][:1]
     return found

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -18,91 +16,15 @@ from l0hooks._torch.trees import tree_leaves
 from l0hooks.errors import in_one_line
 from l0hooks.structure.cut_experts import cut_members
 from l0hooks.structure.cut_modules import Bools
-from l0hooks.structure.expert_blocks import Calls, ExpertBlock, outputs_of_block
+from l0hooks.structure.expert_trial import Trial, gap
 from l0hooks.structure.groups import ChannelGroup, GroupSite, Ints
 from l0hooks.structure.routers import HiddenExperts, Router
 from l0hooks.structure.settings import integers
 
-_ROUNDING_ULPS = 1000  # units in the last place by which two runs of one block may differ, in its own dtype
-_LARGEST_TOLERANCE = 0.05
 _MULTIPLES = (8, 4, 2)  # of neurons: kernels for grouped products want rows of 16 bytes in every dtype
 
 
-@dataclass
-class Trial:
-    """A block, what it is given, and copies of it that are tried out.
-
-    Attributes
-    ----------
-    model : nn.Module
-        That holds the block. Not changed.
-    block : ExpertBlock
-    calls : Calls
-    """
-
-    model: nn.Module
-    block: ExpertBlock
-    calls: Calls
-
-    def names(self, site: GroupSite) -> tuple[str, ...]:
-        """The names of a site's tensors inside the block."""
-        start = f"{self.block.name}." if self.block.name else ""
-        return tuple(name.removeprefix(start) for name in site.names if name.startswith(start))
-
-    def inside(self, group: ChannelGroup) -> ChannelGroup:
-        """The group by names inside the block."""
-        start = f"{self.block.name}." if self.block.name else ""
-        sites = tuple(replace(site, names=self.names(site)) for site in group.sites)
-        counts = tuple((f"{module}.".removeprefix(start).rstrip("."), name) for module, name in group.counts)
-        return replace(group, sites=sites, counts=counts)
-
-    def copied(self, factors: Sequence[tuple[GroupSite, Tensor]] = ()) -> nn.Module:
-        """A copy of the block with some tensors multiplied; other parameters are shared."""
-        module = self.model.get_submodule(self.block.name)
-        twin = copy.deepcopy(module, {id(p): p for p in module.parameters()})
-        for site, factor in factors:
-            names = self.names(site)
-            parts: Sequence[Any] = factor.expand(len(names), *factor.shape[1:]) if site.stacked else [factor]
-            for name, part in zip(names if site.stacked else names[:1], parts, strict=True):
-                weight = twin.get_parameter(name)
-                product = nn.Parameter(weight.detach() * part.to(weight), requires_grad=False)
-                for other in [name] if site.stacked else names:
-                    path, _, own = other.rpartition(".")
-                    setattr(twin.get_submodule(path), own, product)
-        return twin
-
-    def run(self, block: nn.Module) -> list[Tensor]:
-        """What a copy of the block returns."""
-        return outputs_of_block(block, self.calls)
-
-    def differs(self, expected: Sequence[Tensor], block: nn.Module) -> str:
-        """How the outputs of a copy differ from what they should be; empty if they do not.
-
-        Tensors of other shapes, such as the router's logits with fewer experts, are left out, unless it is the first.
-        """
-        try:
-            got = self.run(block)
-        except OUT_OF_MEMORY:
-            raise
-        except Exception as error:  # noqa: BLE001  # a block's own code can raise anything if sizes do not fit
-            return in_one_line(error)
-        if len(got) != len(expected) or not got or got[0].shape != expected[0].shape:
-            return "outputs of other shapes"
-        gaps = [gap(a, b) for a, b in zip(expected, got, strict=True) if a.shape == b.shape]
-        wrong = max((value for value, allowed in gaps if not value <= allowed), default=0.0)
-        return f"a difference of {wrong:.1e} of the output's scale" if wrong else ""
-
-
-def gap(a: Tensor, b: Tensor) -> tuple[float, float]:
-    """The largest difference as a share of the scale, and what rounding may make it."""
-    allowed = min(_ROUNDING_ULPS * torch.finfo(a.dtype).eps, _LARGEST_TOLERANCE)
-    scale = float(a.double().abs().max()) if a.numel() else 1.0
-    if not (bool(a.isfinite().all()) and bool(b.isfinite().all())):
-        return float("inf"), allowed
-    return float((a.double() - b.double()).abs().max() if a.numel() else 0.0) / (scale or 1.0), allowed
-
-
-def group_of_experts(trial: Trial) -> ChannelGroup | str:
+def group_of_experts(trial: Trial, written: tuple[GroupSite, ...]) -> ChannelGroup | str:
     """The experts of a block as a group; why they cannot be cut if they cannot.
 
     Closed experts are hidden from the router in one copy, and cut out of another by hand; both must compute the same.
@@ -110,13 +32,14 @@ def group_of_experts(trial: Trial) -> ChannelGroup | str:
     Parameters
     ----------
     trial : Trial
+    written : tuple of GroupSite
+        From :func:`weights_of_outputs`.
     """
-    written = _written(trial)
-    if written is None:
-        return "no weight of theirs multiplies their outputs alone"
     router = _router(trial)
     if isinstance(router, str):
         return router
+    if trial.differs(trial.run(trial.copied()), trial.rotated()):
+        return "their router works by groups of experts, or by their order"
     block, why = trial.block, ""
     reading = {site.names for site in written}
     sites = tuple(replace(site, reads=site.names in reading) for site in block.sites)
@@ -134,14 +57,14 @@ def group_of_experts(trial: Trial) -> ChannelGroup | str:
     return f"without some of them their block computes something else: {why}"
 
 
-def _written(trial: Trial) -> tuple[GroupSite, ...] | None:
+def weights_of_outputs(trial: Trial) -> tuple[GroupSite, ...] | None:
     """The tensors that multiply what an expert returns: its last weight and that one's bias.
 
     If they are multiplied by a number for each expert, outputs are linear in these numbers.
     """
     weights = [site for site in trial.block.sites if len(site.shape) > 2 and not site.buffer]
     vectors = [site for site in trial.block.sites if len(site.shape) == 2 and not site.buffer]
-    vectors = [site for site in vectors if not site.names[0].startswith(f"{trial.block.router}.".lstrip("."))]
+    vectors = [site for site in vectors if not trial.of_router(site)]
     choices = [(weight, *more) for weight in reversed(weights) for more in _subsets(vectors)]
     generator = torch.Generator().manual_seed(0)
     one, two = (torch.rand(trial.block.count, generator=generator) + 0.5 for _ in range(2))
@@ -172,18 +95,19 @@ def _laid(sites: Sequence[GroupSite], z: Tensor) -> list[tuple[GroupSite, Tensor
 
 def _router(trial: Trial) -> Router | str:
     """How experts are hidden from the block's router; why they cannot be."""
-    block, module = trial.block, trial.model.get_submodule(trial.block.router)
+    block = trial.block
     if not trial.calls.chosen:
         return "the example inputs do not run their router"
     returned = [t for t in tree_leaves(trial.calls.chosen[0]) if isinstance(t, Tensor)]
     if len(returned) == 1 and returned[0].is_floating_point() and returned[0].shape[-1:] == (block.count,):
         return Router(block.router)
-    if isinstance(module, nn.Linear) or all(t.is_floating_point() for t in returned):
+    fills = tuple(_fill(t, block.count) for t in returned)
+    if all(t.is_floating_point() and fill is None for t, fill in zip(returned, fills, strict=True)):
         return "their router returns neither logits nor indices"
     start = f"{block.router}." if block.router else ""
     rows = [n.removeprefix(start) for s in block.sites for n in s.names if n.startswith(start)]
     own = tuple(name for name in rows if "." not in name)
-    return Router(block.router, own, (), tuple(_fill(t, block.count) for t in returned)) if own else "no rows"
+    return Router(block.router, own, (), fills)
 
 
 def _fill(value: Tensor, count: int) -> float | None:
@@ -228,22 +152,21 @@ def _cut_differs(trial: Trial, group: ChannelGroup, written: Sequence[GroupSite]
     return trial.differs(expected, small)
 
 
-def group_of_neurons(trial: Trial) -> ChannelGroup | None:
+def group_of_neurons(trial: Trial, written: tuple[GroupSite, ...]) -> ChannelGroup | None:
     """The neurons between the two products of experts, the same in all experts; None if there are none.
 
     Parameters
     ----------
     trial : Trial
+    written : tuple of GroupSite
+        From :func:`weights_of_outputs`.
     """
-    sites = [site for site in trial.block.sites if not site.names[0].startswith(f"{trial.block.router}.".lstrip("."))]
-    last = [site for site in reversed(sites) if len(site.shape) == 3]
-    for reader, axis in itertools.product(last, (2, 1)):
-        others = [site for site in sites if site.names != reader.names]
-        for up in (1, 2):
-            for interleaved in (False, True):
-                found = _neurons(trial, reader, axis, others, (up, interleaved))
-                if found is not None:
-                    return found
+    reader, taken = written[0], {site.names for site in written}
+    others = [site for site in trial.block.sites if site.names not in taken and not trial.of_router(site)]
+    for axis, up, interleaved in itertools.product((2, 1), (1, 2), (False, True)):
+        found = _neurons(trial, reader, axis, others, (up, interleaved))
+        if found is not None:
+            return found
     return None
 
 

@@ -15,7 +15,8 @@ from l0hooks._torch.tensors import beside, has_meta
 from l0hooks._torch.trees import tree_leaves, tree_map_only
 from l0hooks.errors import UnsupportedModuleError
 from l0hooks.structure.expert_blocks import Calls, ExpertBlock, expert_blocks, recorded
-from l0hooks.structure.expert_groups import Trial, group_of_experts, group_of_neurons
+from l0hooks.structure.expert_groups import group_of_experts, group_of_neurons, weights_of_outputs
+from l0hooks.structure.expert_trial import Trial
 from l0hooks.structure.groups import ChannelGroup, ChannelGroups, FrozenChannels
 
 Find = Callable[[nn.Module, Sequence[Any]], ChannelGroups]
@@ -61,19 +62,17 @@ def _tried(
     frozen: list[FrozenChannels] = []
     for block in blocks:
         trial = Trial(model, block, calls[block.name])
-        experts = group_of_experts(trial)
+        written = weights_of_outputs(trial)
+        experts: ChannelGroup | str = "no weight of theirs multiplies their outputs alone"
+        if written is not None:
+            experts = group_of_experts(trial, written)
+            neurons = group_of_neurons(trial, written)
+            groups += [] if neurons is None else [neurons]
         if isinstance(experts, str):
-            frozen.append(FrozenChannels((_experts_of(block),), f"experts: {experts}"))
+            frozen.append(FrozenChannels((block.owners[-1],), f"experts: {experts}"))
         else:
             groups.append(experts)
-        neurons = group_of_neurons(trial)
-        if neurons is not None:
-            groups.append(neurons)
     return groups, frozen
-
-
-def _experts_of(block: ExpertBlock) -> str:
-    return block.owners[-1]
 
 
 def _joined(found: ChannelGroups, groups: Sequence[ChannelGroup], frozen: Sequence[FrozenChannels]) -> ChannelGroups:
