@@ -20,8 +20,8 @@ from l0hooks.attach.gated_weight import (
     iter_sites,
 )
 from l0hooks.attach.groups import build_readers, hook_inputs
-from l0hooks.attach.open_experts import hide_closed
 from l0hooks.attach.install import install_gates, refuse_other_budgets, remove_gates
+from l0hooks.attach.open_experts import hide_closed
 from l0hooks.attach.plan import Spec, every_reader, plan_gates
 from l0hooks.attach.pretrained import SavesBoth, save_both
 from l0hooks.attach.spec import GateSpec, Pattern, named_modules

@@ -191,7 +191,8 @@ def _macs(gated: Gated, positions: Mapping[tuple[int, str], float] | None) -> in
 
 def _ungated(model: nn.Module, every: Iterable[Gated]) -> Iterator[str]:
     plans = {id(one.coupled.plan): one.coupled.plan for one in every if one.coupled}.values()
-    coupled = {site.module for plan in plans for group in plan.groups for site in group.sites}
+    sites = [site for plan in plans for group in plan.groups for site in group.sites]
+    coupled = {name.rpartition(".")[0] for site in sites for name in (site.names if site.stacked else site.names[:1])}
     for name, module in named_modules(model):
         if name not in coupled and any(p.ndim > 1 for p in _initialised(module.parameters(recurse=False))):
             yield f"{name or 'the model itself'} ({_kind(module)})"

@@ -58,7 +58,8 @@ def shared_by_experts(chosen: Sequence[tuple[ChannelGroup, GateSpec]]) -> list[t
     What such a group costs would depend on which expert stays, not on how many do.
     """
     lists = [f"{path}." for group, _ in chosen for path in lists_of(group)]
-    stay, left = [], []
+    stay: list[tuple[ChannelGroup, GateSpec]] = []
+    left: list[tuple[ChannelGroup, GateSpec]] = []
     for group, spec in chosen:
         single = [name for site in group.sites if not site.stacked for name in site.names]
         (left if any(name.startswith(path) for name in single for path in lists) else stay).append((group, spec))

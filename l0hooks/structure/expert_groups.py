@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 from einops import rearrange
-from torch import Tensor, nn
+from torch import Tensor
 
 from l0hooks._torch.running import OUT_OF_MEMORY
 from l0hooks._torch.trees import tree_leaves
@@ -73,7 +73,7 @@ def weights_of_outputs(trial: Trial) -> tuple[GroupSite, ...] | None:
             results = [trial.run(trial.copied(_laid(sites, z))) for z in (one, two, one + two, 0 * one)]
         except OUT_OF_MEMORY:
             raise
-        except Exception:  # noqa: BLE001, S112  # a block's own code can raise anything; the next choice may fit
+        except Exception:  # noqa: BLE001  # a block's own code can raise anything; the next choice may fit
             continue
         a, b, both, none = (found[0] for found in results)
         (off, allowed), (moved, _) = gap(a + b, both + none), gap(a, none)

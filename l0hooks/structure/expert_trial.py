@@ -55,7 +55,7 @@ class Trial:
         twin = copy.deepcopy(module, {id(p): p for p in module.parameters()})
         for site, factor in factors:
             names = self.names(site)
-            parts: Sequence[Any] = factor.expand(len(names), *factor.shape[1:]) if site.stacked else [factor]
+            parts = list(factor.expand(len(names), *factor.shape[1:])) if site.stacked else [factor]
             for name, part in zip(names if site.stacked else names[:1], parts, strict=True):
                 weight = twin.get_parameter(name)
                 product = nn.Parameter(weight.detach() * part.to(weight), requires_grad=False)

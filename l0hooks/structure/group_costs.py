@@ -67,7 +67,7 @@ class CoupledPlan:
 
     def by_token(self, sites: Sequence[tuple[int, GroupSite]]) -> list[tuple[int, GroupSite]]:
         """The sites of a tensor that change what one example costs: fewer experts are used more often each."""
-        found = [(number, site) for number, site in sites if not (self.groups[number].kind == "expert" and site.of_experts)]
+        found = [(n, site) for n, site in sites if self.groups[n].kind != "expert" or not site.of_experts]
         return found or [(number, replace(site, indices=site.indices[:, :0])) for number, site in sites[:1]]
 
     def add_product(

@@ -23,8 +23,8 @@ def count_positions(model: nn.Module, example_inputs: ExampleInputs) -> dict[tup
     """Multiply-adds per weight element for one example, in evaluation, keyed by (id of the module, tensor name).
 
     A convolution uses each weight once for every output position (a transposed one: input position), a Linear once
-    for every row; padding is counted. Experts whose weights are stacked use them once for every token that chooses them,
-    on average over the experts. The model stays in the mode it was in.
+    for every row; padding is counted. Experts whose weights are stacked use them once for every token that chooses
+    them, on average over the experts. The model stays in the mode it was in.
 
     Parameters
     ----------
@@ -150,9 +150,9 @@ def _expert_counter(add: Callable[[nn.Module, str, float], None], stacks: Mappin
 
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        chosen = next((t.numel() for t in given if t.dtype in (torch.int64, torch.int32)), None)
-        for name, count in stacks.items() if chosen is not None else ():
-            add(module, name, chosen / count)
+        chosen = [t.numel() for t in given if t.dtype in (torch.int64, torch.int32)]
+        for name, count in stacks.items() if chosen else ():
+            add(module, name, chosen[0] / count)
 
     return hook
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from l0hooks._torch.modules import tensors_of
+from l0hooks._torch.modules import parametrization_lists, tensors_of
 from l0hooks.errors import SpecError, explain
 from l0hooks.structure.layers import GateLayout, Granularity, is_gateable
 
@@ -28,7 +28,8 @@ def bare_weights(module: nn.Module) -> dict[str, tuple[int, ...]]:
     >>> bare_weights(Experts()), bare_weights(nn.Linear(2, 2))
     ({'up': (4, 3, 2)}, {})
     """
-    if is_gateable(module) or type(module).__module__.startswith("torch.nn."):
+    kind = type(module).__bases__[0] if parametrization_lists(module) else type(module)  # gates add a class of torch's
+    if is_gateable(module) or kind.__module__.startswith("torch.nn."):
         return {}
     lazy = nn.parameter.UninitializedParameter
     own = [(name, t) for name, t in tensors_of(module) if not isinstance(t, lazy)]

@@ -80,7 +80,8 @@ def _joined(found: ChannelGroups, groups: Sequence[ChannelGroup], frozen: Sequen
     taken = {(name, site.axis) for group in found for site in group.sites for name in site.names if not site.stacked}
     free = [g for g in groups if taken.isdisjoint((n, s.axis) for s in g.sites if not s.stacked for n in s.names)]
     traced = {name for name, _ in taken}
-    free = [g for g in free if g.kind == "expert" or traced.isdisjoint(n for s in g.sites if s.stacked for n in s.names)]
+    stacks = [(g, {name for site in g.sites if site.stacked for name in site.names}) for g in free]
+    free = [group for group, names in stacks if group.kind == "expert" or traced.isdisjoint(names)]
     names = {name for group in free for site in group.sites for name in site.names}
     names |= {name.removesuffix(".weight") for name in names}
     left = []
