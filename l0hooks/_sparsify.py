@@ -21,6 +21,7 @@ from l0hooks.attach.gated_weight import (
 )
 from l0hooks.attach.groups import build_readers, hook_inputs
 from l0hooks.attach.install import install_gates, refuse_other_budgets, remove_gates
+from l0hooks.attach.open_experts import hide_closed
 from l0hooks.attach.plan import Spec, every_reader, plan_gates
 from l0hooks.attach.pretrained import SavesBoth, save_both
 from l0hooks.attach.spec import GateSpec, Pattern, named_modules
@@ -189,6 +190,7 @@ def _attach(
     handles = [handle for module, entry in entries.values() for handle in entry.attach(module)]
     for module, _ in entries.values():
         handles.append(module.register_load_state_dict_pre_hook(refuse_other_budgets))  # type: ignore[no-untyped-call]
+    handles += hide_closed(model, (reader.gating for reader in readers))
     return [*handles, *hook_inputs(readers), *save_both(model)]
 
 

@@ -10,7 +10,7 @@ import types
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from operator import attrgetter
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
@@ -19,6 +19,7 @@ from l0hooks._torch.autograd import is_recorded
 from l0hooks._torch.names import lookup, refuse
 from l0hooks._torch.tensors import is_meta, same_tensor
 
+_Owner = TypeVar("_Owner")
 # if this is missing, assume hooks: torch's own code, which is slower, runs them
 _has_global_hook: Callable[[], bool] = lookup("nn.modules.module._has_any_global_hook", lambda: True)
 _PUBLIC_NORMS = (
@@ -128,6 +129,13 @@ def unhook(module: nn.Module, owner: type | tuple[type, ...]) -> None:
         flagged = _table(module, flags)
         for key in flagged.keys() - table.keys():
             del flagged[key]
+
+
+def hook_owners(module: nn.Module, kind: type[_Owner]) -> list[_Owner]:
+    """The objects of class ``kind`` whose methods are forward hooks of ``module`` itself, each once."""
+    tables = _table(module, "_forward_pre_hooks"), _table(module, "_forward_hooks")
+    owners = [_owner_of(hook) for table in tables for hook in table.values()]
+    return list({id(one): one for one in owners if isinstance(one, kind)}.values())
 
 
 def _owner_of(hook: object) -> object:

@@ -56,8 +56,13 @@ def summary(model: nn.Module, *, example_inputs: ExampleInputs | None = None) ->
 
 
 def gates_kept(every: Iterable[Gated]) -> dict[int, int]:
-    """How many gates stay, by the id of the gate; one member of a coupled group at least."""
-    return {id(one.gate): max(one.gate.kept(), int(one.coupled is not None)) for one in every}
+    """How many gates stay, by the id of the gate; of a coupled group as many members as must."""
+    return {id(one.gate): one.gate.kept() if one.coupled is None else _kept(one, one.coupled.group) for one in every}
+
+
+def _kept(one: Gated, group: ChannelGroup) -> int:
+    count = max(one.gate.kept(), group.least)
+    return min(-(-count // group.multiple) * group.multiple, group.size)
 
 
 @torch.no_grad()
@@ -198,7 +203,8 @@ def _macs(gated: Gated, positions: Mapping[tuple[int, str], float] | None) -> in
 
 def _ungated(model: nn.Module, every: Iterable[Gated]) -> Iterator[str]:
     plans = {id(one.coupled.plan): one.coupled.plan for one in every if one.coupled}.values()
-    coupled = {site.module for plan in plans for group in plan.groups for site in group.sites}
+    sites = [site for plan in plans for group in plan.groups for site in group.sites]
+    coupled = {name.rpartition(".")[0] for site in sites for name in (site.names if site.stacked else site.names[:1])}
     for name, module in named_modules(model):
         if name not in coupled and any(p.ndim > 1 for p in _initialised(module.parameters(recurse=False))):
             yield f"{name or 'the model itself'} ({_kind(module)})"

@@ -63,6 +63,7 @@ def folded_copy(model: nn.Module, sites: Sequence[Site], folded: Mapping[int, Te
     (True, False)
     """
     gatings: dict[int, object] = {id(site.gating): site.gating for site in sites}
+    gatings |= {id(gate): gate for site in sites for gate in site.gating.gates}  # routers ask them, too
     weights = {
         id(site.weight): nn.Parameter(folded[id(site.weight)], requires_grad=site.weight.requires_grad)
         for site in sites

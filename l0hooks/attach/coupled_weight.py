@@ -65,7 +65,7 @@ class CoupledWeight(Gating):
         example_noise: bool = False,
     ) -> None:
         super().__init__("coupled", positions, tuple(members.values()))
-        self._shared = SharedSampling(tuple(members.values())) if shared is None else shared
+        self.shared = SharedSampling(tuple(members.values())) if shared is None else shared
         self.plan = plan
         self.name = name
         self.numbers = tuple(members)
@@ -73,17 +73,21 @@ class CoupledWeight(Gating):
         self.example_noise = example_noise
         self.call = RunningCall()
         self._traversal = Traversal()
-        self._index, self.axis = _index_of(plan, self.numbers, name)
         self.shape = tuple(shape)
-        self._view = tuple(-1 if d == self.axis else 1 for d in range(len(shape)))
+        self._place()
         self.register_buffer("index", self._index_on(next(iter(members.values())).log_alpha.device), persistent=False)
 
     def follow(self, plan: CoupledPlan, shape: tuple[int, ...]) -> None:
         """Take the plan of a model that was cut, and the weight's new shape; the gates were cut before."""
         self.plan, self.shape = plan, tuple(shape)
-        self._index, _ = _index_of(plan, self.numbers, self.name)
+        self._place()
         self.index = self._index_on(self.gates[0].log_alpha.device)
         self.kept.drop()
+
+    def _place(self) -> None:
+        """Find the axis that is read, and where each of its channels has its gate."""
+        self._index, self.axis = _index_of(self.plan, self.numbers, self.name)
+        self._view = tuple(-1 if d == self.axis else 1 for d in range(len(self.shape)))
 
     def _index_on(self, device: torch.device) -> Tensor | None:
         """Where each channel's gate stands; None where one group's gates lie in order."""
@@ -96,7 +100,7 @@ class CoupledWeight(Gating):
 
     def mask(self, examples: int | None = None) -> Tensor:
         """Sampled gates of the input channels: float32, shape (channels,), or (examples, channels)."""
-        return self._assemble([self._shared.sample(gate, examples) for gate in self.gates], 1.0)
+        return self._assemble([self.shared.sample(gate, examples) for gate in self.gates], 1.0)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CoupledWeight:
         without_data = self.index is not None and self._traversal.fills(fn, self.index)

@@ -13,6 +13,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from l0hooks.attach.coupled_weight import CoupledWeight, MaskInput
+from l0hooks.attach.expert_weight import ExpertWeight, expert_readers, shared_by_experts
 from l0hooks.attach.spec import GateSpec, Pattern, is_excluded
 from l0hooks.errors import L0HooksWarning, SpecError, StateError, explain
 from l0hooks.gates.gate import Gate, iter_gates
@@ -80,7 +81,7 @@ def choose_groups(
     for group in found:
         modules = list(dict.fromkeys(site.module for site in (*group.writers, *group.readers)))
         specs = [assigned[m] for m in modules if m in assigned and assigned[m].granularity == "coupled"]
-        wanted = [s for s in specs if s.kinds is None or group.kind in s.kinds]
+        wanted = [s for s in specs if s.wants(group.kind)]
         if group.readers and wanted and not any(is_excluded(model, m, exclude) for m in modules):
             chosen.append((group, wanted[0]))
     if not chosen:
@@ -94,7 +95,7 @@ def choose_groups(
                 else "a specification that means a writer or reader of the groups given",
             )
         )
-    return _along_one_axis(chosen, given=groups is not None)
+    return _along_one_axis(shared_by_experts(chosen), given=groups is not None)
 
 
 def check_groups(model: nn.Module, groups: object) -> tuple[ChannelGroup, ...]:
@@ -146,6 +147,9 @@ def _misfit(tensors: Tensors, group: ChannelGroup, site: GroupSite) -> str:
     if name not in tensors.by_name:
         return f"{name!r}, which the model does not have"
     shape, names = tuple(tensors.by_name[name].shape), tensors.names(name)
+    if site.stacked:
+        alike = [n for n in site.names if n in tensors.by_name and tuple(tensors.by_name[n].shape) == shape]
+        shape, names = (len(alike), *shape), tuple(n for n in alike if len(tensors.names(n)) == 1)
     if shape != site.shape or not 0 <= site.axis < len(shape):
         return f"{name!r} of shape {site.shape}, axis {site.axis}, where the model has {shape}"
     if set(names) != set(site.names):
@@ -167,6 +171,9 @@ def _along_one_axis(
     axes: dict[str, int] = {}
     stay, left = [], []
     for group, spec in chosen:
+        if group.kind == "expert":  # its gates multiply whole weights, whatever lies along their axes
+            stay.append((group, spec))
+            continue
         clash = next((s for s in group.readers if axes.get(s.names[0], s.axis) != s.axis), None)
         if clash is None:
             stay.append((group, spec))
@@ -202,6 +209,7 @@ def build_readers(
     plan = CoupledPlan(tuple(group for group, _ in chosen), counted, declared)
     members: dict[str, dict[int, Gate]] = {}
     axes: dict[str, int] = {}
+    of_experts = {name for group, _ in chosen for site in expert_readers(group) for name in site.names}
     for number, (group, spec) in enumerate(chosen):
         gate = make_gate(group, spec, model.get_submodule(group.readers[0].module))
         for site in group.readers:
@@ -210,7 +218,7 @@ def build_readers(
                 axes[name] = site.axis
     gates_of_plan: dict[int, Gate] = {n: gate for gates in members.values() for n, gate in gates.items()}
     shared = SharedSampling(tuple(gates_of_plan.values()))
-    called = {name for name in members if name in positions and _takes_mask(model, name, axes[name])}
+    called = {name for name in members if name in positions and _takes_mask(model, name, axes[name])} - of_experts
     by_example = _drawn_by_example(chosen, members, called)
     readers = []
     done = set()
@@ -221,7 +229,8 @@ def build_readers(
             continue
         done.add((module, tensor_name))
         weight = module.get_parameter(tensor_name)
-        gating = CoupledWeight(
+        kind = ExpertWeight if name in of_experts else CoupledWeight
+        gating = kind(
             plan,
             gates,
             name,

@@ -11,12 +11,18 @@ from l0hooks._torch.running import refresh
 from l0hooks.attach.coupled_weight import MaskInput
 from l0hooks.attach.gated_weight import iter_sites
 from l0hooks.attach.install import refuse_other_budgets, remove_gates
+from l0hooks.attach.open_experts import hold_open_experts
 from l0hooks.attach.pretrained import plain_method
+from l0hooks.gates.gate import iter_gates
 from l0hooks.gates.noise import EntryPoint
 
 
 def make_plain(model: nn.Module) -> nn.Module:
-    """``model`` itself with its weights as they lie beneath the gates, and without what it kept in evaluation."""
+    """``model`` itself with its weights as they lie beneath the gates, and without what it kept in evaluation.
+
+    Closed experts stay hidden from their routers; :func:`l0hooks.structure.routers.show_all` ends that.
+    """
+    hold_open_experts(model)
     for site in list(iter_sites(model)):
         remove_gates(site)
     for module in model.modules():
@@ -43,5 +49,6 @@ def plain_copy(model: nn.Module) -> nn.Module:
     True
     """
     gatings: dict[int, object] = {id(site.gating): site.gating for site in iter_sites(model)}
+    gatings |= {id(gate): gate for _, gate in iter_gates(model)}
     shared = {id(p): nn.Parameter(p.detach(), requires_grad=p.requires_grad) for p in model.parameters()}
     return make_plain(copy.deepcopy(model, {**gatings, **shared}))

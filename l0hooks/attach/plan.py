@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import replace
 
 from torch import nn
@@ -30,6 +31,7 @@ from l0hooks.structure.layers import (
     gateable_weights,
     is_gateable,
 )
+from l0hooks.structure.stacked_weights import bare_weights
 
 Spec = GateSpec | Shorthand | Mapping[Pattern, GateSpec | Shorthand]
 _WILDCARD = re.compile(r"[*?\[]")
@@ -51,9 +53,12 @@ def plan_gates(
         _refuse_without_layers(model, coupled=specs["all"].granularity == "coupled")
     assigned = _assigned(model, specs, exclude)
     modules = dict(named_modules(model))
-    _refuse_ungateable(specs, assigned, modules)
+    bare = _bare(specs, assigned, modules)
+    _refuse_ungateable(specs, assigned, modules, bare)
     plans: dict[tuple[int, str], WeightPlan] = {}
     for name, module_spec in assigned.items():
+        if name in bare:
+            plans |= _bare_plans(name, modules[name], module_spec)
         if not is_gateable(modules[name]) or module_spec.granularity == "coupled":
             continue
         for owner, tensor_name, layout in gateable_weights(name, modules[name]):
@@ -163,19 +168,45 @@ def _refuse_without_layers(model: nn.Module, *, coupled: bool) -> None:
     )
 
 
-def _refuse_ungateable(
+def _bare(
     specs: Mapping[Pattern, GateSpec], assigned: Mapping[str, GateSpec], modules: Mapping[str, nn.Module]
+) -> set[str]:
+    """Modules with parameters of their own that are no layers, where a pattern means them and no layer."""
+    found: set[str] = set()
+    for pattern, spec in specs.items():
+        caught = [name for name in modules if matches(pattern, name, modules[name])]
+        if spec.granularity != "coupled" and not any(is_gateable(modules[name]) for name in caught):
+            found |= {name for name in caught if assigned.get(name) is spec and bare_weights(modules[name])}
+    return found
+
+
+def _bare_plans(name: str, module: nn.Module, spec: GateSpec) -> dict[tuple[int, str], WeightPlan]:
+    """Plans for the parameters of a module that is no layer."""
+    found = {}
+    for tensor_name in bare_weights(module):
+        full = ".".join(filter(None, (name, tensor_name)))
+        found[id(module), tensor_name] = plan_weight(full, module, tensor_name, None, spec)
+    return found
+
+
+def _refuse_ungateable(
+    specs: Mapping[Pattern, GateSpec],
+    assigned: Mapping[str, GateSpec],
+    modules: Mapping[str, nn.Module],
+    bare: AbstractSet[str],
 ) -> None:
-    """A pattern without wildcards must name a gateable layer; any other must match at least one."""
+    """A pattern without wildcards must name a gateable layer or bare weights; any other must match at least one."""
     for pattern, spec in specs.items():
         carries = _carries_coupled if spec.granularity == "coupled" else is_gateable
         caught = [name for name in modules if matches(pattern, name, modules[name])]
         exact = isinstance(pattern, str) and not _WILDCARD.search(pattern) and pattern in modules
         bad = [name for name in caught if not carries(modules[name])]
+        if any(name in bare for name in caught):
+            continue
         if bad and (exact or len(bad) == len(caught)):
             gateable_weights(bad[0], modules[bad[0]])
     carried = (_carries_coupled if s.granularity == "coupled" else is_gateable for s in assigned.values())
-    if not any(carries(modules[name]) for name, carries in zip(assigned, carried, strict=True)):
+    if not (bare or any(carries(modules[name]) for name, carries in zip(assigned, carried, strict=True))):
         raise SpecError(explain("sparsify", "at least one weight must be left to gate.", got="none after exclude"))
 
 

@@ -12,7 +12,8 @@ from torch import nn
 from l0hooks._torch.tensors import is_meta, is_sharded
 from l0hooks.attach.copies import folded_weights
 from l0hooks.attach.gated_weight import iter_sites
-from l0hooks.errors import explain
+from l0hooks.attach.open_experts import any_hidden
+from l0hooks.errors import L0HooksWarning, explain
 
 _METHOD = "save_pretrained"
 
@@ -46,6 +47,14 @@ class SavesBoth:
             )
             warnings.warn(message, stacklevel=2)
         elif sites:
+            if any_hidden(self.model):
+                message = explain(
+                    _METHOD,
+                    "from_pretrained loads plain weights, with a router that chooses among all experts.",
+                    got="experts with closed gates, which it will choose, too",
+                    hint="l0hooks.prune, then save_pretrained of the result",
+                )
+                warnings.warn(message, L0HooksWarning, stacklevel=2)
             given = bound.arguments.get("state_dict")
             state = dict(self.model.state_dict() if given is None else given)
             folded = folded_weights(sites)

@@ -11,6 +11,7 @@ from l0hooks.gates.constants import GAMMA, ZETA, check_constants
 from l0hooks.gates.families import FamilyName, initial_log_alpha, make_family
 from l0hooks.gates.log_odds import Estimator, check_estimator_name
 from l0hooks.structure import Kind
+from l0hooks.structure.groups import WITHOUT_ASKING
 from l0hooks.structure.layers import GRANULARITIES, Granularity
 from l0hooks.structure.patterns import (
     Pattern,
@@ -65,8 +66,8 @@ class GateSpec:
     noise : "step" or "example"
         For coupled groups: one draw for a forward, or one for each example (along axis 0 of the readers' inputs).
         Groups read by attention's own projections, embeddings or bare parameters have one draw for a forward anyway.
-    kinds : tuple of "channel", "neuron" and "head", optional
-        For coupled groups: gate only groups of these kinds.
+    kinds : tuple of "channel", "neuron", "head" and "expert", optional
+        For coupled groups: gate only groups of these kinds; by default of all but experts.
 
     Raises
     ------
@@ -91,6 +92,10 @@ class GateSpec:
     estimator: Estimator = "median"
     noise: Literal["step", "example"] = "step"
     kinds: tuple[Kind, ...] | None = None
+
+    def wants(self, kind: Kind) -> bool:
+        """Whether groups of this kind are gated."""
+        return kind in (WITHOUT_ASKING if self.kinds is None else self.kinds)
 
     def __post_init__(self) -> None:
         check_granularity(self.granularity)

@@ -16,6 +16,7 @@ from l0hooks.attach.gated_weight import Gating
 from l0hooks.attach.spec import GateSpec, named_modules
 from l0hooks.errors import SpecError, explain
 from l0hooks.structure.layers import GateLayout, WeightLayout, gate_layout
+from l0hooks.structure.stacked_weights import bare_layout
 
 
 @dataclass(frozen=True)
@@ -30,8 +31,10 @@ class WeightPlan:
     layout: GateLayout
 
 
-def plan_weight(name: str, module: nn.Module, tensor_name: str, layout: WeightLayout, spec: GateSpec) -> WeightPlan:
-    """One weight's plan, after every check that needs nothing but the weight."""
+def plan_weight(
+    name: str, module: nn.Module, tensor_name: str, layout: WeightLayout | None, spec: GateSpec
+) -> WeightPlan:
+    """One weight's plan, after every check that needs nothing but the weight; without a layout it is no layer's."""
     if parametrize.is_parametrized(module, tensor_name):
         gated = isinstance(module.parametrizations[tensor_name][0], Gating)  # type: ignore[index]
         raise SpecError(
@@ -56,9 +59,12 @@ def plan_weight(name: str, module: nn.Module, tensor_name: str, layout: WeightLa
             )
         )
     check_values(name, weight)
-    return WeightPlan(
-        name, module, tensor_name, weight, spec, gate_layout(spec.granularity, layout, weight.shape, where=repr(name))
+    laid = (
+        bare_layout(spec.granularity, tuple(weight.shape), where=repr(name))
+        if layout is None
+        else gate_layout(spec.granularity, layout, weight.shape, where=repr(name))
     )
+    return WeightPlan(name, module, tensor_name, weight, spec, laid)
 
 
 def check_kind(name: str, weight: Tensor) -> None:

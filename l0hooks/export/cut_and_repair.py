@@ -11,6 +11,7 @@ from l0hooks._torch.running import refresh
 from l0hooks.export.outputs import outputs_of
 from l0hooks.export.repairs import Change, changed, repairs, repairs_in_order
 from l0hooks.structure import ChannelGroup
+from l0hooks.structure.cut_experts import set_counts
 from l0hooks.structure.cut_modules import Bools, Cut, apply_cuts
 
 
@@ -45,6 +46,7 @@ def cut_and_repair(
         Whether constants were added to weights of ``model``, which rounds them.
     """
     apply_cuts(model, cuts)
+    set_counts(model, groups)
     refresh(model)  # what it keeps in evaluation has the old sizes
     wrong = reference.wrong(model, folded=folded)
     if not wrong:

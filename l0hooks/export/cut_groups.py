@@ -7,11 +7,11 @@ import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
 from l0hooks.attach.copies import run_copy
+from l0hooks.attach.open_experts import at_least
 from l0hooks.attach.walk import Gated
 from l0hooks.errors import L0HooksWarning, StateError, UnsupportedModuleError, explain
 from l0hooks.export.comparison import Comparison
@@ -19,9 +19,11 @@ from l0hooks.export.cut_and_repair import cut_and_repair
 from l0hooks.export.cut_inside import Calls, cut_inside
 from l0hooks.export.recipe import rewrite_by
 from l0hooks.structure import ChannelGroup
+from l0hooks.structure.cut_experts import cut_experts
 from l0hooks.structure.cut_graph import FREE
 from l0hooks.structure.cut_modules import Bools, plan_cuts
 from l0hooks.structure.graph_sizes import Sizes
+from l0hooks.structure.routers import show_all
 from l0hooks.structure.training_trace import training_error
 
 _MOST_NAMES = 3  # of graphs in a remark
@@ -33,14 +35,13 @@ _GRAPHS = (
 
 
 def members_that_stay(gated: Iterable[Gated]) -> list[tuple[ChannelGroup, Bools]]:
-    """The final support of every coupled group; if all its members are closed, the one with the largest log-odds."""
+    """The final support of every coupled group; of closed members those with the largest log-odds, if too few stay."""
     found = []
     for one in gated:
         if one.coupled is not None:
-            mask = one.gate.support().cpu().numpy()
-            if not mask.any():
-                mask = np.arange(len(mask)) == int(one.gate.log_alpha.argmax())
-            found.append((one.coupled.plan.groups[one.coupled.number], mask))
+            group = one.coupled.group
+            mask = at_least(one.gate.support(), one.gate.log_alpha, group.least, group.multiple)
+            found.append((group, mask.cpu().numpy()))
     return found
 
 
@@ -83,6 +84,10 @@ def shrink(
     StateError
         If neither computes what it should, or something reads closed members.
     """
+    if any(group.kind == "expert" for group, _ in groups):
+        model = run_copy(model)
+        show_all(model)
+        groups = cut_experts(model, groups)
     cuts = plan_cuts(groups)
     small = copy.deepcopy(model) if declared else run_copy(model)  # cutting puts new tensors in place of old ones
     if declared:
@@ -204,13 +209,14 @@ def _fill(model: nn.Module, groups: Sequence[tuple[ChannelGroup, Bools]], sign: 
         for site in group.sites:
             if site.reads or site.buffer or stays.all():
                 continue
-            path, _, name = site.names[0].rpartition(".")
-            tensor = model.get_submodule(path).get_parameter(name)
-            dead = torch.from_numpy(site.indices[~stays].reshape(-1)).to(tensor.device)
-            shape = [len(dead) if d == site.axis else n for d, n in enumerate(tensor.shape)]
-            noise = torch.randn(shape, generator=generator, dtype=torch.float32)
-            size = float(tensor.detach().abs().float().mean()) or 1.0  # larger numbers might overflow in deep models
-            tensor.index_copy_(site.axis, dead, (sign * size * noise).to(tensor))
+            axis = site.axis - int(site.stacked)
+            for name in site.names if site.stacked else site.names[:1]:
+                tensor = model.get_parameter(name)
+                dead = torch.from_numpy(site.indices[~stays].reshape(-1)).to(tensor.device)
+                shape = [len(dead) if d == axis else n for d, n in enumerate(tensor.shape)]
+                noise = torch.randn(shape, generator=generator, dtype=torch.float32)
+                size = float(tensor.detach().abs().float().mean()) or 1.0  # larger ones might overflow in deep models
+                tensor.index_copy_(axis, dead, (sign * size * noise).to(tensor))
 
 
 def _in_one_line(error: Exception) -> str:

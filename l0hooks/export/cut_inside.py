@@ -158,10 +158,12 @@ def _is_below(path: str, others: Collection[str]) -> bool:
 
 def _inside(path: str, groups: Sequence[Closing]) -> list[Closing]:
     """The same groups by names inside the module at ``path``."""
-    return [
-        (replace(group, sites=tuple(replace(site, names=_names_in(path, site.names)) for site in group.sites)), stays)
-        for group, stays in groups
-    ]
+    found = []
+    for group, stays in groups:
+        sites = tuple(replace(site, names=_names_in(path, site.names)) for site in group.sites)
+        counts = tuple((_names_in(path, (f"{module}.",))[0].rstrip("."), name) for module, name in group.counts)
+        found.append((replace(group, sites=sites, counts=counts), stays))
+    return found
 
 
 def _names_in(path: str, names: Sequence[str]) -> tuple[str, ...]:

@@ -28,7 +28,7 @@ from l0hooks.structure import ChannelGroup
 from l0hooks.structure._channel_groups import groups_and_program
 from l0hooks.structure.cut_modules import Bools, plan_cuts
 from l0hooks.structure.groups import ChannelGroups, GroupSite
-from l0hooks.structure.layers import CONVOLUTIONS, EMBEDDINGS, TRANSPOSED, is_hugging_face_conv1d
+from l0hooks.structure.layers import CONVOLUTIONS, EMBEDDINGS, TRANSPOSED, is_gateable, is_hugging_face_conv1d
 
 Closed = dict[str, dict[int, Bools]]
 Reasons = npt.NDArray[np.object_]  # for each channel or member, why it has to stay; "" if it can go
@@ -44,7 +44,7 @@ def closed_channels(sites: Iterable[Site]) -> Closed:
     found: Closed = {}
     for site in sites:
         gating = site.gating
-        if not isinstance(gating, GatedWeight) or gating.granularity == "weight":
+        if not isinstance(gating, GatedWeight) or gating.granularity == "weight" or not is_gateable(site.module):
             continue
         values = [gate.value().detach() for gate in gating.gates]
         shut = (gating.factor(values).to(site.weight.dtype) == 0).expand(site.weight.shape)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from l0hooks.errors import InvalidValueError, explain
 from l0hooks.export.extra_state import extra_states, is_extra
 from l0hooks.export.state import first_names, hidden_tensors, put_hidden, ties
+from l0hooks.structure.cut_experts import length_of_experts, shorten_lists
 from l0hooks.structure.cut_modules import Cut, apply_cuts
 from l0hooks.structure.layers import CONVOLUTIONS, TRANSPOSED
 from l0hooks.structure.settings import Path as Place
@@ -40,6 +41,8 @@ class ModulePlan:
         What pruning never changes in torch's layers, such as kernel sizes and strides: the factory's must be equal.
     extra : dict from name to plain data
         What modules returned from ``get_extra_state``.
+    lists : dict from name to int
+        The lengths of lists of modules that are alike: pruning may have taken experts out of them.
     """
 
     shapes: dict[str, tuple[int, ...]]
@@ -48,6 +51,7 @@ class ModulePlan:
     sizes: tuple[tuple[str, Place, int], ...]
     settings: dict[str, str]
     extra: dict[str, Any]
+    lists: dict[str, int] = field(default_factory=dict)
 
 
 def module_plan(model: nn.Module) -> ModulePlan:
@@ -66,6 +70,7 @@ def module_plan(model: nn.Module) -> ModulePlan:
         tuple(_sizes(model)),
         _settings(model),
         extra_states(model),
+        {name: count for name, module in model.named_modules() if (count := length_of_experts(module))},
     )
 
 
@@ -94,6 +99,7 @@ def shape_like(model: nn.Module, plan: ModulePlan, where: str) -> None:
     >>> model
     Linear(in_features=3, out_features=1, bias=True)
     """
+    shorten_lists(model, plan.lists)
     modules = dict(model.named_modules())
     missing = _missing_biases(modules, plan)
     old = {name: tuple(tensor.shape) for name, tensor in first_names(model).items()}

@@ -157,12 +157,12 @@ def _check_sites(model: nn.Module, sites: Iterable[GroupSite]) -> None:
         for name in site.names:
             path, dot, own = name.rpartition(".")
             found = shapes.get(name, shapes.get(f"{path}{dot}parametrizations.{own}.original"))
-            if found != tuple(site.shape):
+            if found != site.own_shape:
                 raise StateError(
                     explain(
                         f"prune at {name!r}",
                         "a model with coupled gates is cut as it was sparsified.",
-                        expected=f"a tensor of shape {tuple(site.shape)}",
+                        expected=f"a tensor of shape {site.own_shape}",
                         got="no tensor of that name" if found is None else f"shape {found}",
                         hint="take adapters out (peft: unload), prune, and add them to the pruned model",
                     )

@@ -124,7 +124,7 @@ def load_pruned(factory: Callable[[], nn.Module], path: str | Path) -> nn.Module
     _check_factory(factory, path)
     where = f"load_pruned {path}"
     tensors, raw = storage.read(Path(path))
-    plan: _Plan = typed(_Plan, {"inside": {}, **raw}, where)  # older files know of no graphs inside
+    plan: _Plan = typed(_Plan, _completed(raw), where)
     if (plan.modules is None) == (plan.graph is None):
         raise InvalidValueError(
             explain(where, "the plan must be that of modules or of a graph.", got="both or neither")
@@ -144,6 +144,12 @@ def load_pruned(factory: Callable[[], nn.Module], path: str | Path) -> nn.Module
     _replace_hidden(model, hidden, where)
     load_tensors(model, tensors, ties(model), extra, where)
     return model
+
+
+def _completed(raw: dict[str, Any]) -> dict[str, Any]:
+    """A plan with what older files know nothing of: graphs inside, and lists that were shortened."""
+    modules = raw.get("modules")
+    return {"inside": {}, **raw, "modules": {"lists": {}, **modules} if isinstance(modules, dict) else modules}
 
 
 @dataclass(frozen=True)

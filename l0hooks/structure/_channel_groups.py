@@ -18,6 +18,7 @@ from l0hooks.structure.references import Parameter
 from l0hooks.structure.tracer import Tracer
 from l0hooks.structure.training_trace import breaking_training
 from l0hooks.structure.union_find import squeeze_constant, varies
+from l0hooks.structure.with_experts import with_experts
 
 
 def channel_groups(model: nn.Module, example_inputs: ExampleInputs) -> ChannelGroups:
@@ -55,13 +56,13 @@ def channel_groups(model: nn.Module, example_inputs: ExampleInputs) -> ChannelGr
     0 outputs → 2 inputs: 16 neurons, 13 parameters each
     frozen: an output of the model: 2
     """
-    return groups_and_program(model, example_inputs)[0]
+    return with_experts(model, positional(model, example_inputs), lambda *given: groups_and_program(*given)[0])
 
 
 def groups_and_program(
     model: nn.Module, example_inputs: ExampleInputs
 ) -> tuple[ChannelGroups, torch.export.ExportedProgram]:
-    """The result of :func:`channel_groups`, and the program of the evaluation.
+    """The groups that the exported graph shows, experts left out, and the program of the evaluation.
 
     Parameters
     ----------

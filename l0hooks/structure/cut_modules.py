@@ -30,6 +30,8 @@ class Cut:
 def plan_cuts(groups: Iterable[tuple[ChannelGroup, Bools]]) -> list[Cut]:
     """The cuts that leave only the members whose mask is true; several groups may cut one axis.
 
+    Tensors of experts in a list are cut one by one; that experts leave the list is no cut.
+
     Parameters
     ----------
     groups : iterable of (ChannelGroup, bool array of shape (group.size,))
@@ -38,18 +40,32 @@ def plan_cuts(groups: Iterable[tuple[ChannelGroup, Bools]]) -> list[Cut]:
     -------
     list of Cut
     """
+    groups = list(groups)
+    stacks = {site.names for group, _ in groups for site in group.sites if site.stacked}
+    cuts = []
+    for (names, shape), kept in _kept(groups).items():
+        if names in stacks:
+            inside = tuple((axis - 1, indices) for axis, indices in kept.items() if axis)
+            cuts += [Cut((name,), shape[1:], inside) for name in names if inside]
+        elif kept:
+            cuts.append(Cut(names, shape, tuple(kept.items())))
+    return cuts
+
+
+def _kept(
+    groups: Iterable[tuple[ChannelGroup, Bools]],
+) -> dict[tuple[tuple[str, ...], tuple[int, ...]], dict[int, tuple[int, ...]]]:
+    """For every tensor, by its names and shape, the positions that are kept along each axis that is cut."""
     masks: dict[tuple[tuple[str, ...], tuple[int, ...]], dict[int, Bools]] = {}
     for group, stays in groups:
         for site in group.sites:
             axes = masks.setdefault((site.names, site.shape), {})
             mask = axes.setdefault(site.axis, np.ones(site.shape[site.axis], np.bool_))
             mask[site.indices[~stays].reshape(-1)] = False
-    cuts = []
-    for (names, shape), axes in masks.items():
-        kept = tuple((axis, tuple(np.flatnonzero(mask).tolist())) for axis, mask in axes.items() if not mask.all())
-        if kept:
-            cuts.append(Cut(names, shape, kept))
-    return cuts
+    return {
+        tensor: {axis: tuple(np.flatnonzero(mask).tolist()) for axis, mask in axes.items() if not mask.all()}
+        for tensor, axes in masks.items()
+    }
 
 
 def groups_left(groups: Sequence[tuple[ChannelGroup, Bools]]) -> list[ChannelGroup]:
@@ -64,12 +80,12 @@ def groups_left(groups: Sequence[tuple[ChannelGroup, Bools]]) -> list[ChannelGro
     >>> left.size, left.first.shape, left.first.indices.tolist()
     (2, (2, 2), [[0], [1]])
     """
-    kept = {name: dict(cut.kept) for cut in plan_cuts(groups) for name in cut.names}
+    every = _kept(groups)
     found = []
     for group, stays in groups:
         sites = []
         for site in group.sites:
-            along = kept.get(site.names[0], {})
+            along = every[site.names, site.shape]
             shape = tuple(len(along.get(axis, range(n))) for axis, n in enumerate(site.shape))
             indices = site.indices[stays]
             if site.axis in along:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 from einops import rearrange
 from torch import Tensor, nn
 
 from l0hooks.errors import SpecError, explain, near_names
-from l0hooks.structure.groups import ChannelGroup, GroupSite, Ints, Kind
+from l0hooks.structure.groups import WITHOUT_ASKING, ChannelGroup, GroupSite, Ints, Kind
 from l0hooks.structure.named_tensors import Tensors
 from l0hooks.structure.roles import carried, read, written
 
@@ -62,7 +62,8 @@ def declare_group(
     size : int, optional
         Number of members; by default the number of outputs of the first layer, or of groups of a GroupNorm.
     kind : "channel", "neuron" or "head", optional
-        "channel" if there is a convolution, else "neuron".
+        "channel" if there is a convolution, else "neuron". Experts are found, not declared: their router must be
+        tried out.
 
     Returns
     -------
@@ -82,8 +83,8 @@ def declare_group(
     >>> print(declare_group(model, outputs="0", through="1", inputs="3"))
     0 outputs → 1 → 3 inputs: 16 neurons, 15 parameters each
     """
-    if kind is not None and kind not in get_args(Kind):
-        raise _refusal("kind", "the name must be known.", repr(kind), near_names(str(kind), get_args(Kind)))
+    if kind is not None and kind not in WITHOUT_ASKING:
+        raise _refusal("kind", "the name must be known.", repr(kind), near_names(str(kind), WITHOUT_ASKING))
     tensors = Tensors(model)
     layers = [
         _layer(model, tensors, entry, role)

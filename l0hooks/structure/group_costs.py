@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -61,10 +61,15 @@ class CoupledPlan:
     def macs(self, kept: Count, without: AbstractSet[str] = frozenset()) -> float:
         """The multiply-adds of the layers of all groups when ``kept(g)`` members of group g stay."""
         return sum(
-            sum(self.positions.get(name, 0.0) for name in names) * self._elements(sites, kept)
+            uses(names, sites, self.positions) * self._elements(self.by_token(sites), kept)
             for names, sites in self.tensors(without).items()
             if not self.positions.keys().isdisjoint(names)
         )
+
+    def by_token(self, sites: Sequence[tuple[int, GroupSite]]) -> list[tuple[int, GroupSite]]:
+        """The sites of a tensor that change what one example costs: fewer experts are used more often each."""
+        found = [(n, site) for n, site in sites if self.groups[n].kind != "expert" or not site.of_experts]
+        return found or [(number, replace(site, indices=site.indices[:, :0])) for number, site in sites[:1]]
 
     def add_product(
         self,
@@ -132,12 +137,12 @@ class CoupledPlan:
         constant, linear, square = 0.0, np.zeros(count), np.zeros((count, count))
         numbers = {n: n for n in range(count)}
         for names, sites in self.tensors(without).items():
-            each = 1.0
+            each, counted = 1.0, sites
             if unit == "macs":
-                each = sum(self.positions.get(name, 0.0) for name in names)
+                each, counted = uses(names, sites, self.positions), self.by_token(sites)
             elif unit == "memory":
                 each = float(_of_one(names, bytes_each))
-            constant += self.add_product(linear, square, each, sites, numbers)
+            constant += self.add_product(linear, square, each, counted, numbers)
         with torch.inference_mode(False):  # training uses these tensors, too
             tensors = [torch.as_tensor(x, dtype=torch.float32, device=device) for x in (linear, square)]
         return constant, tensors[0], tensors[1], bool(square.diagonal().any())
@@ -152,6 +157,15 @@ class CoupledPlan:
 def _of_one(names: Sequence[str], each: Mapping[str, int]) -> int:
     """The value of a tensor that is known by one of its names."""
     return next(each[name] for name in names if name in each)
+
+
+def uses(names: Sequence[str], sites: Sequence[tuple[int, GroupSite]], positions: Mapping[str, float]) -> float:
+    """How often each element of a tensor is used for one example, at all places that go by these names.
+
+    Of a stack of tensors, the mean over them.
+    """
+    total = sum(positions.get(name, 0.0) for name in names)
+    return total / len(names) if sites[0][1].stacked else total
 
 
 def _sums(arrays: Sequence[Tensor]) -> Tensor:

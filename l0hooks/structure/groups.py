@@ -9,7 +9,10 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-Kind = Literal["channel", "neuron", "head"]
+from l0hooks.structure.routers import Router
+
+Kind = Literal["channel", "neuron", "head", "expert"]
+WITHOUT_ASKING: tuple[Kind, ...] = ("channel", "neuron", "head")  # the kinds that are gated if none is named
 Ints = npt.NDArray[np.int64]
 
 
@@ -30,6 +33,9 @@ class GroupSite:
         Whether layers read their input along this axis. Gates on such axes make removal exact.
     buffer : bool
         Whether the tensor is a buffer.
+    stacked : bool
+        Whether ``names`` are different tensors of equal shape, one for each expert of a list, which count as one
+        tensor stacked along a first axis.
 
     Examples
     --------
@@ -48,11 +54,22 @@ class GroupSite:
     indices: Ints
     reads: bool
     buffer: bool
+    stacked: bool = False
 
     @property
     def module(self) -> str:
         """Qualified name of the module that owns the parameter."""
         return self.names[0].rpartition(".")[0]
+
+    @property
+    def of_experts(self) -> bool:
+        """Whether the tensor is one of experts, whose first axis or stack counts them, rather than their router's."""
+        return self.stacked or len(self.shape) > 2
+
+    @property
+    def own_shape(self) -> tuple[int, ...]:
+        """The shape that a tensor of that name has in the model: without the stack's axis."""
+        return self.shape[1:] if self.stacked else self.shape
 
     @property
     def parameters_each(self) -> int:
@@ -65,15 +82,23 @@ class GroupSite:
 
 @dataclass(frozen=True)
 class ChannelGroup:
-    """Channels, neurons or heads of one kind: every member can be removed independently of the others.
+    """Channels, neurons, heads or experts: every member can be removed independently of the others.
 
     Attributes
     ----------
-    kind : "channel", "neuron" or "head"
+    kind : "channel", "neuron", "head" or "expert"
     size : int
         Number of members.
     sites : tuple of GroupSite
         Every tensor axis that holds the members.
+    least : int
+        How many members stay at the least: as many experts as a router chooses for each token.
+    multiple : int
+        The number of members that stay is a multiple of it where ``size`` is: kernels for experts need that.
+    counts : tuple of (module, attribute)
+        Where modules hold the number of members.
+    router : Router or None
+        What chooses among experts.
 
     Examples
     --------
@@ -89,6 +114,10 @@ class ChannelGroup:
     kind: Kind
     size: int
     sites: tuple[GroupSite, ...]
+    least: int = 1
+    multiple: int = 1
+    counts: tuple[tuple[str, str], ...] = ()
+    router: Router | None = None
 
     @property
     def writers(self) -> tuple[GroupSite, ...]:

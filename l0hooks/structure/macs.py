@@ -16,13 +16,15 @@ from l0hooks._torch.trees import tree_leaves
 from l0hooks.errors import SpecError, UnsupportedModuleError, explain, in_one_line
 from l0hooks.structure.example_inputs import ExampleInputs, positional
 from l0hooks.structure.layers import CONVOLUTIONS, EMBEDDINGS, TRANSPOSED, is_gateable, is_hugging_face_conv1d
+from l0hooks.structure.stacked_weights import stacked_weights
 
 
 def count_positions(model: nn.Module, example_inputs: ExampleInputs) -> dict[tuple[int, str], float]:
     """Multiply-adds per weight element for one example, in evaluation, keyed by (id of the module, tensor name).
 
     A convolution uses each weight once for every output position (a transposed one: input position), a Linear once
-    for every row; padding is counted. The model stays in the mode it was in.
+    for every row; padding is counted. Experts whose weights are stacked use them once for every token that chooses
+    them, on average over the experts. The model stays in the mode it was in.
 
     Parameters
     ----------
@@ -55,6 +57,9 @@ def count_positions(model: nn.Module, example_inputs: ExampleInputs) -> dict[tup
     with ExitStack() as stack:
         for module in list(filter(is_gateable, model.modules())):
             handle = module.register_forward_hook(_counter(add, examples), with_kwargs=True)
+            stack.callback(handle.remove)
+        for module, stacks in [(m, found) for m in model.modules() if (found := stacked_weights(m))]:
+            handle = module.register_forward_hook(_expert_counter(add, stacks), with_kwargs=True)
             stack.callback(handle.remove)
         stack.enter_context(evaluating(model))
         stack.enter_context(slow_attention())
@@ -136,6 +141,18 @@ def _counter(add: Callable[[nn.Module, str, float], None], examples: _Examples) 
             _count_attention(add, module, args, kwargs)
         else:
             add(module, "weight", _rows(module, (args, kwargs), output))
+
+    return hook
+
+
+def _expert_counter(add: Callable[[nn.Module, str, float], None], stacks: Mapping[str, int]) -> Callable[..., None]:
+    """Count the choices of experts that a module is given: those of all tokens, shared out evenly."""
+
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        chosen = [t.numel() for t in given if t.dtype in (torch.int64, torch.int32)]
+        for name, count in stacks.items() if chosen else ():
+            add(module, name, chosen[0] / count)
 
     return hook
 

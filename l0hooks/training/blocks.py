@@ -35,8 +35,10 @@ def in_blocks(size: Size, gated: Sequence[Gated], budget: Budget) -> Size:
     SpecError
         If a gate is on no coupled group, or ``round_to`` names a kind that no group has.
     """
+    own = np.array([1 if one.coupled is None else one.coupled.group.multiple for one in gated], np.int64)
     if not budget.in_blocks:
-        return size
+        alone = tuple((number,) for number in range(len(gated)))
+        return size if (own == 1).all() else replace(size, sets=alone, multiple=own)
     single = next((one.name for one in gated if one.coupled is None), None)
     if single is not None:
         raise SpecError(
@@ -69,7 +71,7 @@ def in_blocks(size: Size, gated: Sequence[Gated], budget: Budget) -> Size:
     for number, group in enumerate(groups):
         key = (group.kind, group.size) if budget.uniform else number
         sets.setdefault(key, []).append(number)
-    return replace(size, sets=tuple(map(tuple, sets.values())), multiple=np.array(multiple, np.int64))
+    return replace(size, sets=tuple(map(tuple, sets.values())), multiple=np.lcm(np.array(multiple, np.int64), own))
 
 
 def largest_blocks(

@@ -197,11 +197,12 @@ def size_of(
                 if any(inside):
                     raise _shared(prefix + names[0])
                 continue
-            each = float(_bytes(model, prefix + names[0])) if unit == "memory" else 1.0
+            each, counted = float(_bytes(model, prefix + names[0])) if unit == "memory" else 1.0, sites
             if positions is not None:
                 each = _uses(model, [prefix + name for name in names], positions)
-            constant += plan.add_product(linear, square, each, sites, numbers)
-    floor = np.array([one.coupled is not None for one in gated], np.int64)
+                each, counted = each / (len(names) if sites[0][1].stacked else 1), plan.by_token(sites)
+            constant += plan.add_product(linear, square, each, counted, numbers)
+    floor = np.array([0 if one.coupled is None else one.coupled.group.least for one in gated], np.int64)
     size = Size(counts, constant, linear, square, floor)
     return replace(size, constant=constant + _total(model, every, unit, positions) - size.whole) if whole else size
 

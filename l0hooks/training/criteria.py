@@ -155,7 +155,10 @@ def _mean_squares(
     """The mean square of what each weight is multiplied with (or writes), laid over the weight."""
     sites = {site.name: site for one in scored for site in one.weights()}
     modules = {name: plain.get_submodule(site.module_name) for name, site in sites.items()}
-    _refuse_without_rows(criterion, modules)
+    _refuse_without_rows(criterion, {name: m for name, m in modules.items() if sites[name].weight.dim() > 1})
+    vectors = [name for name in modules if sites[name].weight.dim() < 2]
+    if vectors:
+        raise _without_inputs(criterion, vectors[0], "a bias, which has no input")
     sums: dict[str, Tensor] = {}
     counts = dict.fromkeys(sites, 0)
 
@@ -181,11 +184,15 @@ def _mean_squares(
 def _refuse_without_rows(criterion: str, modules: dict[str, nn.Module]) -> None:
     wrong = [name for name, module in modules.items() if not has_rows(module)]
     if wrong:
-        raise SpecError(
-            explain(
-                f"score: {wrong[0]!r}",
-                f"{criterion!r} looks at the inputs of Linear and Conv layers.",
-                got=f"a weight of {type(modules[wrong[0]]).__name__}",
-                hint='criterion="taylor"',
-            )
+        raise _without_inputs(criterion, wrong[0], f"a weight of {type(modules[wrong[0]]).__name__}")
+
+
+def _without_inputs(criterion: str, name: str, got: str) -> SpecError:
+    return SpecError(
+        explain(
+            f"score: {name!r}",
+            f"{criterion!r} looks at the inputs of Linear and Conv layers.",
+            got=got,
+            hint='criterion="taylor"',
         )
+    )

@@ -24,6 +24,7 @@ from l0hooks.export.cut_and_repair import cut_and_repair
 from l0hooks.gates.gate import Gate, iter_gates
 from l0hooks.structure import ChannelGroup
 from l0hooks.structure.cut_modules import Bools, plan_cuts
+from l0hooks.structure.routers import hidden_experts
 from l0hooks.training.cut_changes import Changes
 
 MUST = "the model must be one that can be cut as the checkpoint's was."
@@ -126,6 +127,8 @@ def _obstacle(model: nn.Module) -> str:
         return "several processes, whose buckets of gradients have fixed sizes"
     if any(is_sharded(p) or p.is_meta for p in model.parameters()):
         return "parameters that are sharded or without data"
+    if hidden_experts(model):
+        return "gates on experts, which prune alone cuts"
     return ""
 
 
