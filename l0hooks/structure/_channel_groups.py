@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -18,10 +19,13 @@ from l0hooks.structure.references import Parameter
 from l0hooks.structure.tracer import Tracer
 from l0hooks.structure.training_trace import breaking_training
 from l0hooks.structure.union_find import squeeze_constant, varies
+from l0hooks.structure.width.search import trace_with_width
 
 
-def channel_groups(model: nn.Module, example_inputs: ExampleInputs) -> ChannelGroups:
-    """The channels, neurons and attention heads that can be removed from ``model``.
+def channel_groups(
+    model: nn.Module, example_inputs: ExampleInputs, *, kinds: Collection[Kind] | None = None
+) -> ChannelGroups:
+    """The channels, neurons and attention heads that can be removed from ``model``; its residual width if asked for.
 
     The model is exported in evaluation mode and is not changed; if it has layers that it calls in training only, as
     the auxiliary heads of GoogLeNet, a second time in training mode. Each group lists every tensor axis that holds its
@@ -34,6 +38,9 @@ def channel_groups(model: nn.Module, example_inputs: ExampleInputs) -> ChannelGr
         Any model that ``torch.export`` takes.
     example_inputs : sequence or mapping
         Arguments of ``model``: positional ones, keyword ones as a tokenizer returns them, or both, the keywords last.
+    kinds : collection of "channel", "neuron", "head" and "width", optional
+        Only groups of these kinds; without it, of all but "width". The channels of a residual stream, "width", are
+        found only where they are named here.
 
     Returns
     -------
@@ -55,11 +62,11 @@ def channel_groups(model: nn.Module, example_inputs: ExampleInputs) -> ChannelGr
     0 outputs → 2 inputs: 16 neurons, 13 parameters each
     frozen: an output of the model: 2
     """
-    return groups_and_program(model, example_inputs)[0]
+    return groups_and_program(model, example_inputs, kinds)[0]
 
 
 def groups_and_program(
-    model: nn.Module, example_inputs: ExampleInputs
+    model: nn.Module, example_inputs: ExampleInputs, kinds: Collection[Kind] | None = None
 ) -> tuple[ChannelGroups, torch.export.ExportedProgram]:
     """The result of :func:`channel_groups`, and the program of the evaluation.
 
@@ -67,10 +74,14 @@ def groups_and_program(
     ----------
     model : nn.Module
     example_inputs : sequence or mapping
+    kinds : collection of str, optional
     """
     example_inputs = positional(model, example_inputs)
-    program, tracer = export_and_trace(model, example_inputs, training=True)
+    tracing = partial(trace_with_width, model, _assembled) if kinds is not None and "width" in kinds else None
+    program, tracer = export_and_trace(model, example_inputs, training=True, tracing=tracing)
     found = groups_of(tracer)
+    if kinds is not None:
+        found = ChannelGroups(tuple(group for group in found if group.kind in kinds), found.frozen)
     left = set(breaking_training(model, example_inputs, found) if tracer.training_only else [])
     if not left:
         return found, program
@@ -82,12 +93,18 @@ def groups_and_program(
 
 def groups_of(tracer: Tracer) -> ChannelGroups:
     """The groups in a traced graph."""
-    sites = list(_sites(tracer))
-    group_of, rank, heads = _members(tracer, sites)
-    groups = _assemble(sites, group_of, rank, heads)
+    groups, group_of = _assembled(tracer)
+    groups = tuple(tracer.widths.get(number, group) for number, group in enumerate(groups))
     left = [number for number, group in enumerate(groups) if cannot_go(group, tracer.training_only)]
     frozen = frozen_channels(tracer, group_of, groups, left)
     return ChannelGroups(tuple(group for number, group in enumerate(groups) if number not in left), tuple(frozen))
+
+
+def _assembled(tracer: Tracer) -> tuple[tuple[ChannelGroup, ...], Ints]:
+    """All groups in a traced graph, those that cannot go among them; and the number of each class's group."""
+    sites = list(_sites(tracer))
+    group_of, rank, heads = _members(tracer, sites)
+    return _assemble(sites, group_of, rank, heads), group_of
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,9 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-Kind = Literal["channel", "neuron", "head"]
+from l0hooks.structure.width.parts import Width
+
+Kind = Literal["channel", "neuron", "head", "width"]
 Ints = npt.NDArray[np.int64]
 
 
@@ -69,11 +71,13 @@ class ChannelGroup:
 
     Attributes
     ----------
-    kind : "channel", "neuron" or "head"
+    kind : "channel", "neuron", "head" or "width"
     size : int
         Number of members.
     sites : tuple of GroupSite
         Every tensor axis that holds the members.
+    width : Width or None
+        Of the channels of a residual stream: what their gates multiply, and the norms that read them.
 
     Examples
     --------
@@ -89,6 +93,7 @@ class ChannelGroup:
     kind: Kind
     size: int
     sites: tuple[GroupSite, ...]
+    width: Width | None = None
 
     @property
     def writers(self) -> tuple[GroupSite, ...]:
