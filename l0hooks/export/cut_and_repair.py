@@ -12,6 +12,7 @@ from l0hooks.export.outputs import outputs_of
 from l0hooks.export.repairs import Change, changed, repairs, repairs_in_order
 from l0hooks.structure import ChannelGroup
 from l0hooks.structure.cut_modules import Bools, Cut, apply_cuts
+from l0hooks.structure.width.fold import fold_norms
 
 
 class Reference(Protocol):
@@ -45,6 +46,7 @@ def cut_and_repair(
         Whether constants were added to weights of ``model``, which rounds them.
     """
     apply_cuts(model, cuts)
+    fold_norms(model, groups)
     refresh(model)  # what it keeps in evaluation has the old sizes
     wrong = reference.wrong(model, folded=folded)
     if not wrong:

@@ -106,6 +106,14 @@ class ChannelGroup:
         return tuple(s for s in self.sites if s.reads)
 
     @property
+    def gated(self) -> tuple[GroupSite, ...]:
+        """Parameters that gates multiply: those that read the members; of a residual stream, those that write it."""
+        if self.width is None:
+            return self.readers
+        gated = {(gate.names, gate.axis) for gate in self.width.gates}
+        return tuple(site for site in self.sites if (site.names, site.axis) in gated)
+
+    @property
     def first(self) -> GroupSite:
         """The first weight that produces the members; the first place of any kind if none does."""
         return (*self.writers, *self.sites)[0]
