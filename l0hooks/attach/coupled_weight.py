@@ -68,31 +68,32 @@ class CoupledWeight(Gating):
         self.shared = SharedSampling(tuple(members.values())) if shared is None else shared
         self.plan = plan
         self.name = name
-        self.numbers = tuple(members)
+        self.numbers = self._reads = tuple(members)
         self.coupled = nn.ModuleList(members.values())
         self.example_noise = example_noise
         self.call = RunningCall()
         self._traversal = Traversal()
         self.shape = tuple(shape)
         self._place()
-        self.register_buffer("index", self._index_on(next(iter(members.values())).log_alpha.device), persistent=False)
+        devices = [gate.log_alpha.device for gate in members.values()]
+        self.register_buffer("index", self._index_on(devices[0]) if devices else None, persistent=False)
 
     def follow(self, plan: CoupledPlan, shape: tuple[int, ...]) -> None:
         """Take the plan of a model that was cut, and the weight's new shape; the gates were cut before."""
         self.plan, self.shape = plan, tuple(shape)
         self._place()
-        self.index = self._index_on(self.gates[0].log_alpha.device)
+        self.index = self._index_on(self.gates[0].log_alpha.device) if self._reads else None
         self.kept.drop()
 
     def _place(self) -> None:
         """Find the axis that is read, and where each of its channels has its gate."""
-        self._index, self.axis = _index_of(self.plan, self.numbers, self.name)
+        self._index, self.axis = _index_of(self.plan, self._reads, self.name)
         self._view = tuple(-1 if d == self.axis else 1 for d in range(len(self.shape)))
 
     def _index_on(self, device: torch.device) -> Tensor | None:
         """Where each channel's gate stands; None where one group's gates lie in order."""
-        count = self.plan.groups[self.numbers[0]].size
-        whole = len(self.numbers) == 1 and np.array_equal(self._index, 1 + np.arange(count))
+        count = self.plan.groups[self._reads[0]].size
+        whole = len(self._reads) == 1 and np.array_equal(self._index, 1 + np.arange(count))
         return None if whole else torch.from_numpy(self._index).to(device)
 
     def factor(self, values: Sequence[Tensor], rest: float = 1.0) -> Tensor:
@@ -100,7 +101,8 @@ class CoupledWeight(Gating):
 
     def mask(self, examples: int | None = None) -> Tensor:
         """Sampled gates of the input channels: float32, shape (channels,), or (examples, channels)."""
-        return self._assemble([self.shared.sample(gate, examples) for gate in self.gates], 1.0)
+        reading = self.gates[: len(self._reads)]
+        return self._assemble([self.shared.sample(gate, examples) for gate in reading], 1.0)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CoupledWeight:
         without_data = self.index is not None and self._traversal.fills(fn, self.index)

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -15,10 +16,12 @@ from torch.utils.hooks import RemovableHandle
 from l0hooks.attach.coupled_weight import CoupledWeight, MaskInput
 from l0hooks.attach.expert_weight import ExpertWeight, expert_readers, shared_by_experts
 from l0hooks.attach.spec import GateSpec, Pattern, is_excluded
+from l0hooks.attach.width import find_groups, warn_without_width, without_expert_streams
+from l0hooks.attach.width_weight import WidthWeight, Written
 from l0hooks.errors import L0HooksWarning, SpecError, StateError, explain
 from l0hooks.gates.gate import Gate, iter_gates
 from l0hooks.gates.shared_sampling import SharedSampling
-from l0hooks.structure import ChannelGroup, GroupSite, channel_groups
+from l0hooks.structure import ChannelGroup, GroupSite
 from l0hooks.structure.example_inputs import ExampleInputs, positional
 from l0hooks.structure.group_costs import CoupledPlan
 from l0hooks.structure.layers import CONVOLUTIONS, TRANSPOSED, is_hugging_face_conv1d
@@ -77,11 +80,12 @@ def choose_groups(
             )
         )
     chosen = []
-    found = channel_groups(model, example_inputs) if groups is None else check_groups(model, groups)
+    coupled = [spec for spec in assigned.values() if spec.granularity == "coupled"]
+    found = find_groups(model, coupled, example_inputs) if groups is None else check_groups(model, groups)
     for group in found:
         modules = list(dict.fromkeys(site.module for site in (*group.writers, *group.readers)))
         specs = [assigned[m] for m in modules if m in assigned and assigned[m].granularity == "coupled"]
-        wanted = [s for s in specs if s.wants(group.kind)]
+        wanted = [s for s in specs if s.wants(group.kind) or (s.kinds is None and groups is not None)]
         if group.readers and wanted and not any(is_excluded(model, m, exclude) for m in modules):
             chosen.append((group, wanted[0]))
     if not chosen:
@@ -95,7 +99,9 @@ def choose_groups(
                 else "a specification that means a writer or reader of the groups given",
             )
         )
-    return _along_one_axis(shared_by_experts(chosen), given=groups is not None)
+    warn_without_width(coupled, chosen, found)
+    chosen = shared_by_experts(without_expert_streams(chosen))
+    return _along_one_axis(chosen, given=groups is not None)
 
 
 def check_groups(model: nn.Module, groups: object) -> tuple[ChannelGroup, ...]:
@@ -174,10 +180,11 @@ def _along_one_axis(
         if group.kind == "expert":  # its gates multiply whole weights, whatever lies along their axes
             stay.append((group, spec))
             continue
-        clash = next((s for s in group.readers if axes.get(s.names[0], s.axis) != s.axis), None)
+        reading = group.gated if group.width is None else ()  # a stream's gates may lie along any axis
+        clash = next((s for s in reading if axes.get(s.names[0], s.axis) != s.axis), None)
         if clash is None:
             stay.append((group, spec))
-            axes |= {site.names[0]: site.axis for site in group.readers}
+            axes |= {site.names[0]: site.axis for site in reading}
         else:
             left.append((group, clash))
     if left:
@@ -203,36 +210,41 @@ def build_readers(
     *,
     declared: bool = False,
 ) -> list[Reader]:
-    """A parametrization for every weight that reads a chosen group; nothing is attached yet."""
+    """A parametrization for every weight that gates of a chosen group multiply; nothing is attached yet."""
     once = {name for name, _ in model.named_modules()}  # a layer with two names counts under its first
     counted = {name: value for name, value in positions.items() if name.rpartition(".")[0] in once}
     plan = CoupledPlan(tuple(group for group, _ in chosen), counted, declared)
     members: dict[str, dict[int, Gate]] = {}
+    written: dict[str, list[Written]] = {}
     axes: dict[str, int] = {}
     of_experts = {name for group, _ in chosen for site in expert_readers(group) for name in site.names}
+    gates_of_plan: list[Gate] = []
     for number, (group, spec) in enumerate(chosen):
-        gate = make_gate(group, spec, model.get_submodule(group.readers[0].module))
-        for site in group.readers:
+        gate = make_gate(group, spec, model.get_submodule(group.gated[0].module))
+        gates_of_plan.append(gate)
+        for site in group.gated if group.width is None else ():
             for name in site.names:
                 members.setdefault(name, {})[number] = gate
                 axes[name] = site.axis
-    gates_of_plan: dict[int, Gate] = {n: gate for gates in members.values() for n, gate in gates.items()}
-    shared = SharedSampling(tuple(gates_of_plan.values()))
+        for part in () if group.width is None else group.width.gates:
+            for name in part.names:
+                written.setdefault(name, []).append(Written(number, gate, part.axis, part.open_only))
+    shared = SharedSampling(tuple(gates_of_plan))
     called = {name for name in members if name in positions and _takes_mask(model, name, axes[name])} - of_experts
     by_example = _drawn_by_example(chosen, members, called)
     readers = []
     done = set()
-    for name, gates in members.items():
+    for name in (*members, *(name for name in written if name not in members)):
         path, _, tensor_name = name.rpartition(".")
         module = model.get_submodule(path)
         if (module, tensor_name) in done:  # a layer that has two names
             continue
         done.add((module, tensor_name))
         weight = module.get_parameter(tensor_name)
-        kind = ExpertWeight if name in of_experts else CoupledWeight
-        gating = kind(
+        make = ExpertWeight if name in of_experts else CoupledWeight
+        gating = (partial(WidthWeight, written=written[name]) if name in written else make)(
             plan,
-            gates,
+            members.get(name, {}),
             name,
             weight.shape,
             shared=shared,

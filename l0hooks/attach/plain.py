@@ -13,6 +13,7 @@ from l0hooks.attach.gated_weight import iter_sites
 from l0hooks.attach.install import refuse_other_budgets, remove_gates
 from l0hooks.attach.open_experts import hold_open_experts
 from l0hooks.attach.pretrained import plain_method
+from l0hooks.attach.width_weight import CentreInput
 from l0hooks.gates.gate import iter_gates
 from l0hooks.gates.noise import EntryPoint
 
@@ -26,7 +27,7 @@ def make_plain(model: nn.Module) -> nn.Module:
     for site in list(iter_sites(model)):
         remove_gates(site)
     for module in model.modules():
-        unhook(module, (EntryPoint, MaskInput))
+        unhook(module, (EntryPoint, MaskInput, CentreInput))
         drop_load_hooks(module, refuse_other_budgets)
     plain_method(model)
     refresh(model)

@@ -135,7 +135,7 @@ def _check_readers(model: nn.Module, groups: list[tuple[ChannelGroup, GateSpec]]
     for group, _ in groups:
         for site in (site for site in group.sites if not site.buffer):
             check_kind(site.names[0], model.get_parameter(site.names[0]))
-        for site in every_reader(group):
+        for site in every_gated(group):
             module, name = model.get_submodule(site.module), site.names[0]
             check_values(name, module.get_parameter(name.rpartition(".")[2]))
             if (id(module), name.rpartition(".")[2]) in planned:
@@ -210,7 +210,7 @@ def _refuse_ungateable(
         raise SpecError(explain("sparsify", "at least one weight must be left to gate.", got="none after exclude"))
 
 
-def every_reader(group: ChannelGroup) -> Iterator[GroupSite]:
-    """The readers of a group under every name they have."""
-    for site in group.readers:
+def every_gated(group: ChannelGroup) -> Iterator[GroupSite]:
+    """What the gates of a group multiply, under every name it has."""
+    for site in group.gated:
         yield from (replace(site, names=(name,)) for name in site.names)

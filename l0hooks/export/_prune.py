@@ -27,6 +27,7 @@ from l0hooks.structure import ChannelGroup
 from l0hooks.structure.cut_modules import Bools
 from l0hooks.structure.example_inputs import ExampleInputs, positional
 from l0hooks.structure.macs import count_positions
+from l0hooks.structure.width.fold import centre_norms
 
 SparseFormat = Literal["csr", "bsr"]
 
@@ -122,6 +123,8 @@ def prune(
     plain = make_plain(folded_copy(model, sites, weights)) if apart else model
     coupled = [one for one in every if one.coupled]
     groups = members_that_stay(coupled)
+    if apart:
+        centre_norms(plain, groups)
     kept = gates_kept(one for one in every if not one.coupled)
     kept |= {id(one.gate): int(stays.sum()) for one, (_, stays) in zip(coupled, groups, strict=True)}
     comparison = None

@@ -13,6 +13,7 @@ from l0hooks.export.repairs import Change, changed, repairs, repairs_in_order
 from l0hooks.structure import ChannelGroup
 from l0hooks.structure.cut_experts import set_counts
 from l0hooks.structure.cut_modules import Bools, Cut, apply_cuts
+from l0hooks.structure.width.fold import fold_norms
 
 
 class Reference(Protocol):
@@ -47,6 +48,7 @@ def cut_and_repair(
     """
     apply_cuts(model, cuts)
     set_counts(model, groups)
+    fold_norms(model, groups)
     refresh(model)  # what it keeps in evaluation has the old sizes
     wrong = reference.wrong(model, folded=folded)
     if not wrong:

@@ -89,6 +89,8 @@ def shrink(
         show_all(model)
         groups = cut_experts(model, groups)
     cuts = plan_cuts(groups)
+    narrower = any(group.width is not None and not stays.all() for group, stays in groups)
+    folded = folded or narrower  # the norms' weights are rounded
     small = copy.deepcopy(model) if declared else run_copy(model)  # cutting puts new tensors in place of old ones
     if declared:
         _refuse_read_members(small, groups, comparison)
@@ -101,8 +103,8 @@ def shrink(
         _warn_if_untrainable(model, inside[0], example_inputs)
         return inside[0], _told_inside(inside[1])
     hint = "exclude the group: sparsify(model, 'coupled', exclude=...)"
-    failed: list[str] = []
-    for free in FREE:
+    failed = ["the norms of a narrower stream are folded into modules alone"] if narrower else []
+    for free in () if narrower else FREE:
         try:
             graph, sizes = rewrite_by(model, cuts, example_inputs, free)
         except (StateError, UnsupportedModuleError) as error:

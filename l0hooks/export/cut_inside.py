@@ -106,8 +106,8 @@ def cut_inside(model: nn.Module, groups: Sequence[Closing], calls: Calls) -> tup
             own, module = homes[path], model.get_submodule(path)
             small = run_copy(module) if path else model
             wrong = cut_and_repair(small, _cuts(path, done, own), _inside(path, own), seen[path])
-            if wrong and not path:
-                raise StateError(wrong)
+            if wrong and (not path or any(group.width is not None for group, _ in own)):
+                raise StateError(wrong)  # a graph holds the sizes and epsilons of its norms
             if wrong:
                 own = [one for other in homes if _is_below(other, (path,)) for one in homes[other]]
                 small = _graph(module, _cuts(path, done, own), seen[path], wrong)
@@ -162,7 +162,8 @@ def _inside(path: str, groups: Sequence[Closing]) -> list[Closing]:
     for group, stays in groups:
         sites = tuple(replace(site, names=_names_in(path, site.names)) for site in group.sites)
         counts = tuple((_names_in(path, (f"{module}.",))[0].rstrip("."), name) for module, name in group.counts)
-        found.append((replace(group, sites=sites, counts=counts), stays))
+        width = None if group.width is None else group.width.within(path)
+        found.append((replace(group, sites=sites, counts=counts, width=width), stays))
     return found
 
 

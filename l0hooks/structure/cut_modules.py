@@ -197,7 +197,8 @@ def _batch_norm(module: nn.BatchNorm2d) -> None:
 
 
 def _group_norm(module: nn.GroupNorm) -> None:
-    module.num_groups = module.num_groups * module.weight.shape[0] // module.num_channels
+    if module.num_groups > 1:  # else the norm of a stream, of which single channels go
+        module.num_groups = module.num_groups * module.weight.shape[0] // module.num_channels
     module.num_channels = module.weight.shape[0]
 
 
@@ -205,7 +206,7 @@ def _embedding(module: nn.Embedding) -> None:
     module.embedding_dim = module.weight.shape[1]
 
 
-def _layer_norm(module: nn.LayerNorm) -> None:
+def _layer_norm(module: nn.LayerNorm | nn.RMSNorm) -> None:
     module.normalized_shape = tuple(module.weight.shape)
 
 
@@ -220,6 +221,6 @@ _CORRECTIONS: tuple[tuple[tuple[type[nn.Module], ...], Callable[..., None]], ...
     (NORMS, _batch_norm),
     ((nn.GroupNorm,), _group_norm),
     ((nn.Embedding, nn.EmbeddingBag), _embedding),
-    ((nn.LayerNorm,), _layer_norm),
+    ((nn.LayerNorm, nn.RMSNorm), _layer_norm),
     ((nn.PReLU,), _prelu),
 )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,7 +19,7 @@ from l0hooks.structure.export_errors import export_failure
 from l0hooks.structure.fx_nodes import first_of, has_shape, is_mutable, name_of, region_of, shape_of
 from l0hooks.structure.references import Parameter, Reference
 from l0hooks.structure.rules_elementwise import FILLED, MOVEMENT, POINTWISE
-from l0hooks.structure.table import RULES
+from l0hooks.structure.table import RULES, Rule
 from l0hooks.structure.tracer import Tracer, constants
 from l0hooks.structure.training_trace import training_program, used_in_training_only
 from l0hooks.structure.union_find import squeeze_constant, varies
@@ -29,7 +29,11 @@ _MOST_ELEMENTS = 2**21  # of a tensor that is filled piece by piece; a larger on
 
 
 def export_and_trace(
-    model: nn.Module, example_inputs: ExampleInputs, *, training: bool = False
+    model: nn.Module,
+    example_inputs: ExampleInputs,
+    *,
+    training: bool = False,
+    tracing: Callable[..., Tracer] | None = None,
 ) -> tuple[torch.export.ExportedProgram, Tracer]:
     """Export ``model`` in evaluation mode and trace the channels of its graph.
 
@@ -40,6 +44,8 @@ def export_and_trace(
         Positional arguments of ``model``.
     training : bool
         Trace the layers that are used in training only, too. What can be removed is then what both graphs permit.
+    tracing : callable, optional
+        In place of :func:`trace`.
 
     Raises
     ------
@@ -49,6 +55,7 @@ def export_and_trace(
         If ``torch.export`` cannot take the model; the message says where it stopped.
     """
     example_inputs = positional(model, example_inputs)
+    tracing = trace if tracing is None else tracing
     with exporting(model):
         try:
             program = export(model, beside(model, example_inputs))
@@ -56,11 +63,11 @@ def export_and_trace(
             raise
         except Exception as error:
             raise export_failure(model, example_inputs, error) from error
-        tracer = trace(program)
+        tracer = tracing(program)
     unused = frozenset(name for p in tracer.parameters if not p.is_used for name in p.names)
     if training and unused and used_in_training_only(model, example_inputs, unused):
         other = training_program(model, example_inputs)
-        tracer = tracer if other is None else trace(program, other)
+        tracer = tracer if other is None else tracing(program, other)
         tracer.training_only = unused
     return program, tracer
 
@@ -77,9 +84,13 @@ def exporting(model: nn.Module) -> Iterator[None]:
         yield
 
 
-def trace(*programs: torch.export.ExportedProgram) -> Tracer:
-    """A tracer with labels for every value of exported programs of one model; its classes are final."""
+def trace(*programs: torch.export.ExportedProgram, own_rules: Mapping[fx.Node, Rule] | None = None) -> Tracer:
+    """A tracer with labels for every value of exported programs of one model; its classes are final.
+
+    ``own_rules`` stand in place of the operators' for single nodes.
+    """
     t = Tracer()
+    t.own_rules = own_rules or {}
     _place_inputs(t, programs)
     for node in (node for program in programs for node in program.graph.nodes):
         if node.op == "call_function":
@@ -168,7 +179,7 @@ def _call(t: Tracer, node: fx.Node) -> Any:
         return t.freeze_all(node, f"operator {name} has no rule")
     if not all(map(has_shape, (node, *node.all_input_nodes))):
         return t.freeze_all(node, f"operator {name} has a shape that depends on the data")
-    found = RULES[name](t, node)
+    found = t.own_rules.get(node, RULES[name])(t, node)
     if mutable:
         target = t.labels(first_of(node))
         t.classes.unite(target, found)  # tensors that share its memory change, too

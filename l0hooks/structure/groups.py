@@ -10,8 +10,9 @@ import numpy as np
 import numpy.typing as npt
 
 from l0hooks.structure.routers import Router
+from l0hooks.structure.width.parts import Width
 
-Kind = Literal["channel", "neuron", "head", "expert"]
+Kind = Literal["channel", "neuron", "head", "expert", "width"]
 WITHOUT_ASKING: tuple[Kind, ...] = ("channel", "neuron", "head")  # the kinds that are gated if none is named
 Ints = npt.NDArray[np.int64]
 
@@ -86,7 +87,7 @@ class ChannelGroup:
 
     Attributes
     ----------
-    kind : "channel", "neuron", "head" or "expert"
+    kind : "channel", "neuron", "head", "expert" or "width"
     size : int
         Number of members.
     sites : tuple of GroupSite
@@ -99,6 +100,8 @@ class ChannelGroup:
         Where modules hold the number of members.
     router : Router or None
         What chooses among experts.
+    width : Width or None
+        Of the channels of a residual stream: what their gates multiply, and the norms that read them.
 
     Examples
     --------
@@ -118,6 +121,7 @@ class ChannelGroup:
     multiple: int = 1
     counts: tuple[tuple[str, str], ...] = ()
     router: Router | None = None
+    width: Width | None = None
 
     @property
     def writers(self) -> tuple[GroupSite, ...]:
@@ -128,6 +132,14 @@ class ChannelGroup:
     def readers(self) -> tuple[GroupSite, ...]:
         """Weights that read the members."""
         return tuple(s for s in self.sites if s.reads)
+
+    @property
+    def gated(self) -> tuple[GroupSite, ...]:
+        """Parameters that gates multiply: those that read the members; of a residual stream, those that write it."""
+        if self.width is None:
+            return self.readers
+        gated = {(gate.names, gate.axis) for gate in self.width.gates}
+        return tuple(site for site in self.sites if (site.names, site.axis) in gated)
 
     @property
     def first(self) -> GroupSite:

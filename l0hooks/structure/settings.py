@@ -32,6 +32,17 @@ def integers(module: nn.Module) -> Iterator[tuple[Path, int]]:
             yield from _integers((name,), value, ())
 
 
+def epsilons(module: nn.Module) -> Iterator[tuple[str, float]]:
+    """The attributes of ``module`` itself that hold the small number that a norm adds to a variance.
+
+    Examples
+    --------
+    >>> list(epsilons(nn.LayerNorm(3, eps=1e-6)))
+    [('eps', 1e-06)]
+    """
+    return ((name, value) for name, value in vars(module).items() if "eps" in name and type(value) is float)
+
+
 def change(module: nn.Module, path: Path, value: int) -> None:
     """Put ``value`` at ``path``, **in place**; what contains it is copied, because other modules may share it.
 

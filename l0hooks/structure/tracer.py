@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from l0hooks.structure.fx_nodes import has_shape, is_static, place_of, shape_of
+from l0hooks.structure.groups import ChannelGroup
 from l0hooks.structure.references import Parameter, Reference
 from l0hooks.structure.union_find import Classes, compress, constant, squeeze_constant, squeeze_other, varies
 
@@ -37,6 +38,10 @@ class Tracer:
         Tensors that the graph makes empty or filled, to write into them later, and what was written into.
     training_only : frozenset of str
         Parameters and buffers that are used in training only; empty unless that was traced, too.
+    own_rules : mapping from fx.Node to function
+        Rules for single nodes, in place of those of their operators.
+    widths : dict from int to ChannelGroup
+        The residual streams among the groups, by the number of the group.
     """
 
     def __init__(self) -> None:
@@ -51,6 +56,8 @@ class Tracer:
         self.made: list[tuple[fx.Node, Tensor]] = []
         self.written: list[Tensor] = []
         self.training_only: frozenset[str] = frozenset()
+        self.own_rules: Mapping[fx.Node, Callable[[Tracer, fx.Node], Any]] = {}
+        self.widths: dict[int, ChannelGroup] = {}
 
     # --- for the rules -------------------------------------------------------------------------------------------
 

@@ -1,0 +1,121 @@
+"""Norms of a stream that lost channels: centred over those that are open, and folded once the others are cut."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from l0hooks._torch.modules import unhook
+from l0hooks.structure.cut_modules import Bools
+from l0hooks.structure.groups import ChannelGroup
+from l0hooks.structure.width.parts import NormKind, WidthNorm
+
+_CENTRING = ("layer", "group")
+
+
+def centring_norms(model: nn.Module, group: ChannelGroup) -> Iterator[tuple[nn.Module, NormKind]]:
+    """The norms of a stream that subtract a mean, each module once; none of a group that is no stream."""
+    norms = () if group.width is None else group.width.norms
+    found = {model.get_submodule(norm.module): norm.kind for norm in norms if norm.kind in _CENTRING}
+    yield from found.items()
+
+
+def centred(x: Tensor, is_open: Tensor, kind: NormKind) -> Tensor:
+    """The input of a norm minus its mean over the open channels; closed channels, which are zero, stay zero.
+
+    Parameters
+    ----------
+    x : Tensor, shape (..., channels) for "layer", (examples, channels, ...) for "group"
+        Zero in closed channels.
+    is_open : Tensor, boolean, shape (channels,)
+    kind : "layer" or "group"
+
+    Returns
+    -------
+    Tensor, shape and dtype of ``x``
+
+    Examples
+    --------
+    >>> centred(torch.tensor([1.0, 0.0, 3.0]), torch.tensor([True, False, True]), "layer")
+    tensor([-1.,  0.,  1.])
+    """
+    mask = is_open.to(x.dtype)
+    count = mask.sum().clamp(min=1)
+    if kind == "layer":
+        return x - (x @ (mask / count)).unsqueeze(-1) * mask
+    mask = mask.view(-1, *[1] * (x.dim() - 2))
+    axes = list(range(1, x.dim()))
+    return x - x.mean(axes, keepdim=True) * (x.shape[1] / count) * mask
+
+
+class CentreFixed:
+    """A forward pre-hook for a norm of a plain model, whose stream has closed channels that are not cut yet.
+
+    Parameters
+    ----------
+    is_open : Tensor, boolean, shape (channels,)
+    kind : "layer" or "group"
+    """
+
+    def __init__(self, is_open: Tensor, kind: NormKind) -> None:
+        self._is_open = is_open
+        self._kind: NormKind = kind
+
+    def enter(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Centre the input of the norm."""
+        if args:
+            return (centred(args[0], self._is_open, self._kind), *args[1:]), kwargs
+        return args, {**kwargs, "input": centred(kwargs["input"], self._is_open, self._kind)}
+
+
+def centre_norms(model: nn.Module, groups: Sequence[tuple[ChannelGroup, Bools]]) -> None:
+    """Let the norms of streams with closed channels take means over the open ones, **in place**.
+
+    :func:`fold_norms` takes the hooks away again.
+    """
+    for group, stays in groups:
+        for module, kind in centring_norms(model, group) if not stays.all() else ():
+            (weight, *_) = module.parameters()
+            hook = CentreFixed(torch.from_numpy(stays).to(weight.device), kind)
+            module.register_forward_pre_hook(hook.enter, with_kwargs=True)
+
+
+@torch.no_grad()
+def fold_norms(model: nn.Module, groups: Sequence[tuple[ChannelGroup, Bools]]) -> None:
+    """Make the norms of streams that were cut from n to r channels compute what they did, **in place**.
+
+    The weight is multiplied with √(n/r), and ε with n/r.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Already cut, with tensors of its own.
+    groups : sequence of (ChannelGroup, bool array)
+        What was cut; those that are no streams are passed over.
+    """
+    for group, stays in groups:
+        if group.width is None or stays.all():
+            continue
+        ratio = group.size / int(np.count_nonzero(stays))
+        for names, offset in {norm.weight: norm.offset for norm in group.width.norms}.items():
+            weight = model.get_parameter(names[0])
+            weight.add_(offset).mul_(math.sqrt(ratio)).sub_(offset)
+        for module_name, norm in {norm.module: norm for norm in group.width.norms}.items():
+            module = model.get_submodule(module_name)
+            _scale_epsilon(module, norm, ratio)
+            unhook(module, CentreFixed)
+
+
+def _scale_epsilon(module: nn.Module, norm: WidthNorm, ratio: float) -> None:
+    own = vars(module)
+    epsilon = own[norm.epsilon]
+    if epsilon is None:  # nn.RMSNorm then takes that of its input's dtype
+        epsilon = torch.finfo(module.get_parameter("weight").dtype).eps
+    own[norm.epsilon] = epsilon * ratio
