@@ -11,6 +11,7 @@ from l0hooks._torch.running import refresh
 from l0hooks.attach.coupled_weight import MaskInput
 from l0hooks.attach.gated_weight import iter_sites
 from l0hooks.attach.install import refuse_other_budgets, remove_gates
+from l0hooks.attach.layer_gate import remove_block_gates
 from l0hooks.attach.pretrained import plain_method
 from l0hooks.gates.noise import EntryPoint
 
@@ -19,6 +20,7 @@ def make_plain(model: nn.Module) -> nn.Module:
     """``model`` itself with its weights as they lie beneath the gates, and without what it kept in evaluation."""
     for site in list(iter_sites(model)):
         remove_gates(site)
+    remove_block_gates(model)
     for module in model.modules():
         unhook(module, (EntryPoint, MaskInput))
         drop_load_hooks(module, refuse_other_budgets)

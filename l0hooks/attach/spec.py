@@ -65,8 +65,9 @@ class GateSpec:
     noise : "step" or "example"
         For coupled groups: one draw for a forward, or one for each example (along axis 0 of the readers' inputs).
         Groups read by attention's own projections, embeddings or bare parameters have one draw for a forward anyway.
-    kinds : tuple of "channel", "neuron" and "head", optional
-        For coupled groups: gate only groups of these kinds.
+    kinds : tuple of "channel", "neuron", "head" and "layer", optional
+        For coupled groups: gate only groups of these kinds. ``"layer"`` is one gate for each residual block, for the
+        block as a whole; without ``kinds`` blocks have no such gates.
 
     Raises
     ------

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-Kind = Literal["channel", "neuron", "head"]
+Kind = Literal["channel", "neuron", "head", "layer"]
 Ints = npt.NDArray[np.int64]
 
 
