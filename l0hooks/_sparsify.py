@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,8 @@ from l0hooks.attach.gated_weight import (
 )
 from l0hooks.attach.groups import build_readers, hook_inputs
 from l0hooks.attach.install import install_gates, refuse_other_budgets, remove_gates
+from l0hooks.attach.layer_gate import Child, LayerGate
+from l0hooks.attach.layers import build_block_gates, make_plan
 from l0hooks.attach.open_experts import hide_closed
 from l0hooks.attach.plan import Spec, every_gated, plan_gates
 from l0hooks.attach.pretrained import SavesBoth, save_both
@@ -32,11 +34,15 @@ from l0hooks.errors import SpecError, explain
 from l0hooks.gates.gate import Gate
 from l0hooks.gates.noise import EntryPoint, GateNoise, NoiseSource
 from l0hooks.structure import ChannelGroup
+from l0hooks.structure.blocks import Block
 from l0hooks.structure.example_inputs import ExampleInputs
+from l0hooks.structure.group_costs import CoupledPlan
 from l0hooks.structure.macs import count_positions
 from l0hooks.structure.width.fold import centring_norms
 from l0hooks.training._set_budget import set_budget
 from l0hooks.training.budget import Budget
+
+G = TypeVar("G", bound=Gate)
 
 
 def sparsify(
@@ -128,10 +134,12 @@ def sparsify(
                 hint="budget=Budget(sparsity=...)",
             )
         )
-    plans, chosen = plan_gates(model, spec, exclude, example_inputs, groups)
+    plans, chosen, blocks = plan_gates(model, spec, exclude, example_inputs, groups)
     positions = None if example_inputs is None else count_positions(model, example_inputs)
     before = {id(site.gating) for site in iter_sites(model)}
-    handles = _attach(model, plans, chosen, positions, declared=groups is not None)
+    named = _named_positions(model, positions or {})
+    coupled = make_plan(model, chosen, blocks, named, declared=groups is not None)
+    handles = _attach(model, plans, (chosen, blocks), coupled, positions)
     if budget is not None:
         try:
             known = scores(model) if callable(scores) else scores
@@ -145,19 +153,20 @@ def sparsify(
 def _attach(
     model: nn.Module,
     plans: list[WeightPlan],
-    groups: list[tuple[ChannelGroup, GateSpec]],
+    chosen: tuple[list[tuple[ChannelGroup, GateSpec]], list[tuple[Block, GateSpec]]],
+    coupled: CoupledPlan,
     positions: Mapping[tuple[int, str], float] | None,
-    *,
-    declared: bool,
-) -> list[RemovableHandle | SavesBoth]:
+) -> list[RemovableHandle | SavesBoth | Child]:
     """Build every gate, then install them; the user's input cannot make this fail. Returns the hooks' handles."""
-    readers_of = {model.get_submodule(s.module) for group, _ in groups for s in every_gated(group)}
-    readers_of |= {module for group, _ in groups for module, _ in centring_norms(model, group)}
-    entries = _entry_points(model, NoiseSource(), {id(p.module) for p in plans} | {id(m) for m in readers_of})
+    groups, blocks = chosen
+    gated_modules = {model.get_submodule(s.module) for group, _ in groups for s in every_gated(group)}
+    gated_modules |= {module for group, _ in groups for module, _ in centring_norms(model, group)}
+    gated_modules |= {model.get_submodule(block.name) for block, _ in blocks}
+    entries = _entry_points(model, NoiseSource(), {id(p.module) for p in plans} | {id(m) for m in gated_modules})
     numbers = itertools.count()
 
-    def make(shape: Sequence[int], spec: GateSpec, module: nn.Module, device: torch.device) -> Gate:
-        gate = Gate(
+    def make(kind: type[G], shape: Sequence[int], spec: GateSpec, module: nn.Module, device: torch.device) -> G:
+        gate = kind(
             shape,
             family=spec.family,
             init_mean=spec.init_mean,
@@ -176,7 +185,7 @@ def _attach(
     for plan in plans:
         key = same_tensor(plan.weight)
         if key not in gates:
-            gates[key] = make(plan.layout.shape, plan.spec, plan.module, plan.weight.device)
+            gates[key] = make(Gate, plan.layout.shape, plan.spec, plan.module, plan.weight.device)
         count = None if positions is None else positions.get((id(plan.module), plan.tensor_name), 0)
         gating = GatedWeight(gates[key], plan.layout, plan.spec.granularity, count)
         gatings.append((plan.module, plan.tensor_name, gating))
@@ -185,19 +194,28 @@ def _attach(
         model,
         groups,
         named,
-        lambda group, spec, module: make((group.size,), spec, module, _device(module)),
-        declared=declared,
+        lambda group, spec, module: make(Gate, (group.size,), spec, module, _device(module)),
+        coupled,
+    )
+    layers = build_block_gates(
+        model,
+        blocks,
+        coupled,
+        lambda spec, module: make(LayerGate, (1,), spec, module, next(module.parameters()).device),
     )
     gatings += [(reader.module, reader.tensor_name, reader.gating) for reader in readers]
     install_gates(gatings)
-    handles = [handle for module, entry in entries.values() for handle in entry.attach(module)]
+    handles: list[RemovableHandle | SavesBoth | Child] = []
+    for module, gate in layers:
+        handles += gate.attach(module)
+    handles += [handle for module, entry in entries.values() for handle in entry.attach(module)]
     for module, _ in entries.values():
         handles.append(module.register_load_state_dict_pre_hook(refuse_other_budgets))  # type: ignore[no-untyped-call]
     handles += hide_closed(model, (reader.gating for reader in readers))
     return [*handles, *hook_inputs(readers), *hook_norms(model, groups, readers), *save_both(model)]
 
 
-def _detach(model: nn.Module, before: AbstractSet[int], handles: Sequence[RemovableHandle | SavesBoth]) -> None:
+def _detach(model: nn.Module, before: AbstractSet[int], handles: Sequence[RemovableHandle | SavesBoth | Child]) -> None:
     """Take back all gates but those of ``before``, by their id, and the hooks that came with them."""
     for handle in handles:
         handle.remove()

@@ -57,6 +57,12 @@ def buffers_of(module: nn.Module) -> dict[str, Tensor | None]:
     return table
 
 
+def children_of(module: nn.Module) -> dict[str, nn.Module | None]:
+    """The table of the modules that ``module`` itself holds, one with two names twice."""
+    table: dict[str, nn.Module | None] = _table(module, "_modules")
+    return table
+
+
 def reorder_parameters(module: nn.Module, order: Sequence[str]) -> None:
     """Put the parameters of ``module`` into this order, **in place**; others follow."""
     own = parameters_of(module)
@@ -125,7 +131,11 @@ def unhook(module: nn.Module, owner: type | tuple[type, ...]) -> None:
     for table in (before, after):
         for key in [k for k, hook in table.items() if isinstance(_owner_of(hook), owner)]:
             del table[key]
-    for flags, table in (("_forward_hooks_always_called", after), ("_forward_pre_hooks_with_kwargs", before)):
+    for flags, table in (
+        ("_forward_hooks_always_called", after),
+        ("_forward_hooks_with_kwargs", after),
+        ("_forward_pre_hooks_with_kwargs", before),
+    ):
         flagged = _table(module, flags)
         for key in flagged.keys() - table.keys():
             del flagged[key]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -19,6 +20,7 @@ from l0hooks.errors import L0HooksWarning
 from l0hooks.gates.progress import unfinished, warn_if_tied
 from l0hooks.gates.registry import rules_over
 from l0hooks.structure import ChannelGroup
+from l0hooks.structure.blocks import Block
 from l0hooks.structure.example_inputs import ExampleInputs
 from l0hooks.structure.macs import count_positions, total_macs
 
@@ -88,8 +90,8 @@ def summarise(
     own = {id(p) for gated in every for p in gated.gate.parameters()}
     dense = distinct([p for p in _initialised(model.parameters()) if id(p) not in own])
     total, memory = sum(p.numel() for p in dense), sum(p.numel() * p.element_size() for p in dense)
-    firsts = (one.coupled for one in every if one.coupled and one.coupled.number == 0)
-    coupled = tuple(_totals(one, model, kept, positions) for one in firsts)
+    parts = (one.coupled or one.layer for one in every)
+    coupled = tuple(_totals(part, model, kept, positions) for part in parts if part and part.number == 0)
     macs = None if positions is None else round(total_macs(model, positions))
     budgets = tuple(rule.progress() for rule in rules_over(one.gate for one in every))
     ungated = tuple(_ungated(model, every))
@@ -125,7 +127,7 @@ def _totals(
     plan, without = coupled.plan, coupled.otherwise
     if positions is not None:
         plan = replace(plan, positions=_named(positions, model, coupled.prefix))
-    counts = [group.size for group in plan.groups], [kept[id(gate)] for gate in coupled.gates]
+    counts = plan.sizes, [kept[id(gate)] for gate in coupled.gates]
     parameters = (plan.parameters(c.__getitem__, without) for c in counts)
     macs = (round(plan.macs(c.__getitem__, without)) for c in counts) if plan.positions else (None, None)
     each = element_sizes(model, coupled.prefix)
@@ -167,9 +169,28 @@ def _coupled_row(gated: Gated, group: ChannelGroup, kept: int) -> SummaryRow:
     )
 
 
+def _layer_row(gated: Gated, block: Block, kept: int) -> SummaryRow:
+    """One block as if everything within it were kept whole."""
+    parameters = sum(math.prod(shape) for _, shape in block.tensors)
+    return SummaryRow(
+        name=gated.name,
+        kind="layer",
+        granularity="coupled",
+        gates=1,
+        expected_sparsity=1 - gated.gate.mean_keep_prob(),
+        sparsity=1.0 - kept,
+        parameters=parameters,
+        parameters_kept=parameters * kept,
+        macs=None,
+        macs_kept=None,
+    )
+
+
 def _row(gated: Gated, kept: int, positions: Mapping[tuple[int, str], float] | None) -> SummaryRow:
     if gated.coupled is not None:
         return _coupled_row(gated, gated.coupled.plan.groups[gated.coupled.number], kept)
+    if gated.layer is not None:
+        return _layer_row(gated, gated.layer.block, kept)
     gates, keep_prob = gated.gate.log_alpha.numel(), gated.gate.mean_keep_prob()
     parameters = sum(site.weight.numel() for site in gated.weights())
     macs = _macs(gated, positions)
@@ -202,9 +223,13 @@ def _macs(gated: Gated, positions: Mapping[tuple[int, str], float] | None) -> in
 
 
 def _ungated(model: nn.Module, every: Iterable[Gated]) -> Iterator[str]:
-    plans = {id(one.coupled.plan): one.coupled.plan for one in every if one.coupled}.values()
+    parts = [part for one in every if (part := one.coupled or one.layer)]
+    plans = {id(part.plan): part.plan for part in parts}.values()
     sites = [site for plan in plans for group in plan.groups for site in group.sites]
     coupled = {name.rpartition(".")[0] for site in sites for name in (site.names if site.stacked else site.names[:1])}
+    coupled |= {
+        n.rpartition(".")[0] for plan in plans for block in plan.blocks for names, _ in block.tensors for n in names
+    }
     for name, module in named_modules(model):
         if name not in coupled and any(p.ndim > 1 for p in _initialised(module.parameters(recurse=False))):
             yield f"{name or 'the model itself'} ({_kind(module)})"

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -39,26 +40,15 @@ class Reader:
     takes_mask: bool
 
 
-def choose_groups(
-    model: nn.Module,
-    assigned: Mapping[str, GateSpec],
-    exclude: Pattern | Sequence[Pattern],
-    example_inputs: ExampleInputs | None,
-    groups: Sequence[ChannelGroup] | None = None,
-) -> list[tuple[ChannelGroup, GateSpec]]:
-    """The groups to gate: those that a module with a coupled specification writes or reads, and no excluded one does.
-
-    They are chosen from ``groups`` if these are given, else from what tracing the model finds.
+def check_examples(model: nn.Module, example_inputs: ExampleInputs | None) -> tuple[Any, ...]:
+    """The arguments of ``model``, on which coupled groups and blocks are found; it must hold no gates.
 
     Raises
     ------
     SpecError
-        If there are no example inputs, no group is left to gate, or ``groups`` do not fit the model or read a weight
-        along two axes.
+        If there are no example inputs.
     StateError
         If the model holds gates already.
-    UnsupportedModuleError
-        If ``torch.export`` cannot trace the model.
     """
     if example_inputs is None:
         raise SpecError(
@@ -69,7 +59,6 @@ def choose_groups(
                 hint='sparsify(model, "coupled", example_inputs=(x,))',
             )
         )
-    example_inputs = positional(model, example_inputs)
     if next(iter_gates(model), None) is not None:
         raise StateError(
             explain(
@@ -79,6 +68,27 @@ def choose_groups(
                 hint="set_budget(model, ...) for the gates it has; model = prune(model) to begin again",
             )
         )
+    return positional(model, example_inputs)
+
+
+def choose_groups(
+    model: nn.Module,
+    assigned: Mapping[str, GateSpec],
+    exclude: Pattern | Sequence[Pattern],
+    example_inputs: Sequence[Any],
+    groups: Sequence[ChannelGroup] | None = None,
+) -> list[tuple[ChannelGroup, GateSpec]]:
+    """The groups to gate: those that a module with a coupled specification writes or reads, and no excluded one does.
+
+    They are chosen from ``groups`` if these are given, else from what tracing the model finds.
+
+    Raises
+    ------
+    SpecError
+        If no group is left to gate, or ``groups`` do not fit the model or read a weight along two axes.
+    UnsupportedModuleError
+        If ``torch.export`` cannot trace the model.
+    """
     chosen = []
     coupled = [spec for spec in assigned.values() if spec.granularity == "coupled"]
     found = find_groups(model, coupled, example_inputs) if groups is None else check_groups(model, groups)
@@ -207,13 +217,9 @@ def build_readers(
     chosen: Sequence[tuple[ChannelGroup, GateSpec]],
     positions: Mapping[str, float],
     make_gate: Callable[[ChannelGroup, GateSpec, nn.Module], Gate],
-    *,
-    declared: bool = False,
+    plan: CoupledPlan,
 ) -> list[Reader]:
     """A parametrization for every weight that gates of a chosen group multiply; nothing is attached yet."""
-    once = {name for name, _ in model.named_modules()}  # a layer with two names counts under its first
-    counted = {name: value for name, value in positions.items() if name.rpartition(".")[0] in once}
-    plan = CoupledPlan(tuple(group for group, _ in chosen), counted, declared)
     members: dict[str, dict[int, Gate]] = {}
     written: dict[str, list[Written]] = {}
     axes: dict[str, int] = {}

@@ -66,8 +66,9 @@ def expected_size(model: nn.Module, report: Summary, unit: Unit) -> float:
     if len(alone) == len(report.rows):
         return total
     for one in iter_gated(model):
-        if one.coupled is not None:
-            total += float(one.coupled.expected(unit))
+        part = one.coupled or one.layer
+        if part is not None:
+            total += float(part.expected(unit))
     return total
 
 
@@ -141,8 +142,9 @@ def _gated_alone(model: nn.Module) -> set[str]:
 
 def _coupled_names(model: nn.Module) -> Iterator[str]:
     for one in iter_gated(model):
-        if one.coupled is not None and one.coupled.number == 0:
-            yield from (name for names in one.coupled.plan.tensors() for name in names)
+        part = one.coupled or one.layer
+        if part is not None and part.number == 0:
+            yield from (name for names in part.plan.tensors() for name in names)
 
 
 def _plain(name: str) -> str:

@@ -11,6 +11,7 @@ from l0hooks._torch.running import refresh
 from l0hooks.attach.coupled_weight import MaskInput
 from l0hooks.attach.gated_weight import iter_sites
 from l0hooks.attach.install import refuse_other_budgets, remove_gates
+from l0hooks.attach.layer_gate import remove_block_gates
 from l0hooks.attach.open_experts import hold_open_experts
 from l0hooks.attach.pretrained import plain_method
 from l0hooks.attach.width_weight import CentreInput
@@ -26,6 +27,7 @@ def make_plain(model: nn.Module) -> nn.Module:
     hold_open_experts(model)
     for site in list(iter_sites(model)):
         remove_gates(site)
+    remove_block_gates(model)
     for module in model.modules():
         unhook(module, (EntryPoint, MaskInput, CentreInput))
         drop_load_hooks(module, refuse_other_budgets)

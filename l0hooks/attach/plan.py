@@ -11,7 +11,8 @@ from dataclasses import replace
 from torch import nn
 
 from l0hooks._torch.modules import tensors_of
-from l0hooks.attach.groups import choose_groups
+from l0hooks.attach.groups import check_examples, choose_groups
+from l0hooks.attach.layers import choose_blocks, named_blocks, wants_groups, wants_layers
 from l0hooks.attach.spec import (
     GateSpec,
     Pattern,
@@ -25,6 +26,7 @@ from l0hooks.attach.spec import (
 from l0hooks.attach.weight_plan import WeightPlan, check_kind, check_values, plan_weight, tie_clashes
 from l0hooks.errors import L0HooksWarning, SpecError, explain
 from l0hooks.structure import ChannelGroup, GroupSite
+from l0hooks.structure.blocks import Block
 from l0hooks.structure.example_inputs import ExampleInputs
 from l0hooks.structure.layers import (
     GATEABLE,
@@ -43,7 +45,7 @@ def plan_gates(
     exclude: Pattern | Sequence[Pattern],
     example_inputs: ExampleInputs | None,
     groups: Sequence[ChannelGroup] | None,
-) -> tuple[list[WeightPlan], list[tuple[ChannelGroup, GateSpec]]]:
+) -> tuple[list[WeightPlan], list[tuple[ChannelGroup, GateSpec]], list[tuple[Block, GateSpec]]]:
     """Everything that will be gated, checked; nothing is changed."""
     values = spec if isinstance(spec, Mapping) else {"all": spec}
     specs = {pattern: as_spec(value) for pattern, value in values.items()}
@@ -51,10 +53,11 @@ def plan_gates(
         raise SpecError(explain("sparsify", "the specification must not be empty.", hint='sparsify(model, "weight")'))
     if not isinstance(spec, Mapping):
         _refuse_without_layers(model, coupled=specs["all"].granularity == "coupled")
+    named = named_blocks(model, specs) if any(map(wants_layers, specs.values())) else set()
     assigned = _assigned(model, specs, exclude)
     modules = dict(named_modules(model))
     bare = _bare(specs, assigned, modules)
-    _refuse_ungateable(specs, assigned, modules, bare)
+    _refuse_ungateable(specs, assigned, modules, bare, named)
     plans: dict[tuple[int, str], WeightPlan] = {}
     for name, module_spec in assigned.items():
         if name in bare:
@@ -73,10 +76,16 @@ def plan_gates(
             raise SpecError(
                 explain("sparsify", "groups are gated together.", got="no coupled granularity", hint='spec="coupled"')
             )
-        return found, []
-    chosen = choose_groups(model, assigned, exclude, example_inputs, groups)
+        return found, [], []
+    inputs = check_examples(model, example_inputs)
+    asked = [spec for spec in assigned.values() if spec.granularity == "coupled"]
+    chosen, blocks = [], []
+    if groups is not None or any(map(wants_groups, asked)):
+        chosen = choose_groups(model, assigned, exclude, inputs, groups)
+    if any(map(wants_layers, asked)):
+        blocks = choose_blocks(model, assigned, named, exclude, inputs, found)
     _check_readers(model, chosen, found)
-    return found, chosen
+    return found, chosen, blocks
 
 
 def _assigned(
@@ -194,19 +203,21 @@ def _refuse_ungateable(
     assigned: Mapping[str, GateSpec],
     modules: Mapping[str, nn.Module],
     bare: AbstractSet[str],
+    named: AbstractSet[str],
 ) -> None:
     """A pattern without wildcards must name a gateable layer or bare weights; any other must match at least one."""
     for pattern, spec in specs.items():
         carries = _carries_coupled if spec.granularity == "coupled" else is_gateable
         caught = [name for name in modules if matches(pattern, name, modules[name])]
         exact = isinstance(pattern, str) and not _WILDCARD.search(pattern) and pattern in modules
-        bad = [name for name in caught if not carries(modules[name])]
+        bad = [name for name in caught if not carries(modules[name]) and name not in named]
         if any(name in bare for name in caught):
             continue
         if bad and (exact or len(bad) == len(caught)):
             gateable_weights(bad[0], modules[bad[0]])
     carried = (_carries_coupled if s.granularity == "coupled" else is_gateable for s in assigned.values())
-    if not (bare or any(carries(modules[name]) for name, carries in zip(assigned, carried, strict=True))):
+    some = any(carries(modules[name]) for name, carries in zip(assigned, carried, strict=True))
+    if not (some or bare) and named.isdisjoint(assigned):
         raise SpecError(explain("sparsify", "at least one weight must be left to gate.", got="none after exclude"))
 
 

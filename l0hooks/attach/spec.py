@@ -66,8 +66,9 @@ class GateSpec:
     noise : "step" or "example"
         For coupled groups: one draw for a forward, or one for each example (along axis 0 of the readers' inputs).
         Groups read by attention's own projections, embeddings or bare parameters have one draw for a forward anyway.
-    kinds : tuple of "channel", "neuron", "head" and "expert", optional
-        For coupled groups: gate only groups of these kinds; by default of all but experts.
+    kinds : tuple of "channel", "neuron", "head", "expert", "width" and "layer", optional
+        For coupled groups: gate only groups of these kinds; by default channels, neurons and heads. ``"width"`` are the
+        channels of a residual stream, ``"layer"`` is one gate for each residual block as a whole.
 
     Raises
     ------

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -11,10 +11,12 @@ from torch import Tensor, nn
 from l0hooks._torch.tensors import same_tensor
 from l0hooks.attach.coupled_weight import CoupledWeight
 from l0hooks.attach.gated_weight import Site, sites_among
+from l0hooks.attach.layer_gate import BlockGate, block_gates
 from l0hooks.errors import StateError, explain
 from l0hooks.gates.gate import Gate
 from l0hooks.gates.shared_sampling import keep_probs
 from l0hooks.structure import ChannelGroup
+from l0hooks.structure.blocks import Block
 from l0hooks.structure.group_costs import CoupledPlan
 
 
@@ -45,6 +47,16 @@ class Coupled:
 
 
 @dataclass(frozen=True)
+class Layer(Coupled):
+    """A residual block that is removed as a whole; its number comes after those of the plan's groups."""
+
+    @property
+    def block(self) -> Block:
+        """The block itself."""
+        return self.plan.blocks[self.number - len(self.plan.groups)]
+
+
+@dataclass(frozen=True)
 class Gated:
     """One gate and the weights it multiplies; a standalone gate has none.
 
@@ -59,6 +71,8 @@ class Gated:
         Several if the weight is tied, or if the gate is a coupled group's.
     coupled : Coupled or None
         The group that the gate belongs to.
+    layer : Layer or None
+        The residual block that the gate opens or closes; it has no sites.
 
     Examples
     --------
@@ -75,6 +89,7 @@ class Gated:
     gate: Gate
     sites: tuple[Site, ...] = ()
     coupled: Coupled | None = None
+    layer: Layer | None = None
 
     def weights(self) -> Iterator[Site]:
         """The sites with different weights: tied ones once."""
@@ -110,7 +125,9 @@ def iter_gated(model: nn.Module) -> Iterator[Gated]:
     for site in sites_among(modules.items()):
         for gate in site.gating.gates:
             by_gate.setdefault(id(gate), []).append(site)
-    groups = _coupled(by_gate)
+    blocks = list(block_gates(modules.items()))
+    groups, layers = _coupled(by_gate, blocks)
+    of_block = {id(child.gate): (name, module) for name, module, child in blocks}
     of_gate = {key: coupled.plan.groups[coupled.number] for key, coupled in groups.items()}
     places = {key: (group.name, group.first.module, group.first.names[0]) for key, group in of_gate.items()}
     for name, gate in modules.items():
@@ -121,14 +138,18 @@ def iter_gated(model: nn.Module) -> Iterator[Gated]:
                 group_name, owner, tensor = places[id(gate)]
                 module = _module(model, modules, coupled.prefix + owner, tensor)
                 yield Gated(coupled.prefix + group_name, module, gate, sites, coupled)
+            elif id(gate) in layers:
+                yield Gated(*of_block[id(gate)], gate, layer=layers[id(gate)])
             elif sites:
                 yield Gated(sites[0].module_name, sites[0].module, gate, sites)
             else:
                 yield Gated(name, gate, gate)
 
 
-def _coupled(by_gate: Mapping[int, list[Site]]) -> dict[int, Coupled]:
-    """The group of every coupled gate, by the gate's id."""
+def _coupled(
+    by_gate: Mapping[int, list[Site]], blocks: Sequence[tuple[str, nn.Module, BlockGate]]
+) -> tuple[dict[int, Coupled], dict[int, Layer]]:
+    """The group of every coupled gate, and the block of every other gate of the plan, by the gate's id."""
     members: dict[int, tuple[CoupledPlan, str, dict[int, Gate]]] = {}
     for sites in by_gate.values():
         gating = sites[0].gating
@@ -138,16 +159,27 @@ def _coupled(by_gate: Mapping[int, list[Site]]) -> dict[int, Coupled]:
             gates.update(zip(gating.numbers, gating.gates, strict=True))
             if not sites[0].name.endswith(gating.name):
                 raise _not_whole(gating.name, sites[0].name)
-    own = {s.name for sites in by_gate.values() for s in sites if not isinstance(s.gating, CoupledWeight)}
-    found = {}
+    for name, _, child in blocks:
+        plan, own = child.plan, child.block.name
+        _, _, gates = members.setdefault(id(plan), (plan, name.removesuffix(own), {}))
+        gates[len(plan.groups) + child.number] = child.gate
+        if not name.endswith(own):
+            raise _not_whole(own, name)
+    own_names = {s.name for sites in by_gate.values() for s in sites if not isinstance(s.gating, CoupledWeight)}
+    found: dict[int, Coupled] = {}
+    layers: dict[int, Layer] = {}
     for plan, prefix, gates in members.values():
-        otherwise = frozenset(name.removeprefix(prefix) for name in own)
-        if len(gates) < len(plan.groups):
-            raise _not_whole(next(group.name for n, group in enumerate(plan.groups) if n not in gates))
-        ordered = tuple(gates[number] for number in range(len(plan.groups)))
+        otherwise = frozenset(name.removeprefix(prefix) for name in own_names)
+        names = [*(group.name for group in plan.groups), *(block.name for block in plan.blocks)]
+        if len(gates) < len(names):
+            raise _not_whole(next(name for n, name in enumerate(names) if n not in gates))
+        ordered = tuple(gates[number] for number in range(len(names)))
         for number, gate in enumerate(ordered):
-            found[id(gate)] = Coupled(plan, number, ordered, prefix, otherwise)
-    return found
+            if number < len(plan.groups):
+                found[id(gate)] = Coupled(plan, number, ordered, prefix, otherwise)
+            else:
+                layers[id(gate)] = Layer(plan, number, ordered, prefix, otherwise)
+    return found, layers
 
 
 def _module(model: nn.Module, modules: Mapping[str, nn.Module], name: str, tensor: str) -> nn.Module:

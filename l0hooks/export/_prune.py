@@ -20,6 +20,7 @@ from l0hooks.attach.summary_table import Summary
 from l0hooks.attach.walk import iter_gated
 from l0hooks.errors import StateError, explain
 from l0hooks.export.comparison import Comparison
+from l0hooks.export.cut_blocks import close_blocks, closed_blocks, groups_after, named_after, without_blocks
 from l0hooks.export.cut_groups import members_that_stay, shrink
 from l0hooks.export.fold_channels import Closed, after_cuts, closed_channels, cut_closed
 from l0hooks.export.requirements import check_coupled, check_model, check_storage
@@ -127,13 +128,18 @@ def prune(
         centre_norms(plain, groups)
     kept = gates_kept(one for one in every if not one.coupled)
     kept |= {id(one.gate): int(stays.sum()) for one, (_, stays) in zip(coupled, groups, strict=True)}
-    comparison = None
+    gone = closed_blocks(every)
+    comparison, renaming = None, dict[str, str | None]()
     with evaluating(model), _held(sites, weights):
         positions = None if example_inputs is None else _positions(model, plain, example_inputs)
         report = summarise(model, every, kept, positions)
         if example_inputs is not None:
+            close_blocks(plain, gone)
             comparison = Comparison(model, example_inputs, twin=plain)
+            plain, renaming = without_blocks(plain, gone)
+    groups = groups_after(groups, renaming)
     closed = closed_channels(sites) if not inplace and sparse_format is None else {}
+    closed = named_after(closed, renaming)
     target, note = plain if apart else _folded(model, sites), ""
     if comparison is not None and example_inputs is not None:
         if groups:
@@ -141,7 +147,8 @@ def prune(
             target, note = shrink(plain, groups, comparison, example_inputs, declared=declared)
         target, note = _without_closed(target, groups, closed, comparison, example_inputs, note)
     if sparse_format is not None:
-        _store_sparse(target, {site.module_name for site in sites}, sparse_format, block_size)
+        names = {name.rpartition(".")[0] for name in named_after({site.name: site for site in sites}, renaming)}
+        _store_sparse(target, names, sparse_format, block_size)
     if comparison is not None and (target is plain or sparse_format is not None):  # others were compared when cut
         _refuse_difference(comparison, target)
     if inplace and apart:
@@ -150,8 +157,8 @@ def prune(
             _store_sparse(target, {site.module_name for site in sites}, sparse_format, block_size)
     warn_unfinished("prune", report)
     warn_tied("prune", every)
-    exported = count_parameters(target, {site.name for site in sites})
-    zeros = count_zeros(target, {site.name for site in sites})
+    names = set(named_after({site.name: site for site in sites}, renaming))
+    exported, zeros = count_parameters(target, names), count_zeros(target, names)
     report = replace(report, note=note, exported_parameters=exported, exported_zeros=zeros)
     return (target, report) if return_report else target
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 from torch import Tensor, nn
@@ -12,9 +13,10 @@ from torch import Tensor, nn
 from l0hooks.errors import InvalidValueError, explain
 from l0hooks.export.extra_state import extra_states, is_extra
 from l0hooks.export.state import first_names, hidden_tensors, put_hidden, ties
-from l0hooks.structure.cut_experts import length_of_experts, shorten_lists
+from l0hooks.structure.cut_experts import kept_experts, shorten
 from l0hooks.structure.cut_modules import Cut, apply_cuts
 from l0hooks.structure.layers import CONVOLUTIONS, TRANSPOSED
+from l0hooks.structure.remove_blocks import entries_of, is_list, kept_blocks, remove_blocks
 from l0hooks.structure.settings import Path as Place
 from l0hooks.structure.settings import change, integers
 
@@ -41,8 +43,10 @@ class ModulePlan:
         What pruning never changes in torch's layers, such as kernel sizes and strides: the factory's must be equal.
     extra : dict from name to plain data
         What modules returned from ``get_extra_state``.
-    lists : dict from name to int
-        The lengths of lists of modules that are alike: pruning may have taken experts out of them.
+    lists : dict from module to (int, tuple of int)
+        Of each list that blocks were taken out of: how many entries it had, and which are left.
+    experts : dict from module to (int, tuple of int)
+        The same of lists of experts.
     """
 
     shapes: dict[str, tuple[int, ...]]
@@ -51,7 +55,8 @@ class ModulePlan:
     sizes: tuple[tuple[str, Place, int], ...]
     settings: dict[str, str]
     extra: dict[str, Any]
-    lists: dict[str, int] = field(default_factory=dict)
+    lists: dict[str, tuple[int, tuple[int, ...]]] = field(default_factory=dict)
+    experts: dict[str, tuple[int, tuple[int, ...]]] = field(default_factory=dict)
 
 
 def module_plan(model: nn.Module) -> ModulePlan:
@@ -70,7 +75,8 @@ def module_plan(model: nn.Module) -> ModulePlan:
         tuple(_sizes(model)),
         _settings(model),
         extra_states(model),
-        {name: count for name, module in model.named_modules() if (count := length_of_experts(module))},
+        kept_blocks(model),
+        kept_experts(model),
     )
 
 
@@ -99,7 +105,8 @@ def shape_like(model: nn.Module, plan: ModulePlan, where: str) -> None:
     >>> model
     Linear(in_features=3, out_features=1, bias=True)
     """
-    shorten_lists(model, plan.lists)
+    _remove_blocks(model, plan, where)
+    _shorten(model, plan.experts, where)
     modules = dict(model.named_modules())
     missing = _missing_biases(modules, plan)
     old = {name: tuple(tensor.shape) for name, tensor in first_names(model).items()}
@@ -120,6 +127,37 @@ def shape_like(model: nn.Module, plan: ModulePlan, where: str) -> None:
     for module_name, place, value in plan.sizes:
         if known[module_name].get(place, value) != value:
             change(modules[module_name], place, value)
+
+
+def _remove_blocks(model: nn.Module, plan: ModulePlan, where: str) -> None:
+    """Take out of lists, **in place**, the entries that the plan's lost; a config may have left them out already."""
+    modules, gone = dict(model.named_modules()), []
+    for name, (count, kept) in plan.lists.items():
+        module = modules.get(name)
+        if module is None or not is_list(module):
+            raise misfit(where, name or "the model", "a list of blocks", type(module).__name__)
+        entries = entries_of(module)
+        if any(b <= a for a, b in pairwise((-1, *kept, count))):
+            raise misfit(where, name, f"entries below {count}, in order", kept)
+        if len(entries) not in (count, len(kept)):
+            raise misfit(where, name, f"{count} entries", len(entries))
+        if len(entries) == count:
+            gone += [f"{name}.{key}".lstrip(".") for n, (key, _) in enumerate(entries) if n not in kept]
+    remove_blocks(model, gone)
+
+
+def _shorten(model: nn.Module, lists: Mapping[str, tuple[int, tuple[int, ...]]], where: str) -> None:
+    """Take out of lists, **in place**, the experts that the plan's lost; a config may have left them out already."""
+    modules = dict(model.named_modules())
+    for name, (count, kept) in lists.items():
+        module = modules.get(name)
+        if not isinstance(module, nn.ModuleList) or len(module) not in (count, len(kept)):
+            got = len(module) if isinstance(module, nn.ModuleList) else type(module).__name__
+            raise misfit(where, name or "the model", f"a list of {count} experts", got)
+        if any(b <= a for a, b in pairwise((-1, *kept, count))):
+            raise misfit(where, name, f"experts below {count}, in order", kept)
+        if len(module) == count:
+            shorten(model, name, kept)
 
 
 def check_names(found: set[str], expected: set[str], where: str) -> None:

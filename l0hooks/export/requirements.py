@@ -74,7 +74,7 @@ def _check_gates(every: Sequence[Gated]) -> None:
                 )
             )
     for one in every:
-        if not one.sites:
+        if not one.sites and one.layer is None:
             raise StateError(
                 explain(
                     f"prune at {one.name!r}",
@@ -121,7 +121,7 @@ def check_coupled(
     ------
     StateError
     """
-    coupled = [one.coupled for one in every if one.coupled]
+    coupled = [part for one in every if (part := one.coupled or one.layer)]
     if not coupled:
         return
     if coupled[0].prefix:
@@ -146,7 +146,7 @@ def check_coupled(
         raise StateError(
             explain("prune", "a model with coupled gates is cut in a copy.", got="inplace=True", hint="inplace=False")
         )
-    _check_sites(model, [site for one in coupled for site in one.group.sites])
+    _check_sites(model, [site for one in every if one.coupled for site in one.coupled.group.sites])
 
 
 def _check_sites(model: nn.Module, sites: Iterable[GroupSite]) -> None:

@@ -149,7 +149,8 @@ def load_pruned(factory: Callable[[], nn.Module], path: str | Path) -> nn.Module
 def _completed(raw: dict[str, Any]) -> dict[str, Any]:
     """A plan with what older files know nothing of: graphs inside, and lists that were shortened."""
     modules = raw.get("modules")
-    return {"inside": {}, **raw, "modules": {"lists": {}, **modules} if isinstance(modules, dict) else modules}
+    known = {"lists": {}, "experts": {}, **modules} if isinstance(modules, dict) else modules
+    return {"inside": {}, **raw, "modules": known}
 
 
 @dataclass(frozen=True)

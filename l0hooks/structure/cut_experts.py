@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -12,6 +12,7 @@ from torch import nn
 from l0hooks.structure.cut_modules import Bools, apply_cuts, groups_left, plan_cuts
 from l0hooks.structure.groups import ChannelGroup, GroupSite
 
+KEPT = "kept_experts"  # at a list: how many experts the dense model's has, and which of them are left
 Closing = tuple[ChannelGroup, Bools]
 
 
@@ -54,12 +55,20 @@ def list_of(site: GroupSite) -> str:
 
 
 def shorten(model: nn.Module, path: str, kept: Collection[int]) -> None:
-    """Leave only some modules in a list, **in place**; they are numbered anew."""
+    """Leave only some modules in a list, **in place**, numbered anew; the list remembers which they were."""
     modules = model.get_submodule(path)
     if not isinstance(modules, nn.ModuleList):
         raise TypeError(path)
+    count, before = vars(modules).get(KEPT, (len(modules), tuple(range(len(modules)))))
     for number in sorted(set(range(len(modules))) - set(kept), reverse=True):
         del modules[number]
+    vars(modules)[KEPT] = count, tuple(before[number] for number in sorted(kept))
+
+
+def kept_experts(model: nn.Module) -> dict[str, tuple[int, tuple[int, ...]]]:
+    """By the name of each list that lost experts: how many the dense model's has, and which of them are left."""
+    lists = {name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
+    return {name: vars(module)[KEPT] for name, module in lists.items() if KEPT in vars(module)}
 
 
 @torch.no_grad()
@@ -128,19 +137,3 @@ def length_of_experts(module: nn.Module) -> int:
         return 0
     kinds = {(type(m), tuple((n, tuple(p.shape)) for n, p in m.named_parameters())) for m in module}
     return len(module) if len(kinds) == 1 and any(kind for _, kind in kinds) else 0
-
-
-def shorten_lists(model: nn.Module, lengths: Mapping[str, int]) -> None:
-    """Leave only the first modules in lists that are to be shorter, **in place**; which ones matters not, as they are
-    alike and get other numbers.
-
-    Examples
-    --------
-    >>> model = nn.ModuleDict({"experts": nn.ModuleList(nn.Linear(2, 2) for _ in range(3))})
-    >>> shorten_lists(model, {"experts": 2})
-    >>> len(model["experts"])
-    2
-    """
-    for name, module in list(model.named_modules()):
-        if 0 < lengths.get(name, 0) < length_of_experts(module):
-            shorten(model, name, range(lengths[name]))

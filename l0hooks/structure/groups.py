@@ -12,7 +12,7 @@ import numpy.typing as npt
 from l0hooks.structure.routers import Router
 from l0hooks.structure.width.parts import Width
 
-Kind = Literal["channel", "neuron", "head", "expert", "width"]
+Kind = Literal["channel", "neuron", "head", "expert", "width", "layer"]
 WITHOUT_ASKING: tuple[Kind, ...] = ("channel", "neuron", "head")  # the kinds that are gated if none is named
 Ints = npt.NDArray[np.int64]
 

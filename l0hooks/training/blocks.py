@@ -10,10 +10,12 @@ import numpy.typing as npt
 
 from l0hooks.attach.walk import Gated
 from l0hooks.errors import SpecError, explain, near_names
+from l0hooks.structure.cost_form import Cubes
 from l0hooks.training.budget import Budget
 from l0hooks.training.cost import Floats, Ints, Size, fitting
 
 Bools = npt.NDArray[np.bool_]
+_LAYER = "layer"
 
 
 def in_blocks(size: Size, gated: Sequence[Gated], budget: Budget) -> Size:
@@ -39,7 +41,7 @@ def in_blocks(size: Size, gated: Sequence[Gated], budget: Budget) -> Size:
     if not budget.in_blocks:
         alone = tuple((number,) for number in range(len(gated)))
         return size if (own == 1).all() else replace(size, sets=alone, multiple=own)
-    single = next((one.name for one in gated if one.coupled is None), None)
+    single = next((one.name for one in gated if one.coupled is None and one.layer is None), None)
     if single is not None:
         raise SpecError(
             explain(
@@ -49,8 +51,7 @@ def in_blocks(size: Size, gated: Sequence[Gated], budget: Budget) -> Size:
                 got=f"other gates on {single!r}",
             )
         )
-    groups = [one.coupled.plan.groups[one.coupled.number] for one in gated if one.coupled is not None]
-    kinds = [group.kind for group in groups]
+    kinds = [_LAYER if one.coupled is None else one.coupled.group.kind for one in gated]
     if isinstance(budget.round_to, Mapping):
         unknown = next((kind for kind in budget.round_to if kind not in kinds), None)
         if unknown is not None:
@@ -66,10 +67,10 @@ def in_blocks(size: Size, gated: Sequence[Gated], budget: Budget) -> Size:
             )
         multiple = [budget.round_to.get(kind, 1) for kind in kinds]
     else:
-        multiple = [budget.round_to] * len(groups)
+        multiple = [budget.round_to] * len(kinds)
     sets: dict[object, list[int]] = {}
-    for number, group in enumerate(groups):
-        key = (group.kind, group.size) if budget.uniform else number
+    for number, (kind, count) in enumerate(zip(kinds, size.counts.tolist(), strict=True)):
+        key = (kind, count) if budget.uniform and kind != _LAYER else number  # a block stays or goes by itself
         sets.setdefault(key, []).append(number)
     return replace(size, sets=tuple(map(tuple, sets.values())), multiple=np.lcm(np.array(multiple, np.int64), own))
 
@@ -99,7 +100,7 @@ def largest_blocks(
     orders = [np.argsort(np.where(c, np.inf, -a), kind="stable") for a, c in zip(log_odds, closed, strict=True)]
     sets = size.sets or ()
     widths = size.widths.tolist()
-    least = size.least(min_keep)
+    least = size.least(min_keep, log_odds)
     ranks: list[Floats] = []
     for arrays in sets:
         width = widths[arrays[0]]
@@ -126,4 +127,7 @@ def _by_blocks(size: Size, widths: Sequence[int]) -> Size:
     for column, arrays in enumerate(sets):
         blocks[list(arrays), column] = [widths[n] for n in arrays]
     counts = np.array([size.counts[arrays[0]] // widths[arrays[0]] for arrays in sets], np.int64)
-    return Size(counts, size.constant, size.linear @ blocks, blocks.T @ size.square @ blocks)
+    square = blocks.T @ size.square @ blocks
+    gates = {int(np.flatnonzero(blocks[layer])[0]): inner for layer, inner in size.cubes.dense(len(widths)).items()}
+    cubes = Cubes.of_blocks({column: blocks.T @ inner @ blocks for column, inner in gates.items()})
+    return Size(counts, size.constant, size.linear @ blocks, square, cubes=cubes)

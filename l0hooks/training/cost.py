@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -16,9 +17,11 @@ from l0hooks.attach.gated_weight import Site
 from l0hooks.attach.measured_size import Unit
 from l0hooks.attach.walk import Gated
 from l0hooks.errors import SpecError, explain
+from l0hooks.structure.cost_form import NONE, Cubes
 from l0hooks.structure.example_inputs import ExampleInputs
-from l0hooks.structure.group_costs import CoupledPlan
+from l0hooks.structure.group_costs import CoupledPlan, Sites
 from l0hooks.structure.macs import count_positions, total_macs
+from l0hooks.training.block_lists import BlockList, block_lists
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
@@ -27,7 +30,7 @@ Positions = Mapping[tuple[int, str], float]
 
 @dataclass(frozen=True)
 class Size:
-    """constant + linear·k + k·square·k for k gates that stay in each array of gates; ``square`` is symmetric.
+    """constant + linear·k + k·square·k + cubes for k gates that stay in each array of gates; ``square`` is symmetric.
 
     Attributes
     ----------
@@ -43,6 +46,10 @@ class Size:
         Arrays that keep equally many gates, by their numbers; each array is in one set.
     multiple : int64, shape (arrays,)
         What the number of gates that stay in each array is a multiple of, where it has as many.
+    cubes : Cubes
+        Products of three: a block's gate, and the gates on both sides of a weight within it.
+    lists : tuple of BlockList
+        Which arrays are the gates of blocks, one each, list by list. ``floor`` does not hold for them.
 
     Examples
     --------
@@ -58,17 +65,30 @@ class Size:
     floor: npt.NDArray[np.int64] | int = 0
     sets: tuple[tuple[int, ...], ...] | None = None
     multiple: npt.NDArray[np.int64] | int = 1
+    cubes: Cubes = NONE
+    lists: tuple[BlockList, ...] = ()
 
     @property
     def whole(self) -> float:
         """The size with every gate open."""
         return self.of(self.counts.astype(np.float64))
 
-    def least(self, min_keep: int) -> Floats:
-        """How many gates of each array stay at the least."""
+    def least(self, min_keep: int, log_odds: Sequence[Floats] | None = None) -> Floats:
+        """How many gates of each array stay at the least.
+
+        Of the blocks of a list these are the ones with the largest ``log_odds``; without these, the most expensive.
+        """
         wanted = np.minimum(np.maximum(min_keep, self.floor), self.counts)
         widths = self.widths
         least: Floats = np.minimum(-(-wanted // widths), self.counts // widths).astype(np.float64) * widths
+        for blocks in self.lists:
+            least[list(blocks.arrays)] = 0
+        if self.lists:
+            costs = self.gradient(least)
+            for blocks in self.lists:
+                rank = costs[list(blocks.arrays)] if log_odds is None else [log_odds[n].max() for n in blocks.arrays]
+                order = np.argsort(-np.asarray(rank, np.float64), kind="stable")
+                least[np.array(blocks.arrays)[order[: blocks.least(min_keep)]]] = 1
         return least
 
     @property
@@ -79,12 +99,26 @@ class Size:
     def of(self, kept: Floats, variance: Floats | None = None) -> float:
         """The size when ``kept`` gates stay; with expected numbers and their variances, the expected size."""
         spread = 0.0 if variance is None else float(np.diagonal(self.square) @ variance)
-        return float(self.constant + self.linear @ kept + kept @ self.square @ kept) + spread
+        cubes = self.cubes.of(kept, variance)
+        return float(self.constant + self.linear @ kept + kept @ self.square @ kept) + spread + cubes
 
-    def gradient(self, kept: Floats) -> Floats:
-        """What one gate more or less of each array changes."""
+    def gradient(self, kept: Floats, variance: Floats | None = None) -> Floats:
+        """What one gate more or less of each array changes; in expectation, with the variances of their numbers."""
         gradient: Floats = self.linear + 2 * self.square @ kept
+        self.cubes.add_gradient(gradient, kept, variance)
         return gradient
+
+    def spread(self, kept: Floats) -> Floats:
+        """What the variance of each array's number adds to the expected size."""
+        spread = np.array(np.diagonal(self.square))
+        self.cubes.add_spread(spread, kept)
+        return spread
+
+    @property
+    def bent(self) -> npt.NDArray[np.bool_]:
+        """Whether the size is a quadratic function of each array's number."""
+        bent: npt.NDArray[np.bool_] = self.spread(np.ones(len(self.counts))) != 0
+        return bent
 
 
 def fitting(size: Size, array_of: Ints, allowed: float) -> npt.NDArray[np.bool_]:
@@ -113,9 +147,9 @@ def fitting(size: Size, array_of: Ints, allowed: float) -> npt.NDArray[np.bool_]
     fits = np.arange(len(array_of)) < low
     kept = counts(low)
     rest = [low + np.flatnonzero(array_of[low:] == array) for array in range(arrays)]
-    place = np.zeros(arrays, np.int64)
+    place, bent = np.zeros(arrays, np.int64), size.bent
     while True:
-        more = size.gradient(kept) + np.diagonal(size.square)
+        more = size.gradient(kept) + size.spread(kept)
         left = allowed - size.of(kept)
         next_ = [r[n] if n < len(r) and c <= left else len(fits) for r, n, c in zip(rest, place, more, strict=True)]
         best = int(np.argmin(next_))
@@ -123,7 +157,7 @@ def fitting(size: Size, array_of: Ints, allowed: float) -> npt.NDArray[np.bool_]
             return fits
         others = min([*next_[:best], *next_[best + 1 :], len(fits)])
         run = rest[best][place[best] : place[best] + np.searchsorted(rest[best][place[best] :], others)]
-        if size.square[best, best]:
+        if bent[best]:
             run = run[:1]
         elif more[best]:
             run = run[: int(left / more[best] * (1 + 1e-12))]
@@ -165,14 +199,14 @@ def size_of(
     counts = np.array([one.gate.log_alpha.numel() for one in gated], np.int64)
     zeros = np.zeros((len(gated), len(gated)))
     if unit == "gates":
-        return Size(counts, 0.0, np.ones(len(gated)), zeros)
-    standalone = next((one.name for one in gated if not one.sites), None)
+        return Size(counts, 0.0, np.ones(len(gated)), zeros, lists=block_lists(gated))
+    standalone = next((one.name for one in gated if not one.sites and one.layer is None), None)
     if standalone is not None:
         raise SpecError(
             explain(f"budget over {standalone!r}", "a standalone gate has no parameters.", hint='unit="gates"')
         )
-    single = next((one.name for one in gated if one.coupled is None), None) if unit == "memory" else None
-    if single is not None:
+    single = next((one.name for one in gated if one.coupled is None and one.layer is None), None)
+    if unit == "memory" and single is not None:
         raise SpecError(
             explain(
                 'Budget(unit="memory")',
@@ -183,27 +217,25 @@ def size_of(
             )
         )
     positions = _positions(model, unit, example_inputs)
-    linear, square, constant = np.zeros(len(gated)), zeros, 0.0
+    linear, square, constant, cubes = np.zeros(len(gated)), zeros, 0.0, NONE
     for number, one in enumerate(gated):
         for site in _every_use(one, unit) if one.coupled is None else ():
-            each = 1.0 if positions is None else positions.get((id(site.module), site.tensor_name), 0.0)
-            linear[number] += each * site.weight.numel() / counts[number]
+            uses = 1.0 if positions is None else positions.get((id(site.module), site.tensor_name), 0.0)
+            linear[number] += uses * site.weight.numel() / counts[number]
     otherwise = {site.name for one in every if one.coupled is None for site in one.sites}
     for plan, prefix, numbers in _plans(gated):
-        tensors = plan.tensors(frozenset(name.removeprefix(prefix) for name in otherwise))
-        for names, sites in tensors.items():
-            inside = [number in numbers for number, _ in sites]
-            if not whole and not all(inside):
-                if any(inside):
-                    raise _shared(prefix + names[0])
-                continue
-            each, counted = float(_bytes(model, prefix + names[0])) if unit == "memory" else 1.0, sites
-            if positions is not None:
-                each = _uses(model, [prefix + name for name in names], positions)
-                each, counted = each / (len(names) if sites[0][1].stacked else 1), plan.by_token(sites)
-            constant += plan.add_product(linear, square, each, counted, numbers)
+        without = {name.removeprefix(prefix) for name in otherwise}
+        for names, sites in () if whole else plan.tensors(without).items():
+            inside = [number in numbers for number in plan.parts(names, sites)]
+            if any(inside) and not all(inside):
+                raise _shared(prefix + names[0])
+            without |= set() if any(inside) else set(names)
+        each = partial(_each, model, (plan, prefix), unit, positions)
+        form = plan.form(len(gated), numbers, each, frozenset(without))
+        constant, linear, square = constant + form.constant, linear + form.linear, square + form.square
+        cubes = cubes.and_those(form.cubes, len(gated))
     floor = np.array([0 if one.coupled is None else one.coupled.group.least for one in gated], np.int64)
-    size = Size(counts, constant, linear, square, floor)
+    size = Size(counts, constant, linear, square, floor, cubes=cubes, lists=block_lists(gated))
     return replace(size, constant=constant + _total(model, every, unit, positions) - size.whole) if whole else size
 
 
@@ -227,6 +259,22 @@ def _positions(model: nn.Module, unit: Unit, example_inputs: ExampleInputs | Non
     return count_positions(model, example_inputs)
 
 
+def _each(
+    model: nn.Module,
+    where: tuple[CoupledPlan, str],
+    unit: Unit,
+    positions: Positions | None,
+    names: tuple[str, ...],
+    sites: Sites,
+) -> tuple[float, Sites]:
+    """What each element of a parameter costs, and the sites that count."""
+    plan, prefix = where
+    if positions is None:
+        return (float(_bytes(model, prefix + names[0])) if unit == "memory" else 1.0), sites
+    stack = len(names) if sites and sites[0][1].stacked else 1
+    return _uses(model, [prefix + name for name in names], positions) / stack, plan.by_token(sites)
+
+
 def _uses(model: nn.Module, names: Sequence[str], positions: Positions) -> float:
     """Multiply-adds of each element of a parameter, at all places that go by these names."""
     parts = [name.rpartition(".") for name in names]
@@ -238,9 +286,10 @@ def _plans(gated: Sequence[Gated]) -> list[tuple[CoupledPlan, str, dict[int, int
     """The plans of coupled gates, what a wrapper puts before their names, and each group's place in ``gated``."""
     found: dict[int, tuple[CoupledPlan, str, dict[int, int]]] = {}
     for number, one in enumerate(gated):
-        if one.coupled is not None:
-            _, _, numbers = found.setdefault(id(one.coupled.plan), (one.coupled.plan, one.coupled.prefix, {}))
-            numbers[one.coupled.number] = number
+        part = one.coupled or one.layer
+        if part is not None:
+            _, _, numbers = found.setdefault(id(part.plan), (part.plan, part.prefix, {}))
+            numbers[part.number] = number
     return list(found.values())
 
 

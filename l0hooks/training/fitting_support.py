@@ -75,7 +75,8 @@ class FittingSupport:
         if self._size.sets is not None:
             return self._in_blocks(arrays, allowed)
         rank = torch.cat([a.to(device) for a in arrays])
-        least = self._size.least(self._min_keep).tolist()
+        known = [a.double().cpu().numpy() for a in arrays] if self._size.lists else None
+        least = self._size.least(self._min_keep, known).tolist()
         for part, n in zip(torch.split(rank, [len(a) for a in arrays]), least, strict=True):
             part[_first_largest(part, int(n))] = torch.inf
         order = rank.argsort(descending=True, stable=True).cpu().numpy()

@@ -78,11 +78,12 @@ class LagrangianRule(BudgetRule):
         linear, square = (like.new_tensor(part / whole) for part in (size.linear, size.square))
         kept = torch.stack([p.sum().to(like.device) for p in probabilities])
         excess: Tensor = (linear * kept).sum() + (size.constant - self.scheduled) / whole
-        if not size.square.any():
+        if not size.square.any():  # nor are there cubes then
             return excess
         variance = torch.stack([(p * (1 - p)).sum().to(like.device) for p in probabilities])
         # no matrix products: autocast would run them in half precision
-        return excess + (square * kept * kept[:, None]).sum() + (square.diagonal() * variance).sum()
+        excess = excess + (square * kept * kept[:, None]).sum() + (square.diagonal() * variance).sum()
+        return excess + size.cubes.expected(kept, variance) / whole if len(size.cubes.layers) else excess
 
     def penalty(self) -> Tensor:
         """The term for the loss; once the support is fixed, 0."""

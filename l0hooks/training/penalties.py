@@ -227,16 +227,18 @@ def _zero(gate: Gate) -> Tensor:
 
 @register_penalty("params")
 def _params(gated: Gated) -> Tensor:
-    if gated.coupled is not None:
-        return _zero(gated.gate) + gated.coupled.expected("params")
+    part = gated.coupled or gated.layer
+    if part is not None:
+        return _zero(gated.gate) + part.expected("params")
     per_gate = sum(site.weight.numel() for site in gated.weights()) / gated.gate.log_alpha.numel()
     return per_gate * gated.gate.expected_l0()
 
 
 @register_penalty("macs")
 def _macs(gated: Gated) -> Tensor:
-    if gated.coupled is not None:
-        return _zero(gated.gate) + gated.coupled.expected("macs")
+    part = gated.coupled or gated.layer
+    if part is not None:
+        return _zero(gated.gate) + part.expected("macs")
     macs = 0.0
     for site in gated.sites:  # a tied weight works at each of its sites
         if site.gating.positions is None:

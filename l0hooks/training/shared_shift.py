@@ -39,7 +39,7 @@ class SharedShift:
     def __init__(self, gates: Sequence[Gate], size: Size) -> None:
         self._gates = gates
         self._size = size
-        self._spread: Floats = np.ascontiguousarray(np.diagonal(size.square))  # what the variance of an array costs
+        self._bent = size.bent  # arrays whose variance costs something
         self._slopes: list[Tensor] = []
         self._sums = np.zeros((len(gates), 4))
         self.last = 0.0
@@ -69,11 +69,11 @@ class SharedShift:
             self._pass(0.0)
         self._share_gradients(grads)
         common = total / max(self._slope(self._sums), 1e-30)
-        marginal = self._size.gradient(self._sums[:, 0])
+        marginal, spreads = self._gradient(self._sums), self._size.spread(self._sums[:, 0])
         for number, (gate, grad) in enumerate(zip(self._gates, grads, strict=True)):
             if grad is None:
                 continue
-            spread = float(self._spread[number])
+            spread = float(spreads[number])
             if spread or is_sharded(grad):
                 p, slope = _with_slope(gate, gate.log_alpha.detach())
                 slope = slope * (float(marginal[number]) + spread * (1 - 2 * p))
@@ -144,7 +144,10 @@ class SharedShift:
 
     def _slope(self, sums: Floats) -> float:
         """d E[size] / dδ."""
-        return float(self._size.gradient(sums[:, 0]) @ sums[:, 1] + self._spread @ sums[:, 3])
+        return float(self._gradient(sums) @ sums[:, 1] + self._size.spread(sums[:, 0]) @ sums[:, 3])
+
+    def _gradient(self, sums: Floats) -> Floats:
+        return self._size.gradient(sums[:, 0], sums[:, 2])
 
     @property
     def _device(self) -> torch.device:
@@ -168,7 +171,7 @@ class SharedShift:
     @torch.no_grad()
     def _measure(self, shift: float, slopes: Sequence[Tensor | None]) -> Floats:
         """Σ p, Σ p′, Σ p(1 − p) and its slope, for every array of gates with its log-odds shifted."""
-        bent = self._spread != 0
+        bent = self._bent
         found, by_torch = np.empty((len(self._gates), 4)), {}
         for number, (gate, slope) in enumerate(zip(self._gates, slopes, strict=True)):
             sums = None if slope is None or bent[number] else _sums_by_kernels(gate, shift, slope)
