@@ -65,8 +65,10 @@ class GateSpec:
     noise : "step" or "example"
         For coupled groups: one draw for a forward, or one for each example (along axis 0 of the readers' inputs).
         Groups read by attention's own projections, embeddings or bare parameters have one draw for a forward anyway.
-    kinds : tuple of "channel", "neuron" and "head", optional
-        For coupled groups: gate only groups of these kinds.
+    kinds : tuple of "channel", "neuron", "head" and "width", optional
+        For coupled groups: gate only groups of these kinds. Without it, all but "width": the channels of the residual
+        stream, of whose removal a model suffers most. Their gates multiply the layers that write the stream, with one
+        draw for a forward.
 
     Raises
     ------

@@ -5,17 +5,19 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from types import NoneType
 from typing import Any
 
 from torch import Tensor, nn
 
+from l0hooks._torch.modules import NORMS
 from l0hooks.errors import InvalidValueError, explain
 from l0hooks.export.extra_state import extra_states, is_extra
 from l0hooks.export.state import first_names, hidden_tensors, put_hidden, ties
 from l0hooks.structure.cut_modules import Cut, apply_cuts
 from l0hooks.structure.layers import CONVOLUTIONS, TRANSPOSED
 from l0hooks.structure.settings import Path as Place
-from l0hooks.structure.settings import change, integers
+from l0hooks.structure.settings import change, epsilons, integers
 
 _FACTORY = "the factory that built the model before it was pruned"
 _NOT_COMPARED = {"p", "dropout", "momentum", "inplace", "normalized_shape"}  # no part of evaluation, or a size
@@ -40,6 +42,9 @@ class ModulePlan:
         What pruning never changes in torch's layers, such as kernel sizes and strides: the factory's must be equal.
     extra : dict from name to plain data
         What modules returned from ``get_extra_state``.
+    epsilons : tuple of (module, attribute, value)
+        Those of norms that pruning may have changed with the width of a stream: all but those of norms with running
+        statistics.
     """
 
     shapes: dict[str, tuple[int, ...]]
@@ -48,6 +53,7 @@ class ModulePlan:
     sizes: tuple[tuple[str, Place, int], ...]
     settings: dict[str, str]
     extra: dict[str, Any]
+    epsilons: tuple[tuple[str, str, float], ...]
 
 
 def module_plan(model: nn.Module) -> ModulePlan:
@@ -66,6 +72,7 @@ def module_plan(model: nn.Module) -> ModulePlan:
         tuple(_sizes(model)),
         _settings(model),
         extra_states(model),
+        tuple((name, own, value) for name, module in model.named_modules() for own, value in _epsilons(module)),
     )
 
 
@@ -114,6 +121,8 @@ def shape_like(model: nn.Module, plan: ModulePlan, where: str) -> None:
     for module_name, place, value in plan.sizes:
         if known[module_name].get(place, value) != value:
             change(modules[module_name], place, value)
+    for module_name, own, epsilon in plan.epsilons:
+        vars(modules[module_name])[own] = epsilon
 
 
 def check_names(found: set[str], expected: set[str], where: str) -> None:
@@ -162,9 +171,12 @@ def _check_shape(
 
 
 def _check_modules(modules: dict[str, nn.Module], plan: ModulePlan, where: str) -> None:
-    absent = sorted({name for name, _, _ in plan.sizes if name not in modules})
+    absent = sorted({name for name, *_ in (*plan.sizes, *plan.epsilons) if name not in modules})
     if absent:
         raise misfit(where, absent[0], "a module of that name", "none")
+    for name, own, _ in plan.epsilons:
+        if not isinstance(vars(modules[name]).get(own, 0), (float, NoneType)):
+            raise misfit(where, name, f"a number in {own}", "none")
     own = {name: text for name, module in modules.items() if (text := _settings_of(module))}
     for name in sorted(own.keys() | plan.settings.keys()):
         if own.get(name) != plan.settings.get(name):
@@ -178,9 +190,15 @@ def _settings(model: nn.Module) -> dict[str, str]:
 def _settings_of(module: nn.Module) -> str:
     """What torch's layers declare to be constant, as text; integers are left out, because they may be sizes."""
     declared = {name for cls in type(module).__mro__ for name in vars(cls).get("__constants__", ())}
+    declared -= {name for name, _ in _epsilons(module)} | ({"eps"} if isinstance(module, nn.RMSNorm) else set())
     own: Mapping[str, Any] = vars(module)
     values = {name: own[name] for name in sorted(declared - _NOT_COMPARED) if name in own and _is_plain(own[name])}
     return repr(values) if values else ""
+
+
+def _epsilons(module: nn.Module) -> Iterator[tuple[str, float]]:
+    """The epsilons that are written down; those of norms with running statistics are compared with the factory's."""
+    return iter(()) if isinstance(module, NORMS) else epsilons(module)
 
 
 def _is_plain(value: object) -> bool:

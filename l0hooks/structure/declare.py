@@ -82,8 +82,9 @@ def declare_group(
     >>> print(declare_group(model, outputs="0", through="1", inputs="3"))
     0 outputs → 1 → 3 inputs: 16 neurons, 15 parameters each
     """
-    if kind is not None and kind not in get_args(Kind):
-        raise _refusal("kind", "the name must be known.", repr(kind), near_names(str(kind), get_args(Kind)))
+    known = [name for name in get_args(Kind) if name != "width"]  # norms are known of a traced model alone
+    if kind is not None and kind not in known:
+        raise _refusal("kind", "the name must be known.", repr(kind), near_names(str(kind), known))
     tensors = Tensors(model)
     layers = [
         _layer(model, tensors, entry, role)
