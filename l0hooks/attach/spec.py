@@ -68,7 +68,8 @@ class GateSpec:
         Groups read by attention's own projections, embeddings or bare parameters have one draw for a forward anyway.
     kinds : tuple of "channel", "neuron", "head", "expert", "width" and "layer", optional
         For coupled groups: gate only groups of these kinds; by default channels, neurons and heads. ``"width"`` are the
-        channels of a residual stream, ``"layer"`` is one gate for each residual block as a whole.
+        channels of the residual stream, of whose removal a model suffers most; their gates multiply the layers that
+        write the stream, with one draw for a forward. ``"layer"`` is one gate for each residual block as a whole.
 
     Raises
     ------

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from functools import partial
 from typing import TypeVar
 
 from torch import nn
@@ -45,17 +45,9 @@ def without_blocks(model: nn.Module, names: Sequence[str]) -> tuple[nn.Module, R
 
 
 def groups_after(groups: Iterable[tuple[ChannelGroup, Bools]], renaming: Renaming) -> list[tuple[ChannelGroup, Bools]]:
-    """``groups`` with the new names of their tensors, without what is gone."""
-    found = []
-    for group, stays in groups:
-        sites = []
-        for site in group.sites:
-            names = tuple(new for name in site.names if (new := renamed(name, renaming)) is not None)
-            if names:
-                sites.append(replace(site, names=names))
-        if sites:
-            found.append((replace(group, sites=tuple(sites)), stays))
-    return found
+    """``groups`` with the new names of what they hold, without what is gone."""
+    rename = partial(renamed, renaming=renaming)
+    return [(left, stays) for group, stays in groups if (left := group.renamed(rename)) is not None]
 
 
 def named_after(values: Mapping[str, T], renaming: Renaming) -> dict[str, T]:

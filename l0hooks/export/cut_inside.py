@@ -138,7 +138,12 @@ def _graph(module: nn.Module, cuts: Sequence[Cut], calls: Calls, wrong: str) -> 
 
 
 def _home(model: nn.Module, group: ChannelGroup, called: set[str]) -> str:
-    """The smallest module that holds all of a group and is called; by its first name, if it has several."""
+    """The smallest module that holds all of a group and is called; by its first name, if it has several.
+
+    Of a residual stream it is the model itself, because smaller modules may return the stream.
+    """
+    if group.width is not None:
+        return ""
     first_names = {module: name for name, module in model.named_modules()}
     names = [name.rpartition(".")[0] for site in group.sites for name in site.names]
     first, *others = [first_names[model.get_submodule(name)].split(".") for name in names]

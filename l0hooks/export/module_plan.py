@@ -6,10 +6,12 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
+from types import NoneType
 from typing import Any
 
 from torch import Tensor, nn
 
+from l0hooks._torch.modules import NORMS
 from l0hooks.errors import InvalidValueError, explain
 from l0hooks.export.extra_state import extra_states, is_extra
 from l0hooks.export.state import first_names, hidden_tensors, put_hidden, ties
@@ -18,7 +20,7 @@ from l0hooks.structure.cut_modules import Cut, apply_cuts
 from l0hooks.structure.layers import CONVOLUTIONS, TRANSPOSED
 from l0hooks.structure.remove_blocks import entries_of, is_list, kept_blocks, remove_blocks
 from l0hooks.structure.settings import Path as Place
-from l0hooks.structure.settings import change, integers
+from l0hooks.structure.settings import change, epsilons, integers
 
 _FACTORY = "the factory that built the model before it was pruned"
 _NOT_COMPARED = {"p", "dropout", "momentum", "inplace", "normalized_shape"}  # no part of evaluation, or a size
@@ -47,6 +49,9 @@ class ModulePlan:
         Of each list that blocks were taken out of: how many entries it had, and which are left.
     experts : dict from module to (int, tuple of int)
         The same of lists of experts.
+    epsilons : tuple of (module, attribute, value)
+        Those of norms that pruning may have changed with the width of a stream: all but those of norms with running
+        statistics.
     """
 
     shapes: dict[str, tuple[int, ...]]
@@ -57,6 +62,7 @@ class ModulePlan:
     extra: dict[str, Any]
     lists: dict[str, tuple[int, tuple[int, ...]]] = field(default_factory=dict)
     experts: dict[str, tuple[int, tuple[int, ...]]] = field(default_factory=dict)
+    epsilons: tuple[tuple[str, str, float], ...] = ()
 
 
 def module_plan(model: nn.Module) -> ModulePlan:
@@ -77,6 +83,7 @@ def module_plan(model: nn.Module) -> ModulePlan:
         extra_states(model),
         kept_blocks(model),
         kept_experts(model),
+        tuple((name, own, value) for name, module in model.named_modules() for own, value in _epsilons(module)),
     )
 
 
@@ -105,8 +112,6 @@ def shape_like(model: nn.Module, plan: ModulePlan, where: str) -> None:
     >>> model
     Linear(in_features=3, out_features=1, bias=True)
     """
-    _remove_blocks(model, plan, where)
-    _shorten(model, plan.experts, where)
     modules = dict(model.named_modules())
     missing = _missing_biases(modules, plan)
     old = {name: tuple(tensor.shape) for name, tensor in first_names(model).items()}
@@ -127,6 +132,20 @@ def shape_like(model: nn.Module, plan: ModulePlan, where: str) -> None:
     for module_name, place, value in plan.sizes:
         if known[module_name].get(place, value) != value:
             change(modules[module_name], place, value)
+    for module_name, own, epsilon in plan.epsilons:
+        vars(modules[module_name])[own] = epsilon
+
+
+def take_out(model: nn.Module, plan: ModulePlan, where: str) -> None:
+    """Take out of lists, **in place**, the blocks and experts that the pruned model lost.
+
+    Raises
+    ------
+    InvalidValueError
+        If the model has no such lists.
+    """
+    _remove_blocks(model, plan, where)
+    _shorten(model, plan.experts, where)
 
 
 def _remove_blocks(model: nn.Module, plan: ModulePlan, where: str) -> None:
@@ -206,9 +225,12 @@ def _check_shape(
 
 
 def _check_modules(modules: dict[str, nn.Module], plan: ModulePlan, where: str) -> None:
-    absent = sorted({name for name, _, _ in plan.sizes if name not in modules})
+    absent = sorted({name for name, *_ in (*plan.sizes, *plan.epsilons) if name not in modules})
     if absent:
         raise misfit(where, absent[0], "a module of that name", "none")
+    for name, own, _ in plan.epsilons:
+        if not isinstance(vars(modules[name]).get(own, 0), (float, NoneType)):
+            raise misfit(where, name, f"a number in {own}", "none")
     own = {name: text for name, module in modules.items() if (text := _settings_of(module))}
     for name in sorted(own.keys() | plan.settings.keys()):
         if own.get(name) != plan.settings.get(name):
@@ -222,9 +244,15 @@ def _settings(model: nn.Module) -> dict[str, str]:
 def _settings_of(module: nn.Module) -> str:
     """What torch's layers declare to be constant, as text; integers are left out, because they may be sizes."""
     declared = {name for cls in type(module).__mro__ for name in vars(cls).get("__constants__", ())}
+    declared -= {name for name, _ in _epsilons(module)} | ({"eps"} if isinstance(module, nn.RMSNorm) else set())
     own: Mapping[str, Any] = vars(module)
     values = {name: own[name] for name in sorted(declared - _NOT_COMPARED) if name in own and _is_plain(own[name])}
     return repr(values) if values else ""
+
+
+def _epsilons(module: nn.Module) -> Iterator[tuple[str, float]]:
+    """The epsilons that are written down; those of norms with running statistics are compared with the factory's."""
+    return iter(()) if isinstance(module, NORMS) else epsilons(module)
 
 
 def _is_plain(value: object) -> bool:

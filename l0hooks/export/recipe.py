@@ -25,7 +25,7 @@ from l0hooks.errors import InvalidValueError, StateError, UnsupportedModuleError
 from l0hooks.export.comparison import tolerance
 from l0hooks.export.examples import attempt
 from l0hooks.export.extra_state import DTYPES, made
-from l0hooks.export.module_plan import ModulePlan, misfit, module_plan, shape_like
+from l0hooks.export.module_plan import ModulePlan, misfit, module_plan, shape_like, take_out
 from l0hooks.export.outputs import difference
 from l0hooks.structure.cut_graph import Free, rewrite
 from l0hooks.structure.cut_modules import Cut, composed
@@ -144,6 +144,7 @@ def rewrite_again(model: nn.Module, recipe: Recipe, where: str) -> fx.GraphModul
         If the recipe is not one for such a model.
     """
     inputs = [_made(one, where) for one in recipe.inputs]
+    take_out(model, recipe.modules, where)
     shape_like(model, recipe.modules, where)
     for name, extra in recipe.modules.extra.items():
         model.get_submodule(name.rpartition(".")[0]).set_extra_state(made(extra, where))

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -155,6 +155,18 @@ class ChannelGroup:
     def parameters_each(self) -> int:
         """Parameters removed with one member when all others stay."""
         return sum(site.parameters_each for site in self.sites)
+
+    def renamed(self, rename: Callable[[str], str | None]) -> ChannelGroup | None:
+        """The group by other names of modules and tensors, without what has none; None if nothing is left."""
+        names = [tuple(new for name in site.names if (new := rename(name)) is not None) for site in self.sites]
+        sites = tuple(replace(site, names=new) for site, new in zip(self.sites, names, strict=True) if new)
+        if not sites:
+            return None
+        counts = tuple((new, own) for module, own in self.counts if (new := rename(module)) is not None)
+        path = None if self.router is None else rename(self.router.module)
+        router = None if self.router is None or path is None else replace(self.router, module=path)
+        width = None if self.width is None else self.width.renamed(rename)
+        return replace(self, sites=sites, counts=counts, router=router, width=width)
 
     def __str__(self) -> str:
         producing = {s.module for s in self.writers}

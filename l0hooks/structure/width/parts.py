@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -75,15 +76,19 @@ class Width:
     norms: tuple[WidthNorm, ...]
 
     def within(self, path: str) -> Width:
-        """The same by names inside the module at ``path``."""
+        """The same by names inside the module at ``path``, without what is elsewhere."""
         start = f"{path}." if path else ""
-        gates = tuple(replace(gate, names=_within(start, gate.names)) for gate in self.gates)
-        norms = tuple(
-            replace(norm, module=norm.module.removeprefix(start), weight=_within(start, norm.weight))
-            for norm in self.norms
+        return self.renamed(lambda name: name.removeprefix(start) if name.startswith(start) else None)
+
+    def renamed(self, rename: Callable[[str], str | None]) -> Width:
+        """The same by other names of modules and tensors, without what has none."""
+        gates = [(gate, _renamed(gate.names, rename)) for gate in self.gates]
+        norms = [(norm, rename(norm.module), _renamed(norm.weight, rename)) for norm in self.norms]
+        return Width(
+            tuple(replace(gate, names=names) for gate, names in gates if names),
+            tuple(replace(norm, module=new, weight=weight) for norm, new, weight in norms if new is not None),
         )
-        return Width(gates, norms)
 
 
-def _within(start: str, names: tuple[str, ...]) -> tuple[str, ...]:
-    return tuple(name.removeprefix(start) for name in names if name.startswith(start))
+def _renamed(names: tuple[str, ...], rename: Callable[[str], str | None]) -> tuple[str, ...]:
+    return tuple(new for name in names if (new := rename(name)) is not None)
