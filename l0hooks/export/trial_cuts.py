@@ -1,0 +1,139 @@
+"""Cuts of members that are closed at random, in copies of a model without gates."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from l0hooks._torch.running import OUT_OF_MEMORY
+from l0hooks.attach.copies import run_copy
+from l0hooks.errors import StateError, UnsupportedModuleError, explain, in_one_line
+from l0hooks.export.comparison import Comparison
+from l0hooks.export.cut_and_repair import cut_and_repair
+from l0hooks.export.cut_groups import inside, refuse_read_members, without_hint
+from l0hooks.export.recipe import rewrite_by
+from l0hooks.structure import ChannelGroup
+from l0hooks.structure.cut_graph import Traced, traced_once
+from l0hooks.structure.cut_modules import Bools, Cut, plan_cuts
+
+_SEED = 20180101
+_FEWEST, _MOST = 0.2, 0.5  # the share of a group that is closed
+_FEW = 12  # repairs that are tried before a graph
+
+
+class TrialCuts:
+    """Cuts of some of the groups at a time, each in a copy of its own."""
+
+    def __init__(
+        self, model: nn.Module, groups: Sequence[ChannelGroup], example_inputs: Sequence[Any], *, declared: bool
+    ) -> None:
+        random = np.random.default_rng(_SEED)
+        self._model, self._inputs, self._declared = model, example_inputs, declared
+        self._closings = [(group, _some_stay(group.size, random)) for group in groups]
+        self._traced: Traced | None = None
+        self.graphs = ""  # why the groups that could be cut last were cut as a graph
+
+    def fault(self, numbers: Sequence[int], *, thorough: bool) -> str:
+        """Why the groups with these numbers cannot be cut together; empty if they can.
+
+        What costs most is tried last, and only if ``thorough``.
+        """
+        closings = [self._closings[number] for number in numbers]
+        twin = _closed(self._model, closings)
+        comparison = self._comparison(twin)
+        if self._declared:
+            try:
+                refuse_read_members(copy.deepcopy(twin), closings, comparison)
+            except StateError as error:
+                return without_hint(error)
+        cuts = plan_cuts(closings)
+        wrong = cut_and_repair(run_copy(twin), cuts, closings, comparison, most=_FEW)
+        if not wrong:
+            self.graphs = ""
+            return ""
+        wrong_graph = self._fault_as_graph(twin, cuts, comparison)
+        if wrong_graph and not (thorough and self._is_cut_otherwise(twin, closings, comparison)):
+            return f"as modules: {wrong}; as a graph: {wrong_graph}"
+        self.graphs = wrong
+        return ""
+
+    def refuse_if_it_varies(self) -> None:
+        """Refuse a model with a copy, without any cut, that computes something else."""
+        wrong = self._comparison(self._model).wrong(run_copy(self._model))
+        if wrong:
+            raise StateError(
+                explain(
+                    "sparsify",
+                    "a copy of the model must compute what the model computes, or prune cannot compare them.",
+                    got=wrong,
+                    hint="a model whose evaluation is deterministic; dry_run=False attaches gates all the same",
+                )
+            )
+
+    def _comparison(self, twin: nn.Module) -> Comparison:
+        try:
+            return Comparison(twin, self._inputs, quick=True)
+        except StateError as error:
+            raise StateError(
+                explain(
+                    "sparsify",
+                    "outputs must be such that prune can compare them.",
+                    got=in_one_line(error),
+                    hint="example inputs from the data; dry_run=False attaches gates all the same",
+                )
+            ) from error
+
+    def _fault_as_graph(self, twin: nn.Module, cuts: Sequence[Cut], comparison: Comparison) -> str:
+        try:
+            if self._traced is None:  # in a copy of its own: a graph shares the buffers of its model
+                self._traced = traced_once(run_copy(self._model), self._inputs)
+            graph, sizes = rewrite_by(twin, cuts, self._inputs, "none", traced=self._traced)
+        except (StateError, UnsupportedModuleError) as error:
+            return without_hint(error)
+        return comparison.wrong(graph, accepts=sizes.accept)
+
+    def _is_cut_otherwise(
+        self, twin: nn.Module, closings: Sequence[tuple[ChannelGroup, Bools]], comparison: Comparison
+    ) -> bool:
+        """Whether modules can be cut after any repair, or some as modules and others as graphs."""
+        wrong = cut_and_repair(run_copy(twin), plan_cuts(closings), closings, comparison)
+        return not wrong or inside(twin, closings, comparison) is not None
+
+
+def _some_stay(size: int, random: np.random.Generator) -> Bools:
+    """Which members stay: at least one, and at least one does not."""
+    count = int(np.clip(round(size * random.uniform(_FEWEST, _MOST)), 1, size - 1))
+    stays = np.ones(size, np.bool_)
+    stays[random.choice(size, count, replace=False)] = False
+    return stays
+
+
+@torch.no_grad()
+def _closed(model: nn.Module, closings: Sequence[tuple[ChannelGroup, Bools]]) -> nn.Module:
+    """A copy of ``model`` in which the weights that read closed members are zero there."""
+    read: dict[int, nn.Parameter] = {}
+    for group, stays in closings:
+        for site in group.readers:
+            for old in map(model.get_parameter, site.names):
+                if id(old) not in read:
+                    read[id(old)] = nn.Parameter(old.detach().clone(), requires_grad=old.requires_grad)
+                dead = torch.from_numpy(site.indices[~stays].reshape(-1))
+                read[id(old)].index_fill_(site.axis, dead.to(old.device), 0)
+    try:
+        return run_copy(model, read)
+    except OUT_OF_MEMORY:
+        raise
+    except Exception as error:  # whatever an object in the model raises when it is copied
+        raise UnsupportedModuleError(
+            explain(
+                "sparsify",
+                "the model must be one that can be copied, because prune cuts a copy.",
+                got=in_one_line(error),
+                hint="dry_run=False attaches gates all the same",
+            )
+        ) from error
