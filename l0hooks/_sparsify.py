@@ -101,7 +101,8 @@ def sparsify(
     SpecError
         If a pattern matches nothing, or only weights tied to others that are left out; if a weight is gated already,
         not finite, or not divisible into the blocks asked for; if ``groups`` overlap or do not fit the model, or no
-        channels are coupled; if ``prune`` could cut none of the groups, or not all that were given; if ``scores`` do not fit the gates, or there is no budget that they could start.
+        channels are coupled; if ``prune`` could cut no group, or not all that were given; if ``scores`` do not fit the
+        gates, or there is no budget that they could start.
     UnsupportedModuleError
         If a pattern names a module without a weight that can carry gates, or coupled groups are to be found in a
         model that ``torch.export`` cannot trace, or that cannot be copied.

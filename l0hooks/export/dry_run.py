@@ -10,6 +10,7 @@ from typing import TypeVar
 
 from torch import nn
 
+from l0hooks._torch.running import evaluating
 from l0hooks._torch.tensors import has_meta, is_sharded
 from l0hooks.errors import L0HooksWarning, SpecError, explain
 from l0hooks.export.cut_groups import SPELLINGS
@@ -132,7 +133,11 @@ def dry_run(
     """
     if has_meta(model) or any(is_sharded(parameter) for parameter in model.parameters()):
         return DryRun({})
-    trial = TrialCuts(model, groups, positional(model, example_inputs), declared=declared)
+    with evaluating(model):  # what a copy shares with the model, such as a hook's own tensors, is restored
+        return _found(TrialCuts(model, groups, positional(model, example_inputs), declared=declared), groups)
+
+
+def _found(trial: TrialCuts, groups: Sequence[ChannelGroup]) -> DryRun:
     numbers = list(range(len(groups)))
     why = trial.fault(numbers, thorough=True)
     if not why:

@@ -83,7 +83,7 @@ class TrialCuts:
                 explain(
                     "sparsify",
                     "outputs must be such that prune can compare them.",
-                    got=in_one_line(error),
+                    got=without_hint(error),
                     hint="example inputs from the data; dry_run=False attaches gates all the same",
                 )
             ) from error
@@ -93,8 +93,12 @@ class TrialCuts:
             if self._traced is None:  # in a copy of its own: a graph shares the buffers of its model
                 self._traced = traced_once(run_copy(self._model), self._inputs)
             graph, sizes = rewrite_by(twin, cuts, self._inputs, "none", traced=self._traced)
+        except OUT_OF_MEMORY:
+            raise
         except (StateError, UnsupportedModuleError) as error:
             return without_hint(error)
+        except Exception as error:  # noqa: BLE001  # what prune would raise after training, from wherever
+            return in_one_line(error)
         return comparison.wrong(graph, accepts=sizes.accept)
 
     def _is_cut_otherwise(
