@@ -23,7 +23,7 @@ from l0hooks.structure.cut_modules import Bools, Cut, plan_cuts
 
 _SEED = 20180101
 _FEWEST, _MOST = 0.2, 0.5  # the share of a group that is closed
-_FEW = 12  # repairs that are tried before a graph
+_FEW, _MORE = 12, 60  # repairs that are tried before a graph, and after it
 
 
 class TrialCuts:
@@ -104,8 +104,8 @@ class TrialCuts:
     def _is_cut_otherwise(
         self, twin: nn.Module, closings: Sequence[tuple[ChannelGroup, Bools]], comparison: Comparison
     ) -> bool:
-        """Whether modules can be cut after any repair, or some as modules and others as graphs."""
-        wrong = cut_and_repair(run_copy(twin), plan_cuts(closings), closings, comparison)
+        """Whether modules can be cut after more repairs, or some as modules and others as graphs."""
+        wrong = cut_and_repair(run_copy(twin), plan_cuts(closings), closings, comparison, most=_MORE)
         return not wrong or inside(twin, closings, comparison) is not None
 
 
