@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
@@ -31,6 +32,7 @@ from l0hooks.attach.summary_table import Summary
 from l0hooks.attach.weight_plan import WeightPlan
 from l0hooks.attach.width import hook_norms
 from l0hooks.errors import SpecError, explain
+from l0hooks.export.dry_run import groups_that_can_be_cut
 from l0hooks.gates.gate import Gate
 from l0hooks.gates.noise import EntryPoint, GateNoise, NoiseSource
 from l0hooks.structure import ChannelGroup
@@ -54,6 +56,7 @@ def sparsify(
     groups: Sequence[ChannelGroup] | None = None,
     budget: Budget | Mapping[Pattern, Budget] | None = None,
     scores: Callable[[nn.Module], Mapping[str, Tensor]] | Mapping[str, Tensor] | None = None,
+    dry_run: bool = True,
 ) -> Summary:
     """Attach Hard Concrete gates to weights of ``model``, **in place**; all of them or, on any error, none.
 
@@ -80,17 +83,21 @@ def sparsify(
     scores : callable from the gated model to scores, or scores of the shape of each gate, optional
         What closing each gate would cost, from which the budget's gates start:
         ``scores=lambda gated: l0hooks.score(gated, batches)``.
+    dry_run : bool
+        Cut members of the coupled groups, closed at random, out of a copy of the model, as ``prune`` will. Groups that
+        cannot be cut are left out, so that nothing is refused after training. It takes about two runs of the model and
+        memory for a second set of weights. Nothing is tried on the meta device and on sharded models.
 
     Returns
     -------
     Summary
-        What was gated; prints as a table.
+        What was gated; prints as a table. Its ``note`` says if ``prune`` may return graphs, and which line is why.
 
     Warns
     -----
     L0HooksWarning
         If weights are left out because they are tied to others that get other gates, or none; if a group is left out
-        because a weight reads it along another axis than the group before.
+        because a weight reads it along another axis than the group before, or because ``prune`` could not cut it.
 
     Notes
     -----
@@ -103,14 +110,15 @@ def sparsify(
     SpecError
         If a pattern matches nothing, or only weights tied to others that are left out; if a weight is gated already,
         not finite, or not divisible into the blocks asked for; if ``groups`` overlap or do not fit the model, or no
-        channels are coupled; if ``scores`` do not fit the gates, or there is no budget that they could start.
+        channels are coupled; if ``prune`` could cut no group, or not all that were given; if ``scores`` do not fit the
+        gates, or there is no budget that they could start.
     UnsupportedModuleError
         If a pattern names a module without a weight that can carry gates, or coupled groups are to be found in a
-        model that ``torch.export`` cannot trace.
+        model that ``torch.export`` cannot trace, or that cannot be copied.
     InvalidValueError
         If the budget cannot be reached, or ``scores`` are negative or not finite.
     StateError
-        If there is to be a budget on the meta device.
+        If there is to be a budget on the meta device, or outputs of the model cannot be compared.
 
     Examples
     --------
@@ -136,6 +144,9 @@ def sparsify(
         )
     plans, chosen, blocks = plan_gates(model, spec, exclude, example_inputs, groups)
     positions = None if example_inputs is None else count_positions(model, example_inputs)
+    note = ""
+    if dry_run and chosen and example_inputs is not None:
+        chosen, note = groups_that_can_be_cut(model, chosen, example_inputs, declared=groups is not None)
     before = {id(site.gating) for site in iter_sites(model)}
     named = _named_positions(model, positions or {})
     coupled = make_plan(model, chosen, blocks, named, declared=groups is not None)
@@ -147,7 +158,7 @@ def sparsify(
         except BaseException:  # the user's own schedule may raise anything
             _detach(model, before, handles)
             raise
-    return summary(model)
+    return replace(summary(model), note=note)
 
 
 def _attach(

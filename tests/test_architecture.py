@@ -34,7 +34,7 @@ IMPORTS: dict[str, set[str]] = {
     "calibration": {*TRAINED, "_files"},
     "integrations": {*TRAINED, "export"},
     "sklearn": {"errors", "schedules", "select"},
-    "_sparsify": TRAINED,
+    "_sparsify": {*TRAINED, "export"},
     "_preview": {*TRAINED, "_sparsify"},
 }
 ENTRANCES = {"__init__", "__main__"}  # these may import everything

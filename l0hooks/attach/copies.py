@@ -13,8 +13,15 @@ from l0hooks.attach.gated_weight import Site, iter_sites
 from l0hooks.gates.gate import iter_gates
 
 
-def run_copy(model: nn.Module) -> nn.Module:
+def run_copy(model: nn.Module, replaced: Mapping[int, Tensor] | None = None) -> nn.Module:
     """A copy to be run in evaluation mode: modules, buffers and attributes of its own, the parameters of ``model``.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Not changed.
+    replaced : mapping from the id of a parameter to Tensor, optional
+        Other parameters in place of some.
 
     Examples
     --------
@@ -27,7 +34,7 @@ def run_copy(model: nn.Module) -> nn.Module:
     shared = [*model.parameters(), *(site.gating.kept for site in iter_sites(model)), *states]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # of torch, when it copies a graph
-        return copy.deepcopy(model, {id(one): one for one in shared})
+        return copy.deepcopy(model, {id(one): one for one in shared} | dict(replaced or {}))
 
 
 @torch.no_grad()

@@ -90,7 +90,7 @@ class Summary:
     coupled : tuple of CoupledTotals
         What the rows of coupled groups, which share tensors, come to together.
     note : str
-        What else there is to know about a pruned model.
+        What else there is to know about a pruned model; of one just gated, whether it may become a graph.
     exported_parameters : int or None
         Of a pruned model: the parameters it has, without the zeros of weights that had gates.
     exported_zeros : int or None

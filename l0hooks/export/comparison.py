@@ -17,7 +17,7 @@ from l0hooks._torch.memory import has_room
 from l0hooks._torch.precision import copy_in, in_precision, inputs_in
 from l0hooks._torch.running import OUT_OF_MEMORY
 from l0hooks.errors import L0HooksWarning, StateError, explain, in_one_line
-from l0hooks.export.examples import attempt, batches, lengths, noise_like
+from l0hooks.export.examples import Case, attempt, batches, lengths, noise_like, smaller, telling
 from l0hooks.export.outputs import allowances, difference, excess, has_numbers, largest, outputs_of
 
 _ROUNDING_ULPS = 100  # units in the last place: the tolerance where float64 cannot be run
@@ -56,6 +56,9 @@ class Comparison:
     stays : bool
         Whether ``twin`` (``model`` without one) will be the same at the last comparison; else nothing can be computed
         again.
+    quick : bool
+        Compare on the examples and on one of them at half its size, and run float64 only where a difference is larger
+        than rounding in the model's own dtype: no proof, but it takes little more than two runs of the model.
 
     Raises
     ------
@@ -70,21 +73,14 @@ class Comparison:
         *,
         twin: nn.Module | None = None,
         stays: bool = True,
+        quick: bool = False,
     ) -> None:
         twin = model if twin is None else twin
         self._twin = twin if stays else None
         self.allowed = tolerance(model)
-        examples = tuple(example_inputs)
-        (whole,) = outputs_of(twin, [examples])
-        noise = noise_like(twin, examples, whole)
-        varied, found = (examples, whole) if noise is None else noise
-        first = found if model is twin else outputs_of(model, [varied])[0]
-        # False: no proof can be had, as when the twin computes something else
-        self._proof: _Proof | bool = stays and difference(first, found) <= self.allowed
-        sizes = [(one, attempt(twin, one)) for one in list(batches(varied))[1:]]
-        resized = [(one, output) for one, output in sizes if output is not None]
-        shorter = list(lengths(twin, varied, first))
-        cases = [(varied, first), *([] if noise is None else [(examples, whole)]), *resized, *shorter]
+        self._rounding = self.allowed if quick else 0.0
+        self._proof: _Proof | bool = True
+        cases = self._few(twin, tuple(example_inputs)) if quick else self._many(model, twin, tuple(example_inputs))
         self.inputs = [one for one, _ in cases]
         self.expected = [output for _, output in cases]
         if not has_numbers(self.expected):
@@ -97,6 +93,26 @@ class Comparison:
                     hint="examples from the data, and at least one of them",
                 )
             )
+
+    def _few(self, twin: nn.Module, examples: tuple[Any, ...]) -> list[Case]:
+        """The examples, or noise where they are all alike, and one of them at half its size."""
+        varied = examples
+        (found,) = outputs_of(twin, [examples])
+        if not telling(examples):
+            varied, found = noise_like(twin, examples, found) or (examples, found)
+        return [(varied, found), *smaller(twin, varied, found)]
+
+    def _many(self, model: nn.Module, twin: nn.Module, examples: tuple[Any, ...]) -> list[Case]:
+        (whole,) = outputs_of(twin, [examples])
+        noise = noise_like(twin, examples, whole)
+        varied, found = (examples, whole) if noise is None else noise
+        first = found if model is twin else outputs_of(model, [varied])[0]
+        # False: no proof can be had, as when the twin computes something else
+        self._proof = self._twin is not None and difference(first, found) <= self.allowed
+        sizes = [(one, attempt(twin, one)) for one in list(batches(varied))[1:]]
+        resized = [(one, output) for one, output in sizes if output is not None]
+        shorter = list(lengths(twin, varied, first))
+        return [(varied, first), *([] if noise is None else [(examples, whole)]), *resized, *shorter]
 
     def wrong(
         self, model: nn.Module, *, accepts: Callable[[Sequence[Any]], bool] | None = None, folded: bool = False
@@ -122,7 +138,7 @@ class Comparison:
             return described(error)
         expected = [self.expected[n] for n in chosen]
         gap = largest(difference, expected, got)
-        if gap == 0 and self.allowed < _LARGEST_TOLERANCE:
+        if gap <= self._rounding and self.allowed < _LARGEST_TOLERANCE:
             return ""
         rounding = largest(lambda a, b: difference(a, b, integers=False), expected, got)
         proof = self._proved() if rounding <= _MOST_ROUNDING * self.allowed else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
@@ -33,6 +34,7 @@ def cut_and_repair(
     reference: Reference,
     *,
     folded: bool = False,
+    most: int | None = None,
 ) -> str:
     """Cut the modules of ``model`` **in place** and repair attributes; what is still wrong, empty if nothing is.
 
@@ -45,6 +47,8 @@ def cut_and_repair(
     reference : Reference
     folded : bool
         Whether constants were added to weights of ``model``, which rounds them.
+    most : int, optional
+        The largest number of repairs to try. Each is a run of the model up to where it fails.
     """
     apply_cuts(model, cuts)
     set_counts(model, groups)
@@ -53,7 +57,7 @@ def cut_and_repair(
     wrong = reference.wrong(model, folded=folded)
     if not wrong:
         return ""
-    for changes in _candidates(model, groups, cuts, reference):
+    for changes in itertools.islice(_candidates(model, groups, cuts, reference), most):
         with changed(changes) as keep:
             if not reference.wrong(model, folded=folded):
                 keep()

@@ -27,10 +27,13 @@ from l0hooks.structure.routers import show_all
 from l0hooks.structure.training_trace import training_error
 
 _MOST_NAMES = 3  # of graphs in a remark
+SPELLINGS = (
+    "Code that takes sizes from its layers' outputs keeps the modules: view(b, t, heads, -1), flatten(-2), "
+    "reshape(b, t, -1), unflatten(-1, (-1, head_size))."
+)
 _GRAPHS = (
     "A graph calls the layers of torch.nn; what else the code does in training only, such as dropout in attention, it "
-    "does not. Code that takes sizes from its layers' outputs keeps the modules: view(b, t, heads, -1), flatten(-2), "
-    "reshape(b, t, -1), unflatten(-1, (-1, head_size))."
+    f"does not. {SPELLINGS}"
 )
 
 
@@ -93,22 +96,22 @@ def shrink(
     folded = folded or narrower  # the norms' weights are rounded
     small = copy.deepcopy(model) if declared else run_copy(model)  # cutting puts new tensors in place of old ones
     if declared:
-        _refuse_read_members(small, groups, comparison)
+        refuse_read_members(small, groups, comparison)
     wrong = cut_and_repair(small, cuts, groups, comparison, folded=folded)
     if not wrong:
         _warn_if_untrainable(model, small, example_inputs)
         return small, ""
-    inside = _inside(model, groups, comparison, folded=folded)
-    if inside is not None:
-        _warn_if_untrainable(model, inside[0], example_inputs)
-        return inside[0], _told_inside(inside[1])
+    cut = inside(model, groups, comparison, folded=folded)
+    if cut is not None:
+        _warn_if_untrainable(model, cut[0], example_inputs)
+        return cut[0], _told_inside(cut[1])
     hint = "exclude the group: sparsify(model, 'coupled', exclude=...)"
     failed = ["the norms of a narrower stream are folded into modules alone"] if narrower else []
     for free in () if narrower else FREE:
         try:
             graph, sizes = rewrite_by(model, cuts, example_inputs, free)
         except (StateError, UnsupportedModuleError) as error:
-            failed.append(_in_one_line(error))
+            failed.append(without_hint(error))
             if isinstance(error, UnsupportedModuleError):
                 hint = f"sizes that the code takes from its layers; every layer in declare_group; or {hint}"
                 break
@@ -127,8 +130,8 @@ def shrink(
     )
 
 
-def _inside(
-    model: nn.Module, groups: Sequence[tuple[ChannelGroup, Bools]], comparison: Comparison, *, folded: bool
+def inside(
+    model: nn.Module, groups: Sequence[tuple[ChannelGroup, Bools]], comparison: Comparison, *, folded: bool = False
 ) -> tuple[nn.Module, dict[str, str]] | None:
     """A copy cut module by module, and which modules are graphs; None if that cannot be done."""
     calls = Calls(comparison.allowed, comparison.inputs, comparison.expected)
@@ -182,9 +185,7 @@ def _told(wrong: str, sizes: Sizes) -> str:
     return remark
 
 
-def _refuse_read_members(
-    model: nn.Module, groups: Sequence[tuple[ChannelGroup, Bools]], comparison: Comparison
-) -> None:
+def refuse_read_members(model: nn.Module, groups: Sequence[tuple[ChannelGroup, Bools]], comparison: Comparison) -> None:
     """Fill what will be cut with noise, **in place**: if the outputs change, something without a gate reads it.
 
     A closed member may happen to be zero on all example inputs. The cut would then look right.
@@ -221,6 +222,6 @@ def _fill(model: nn.Module, groups: Sequence[tuple[ChannelGroup, Bools]], sign: 
                 tensor.index_copy_(axis, dead, (sign * size * noise).to(tensor))
 
 
-def _in_one_line(error: Exception) -> str:
+def without_hint(error: Exception) -> str:
     """A message without its hint."""
     return " ".join(str(error).partition("\n  try:")[0].split())

@@ -39,17 +39,52 @@ def lengths(model: nn.Module, example_inputs: Sequence[Any], whole: Sequence[Any
 
     ``whole`` are the leaves of its output for the inputs at full length.
     """
-    tensors = tensors_in(example_inputs)
-    if not tensors:
-        return
-    first = tensors[0]
-    for axes in [(1,), (2,)] if first.dim() < 4 else [tuple(range(2, first.dim()))]:
-        if any(axis >= first.dim() or first.shape[axis] < 2 for axis in axes):
-            continue
-        half = tree_map(functools.partial(_halved, like=first.shape, axes=axes), tuple(example_inputs))
+    for half in _halves(example_inputs):
         shorter = attempt(model, half)
         if shorter is not None and _batch_of(shorter) == _batch_of(whole):
             yield half, shorter
+
+
+def smaller(model: nn.Module, example_inputs: Sequence[Any], whole: Sequence[Any]) -> Iterator[Case]:
+    """The first of the examples at half its length or image size; at its own, if ``model`` takes no half.
+
+    At most one case; none if there is one example that cannot be halved. ``whole`` are the leaves of its output for all
+    examples.
+    """
+    given = tuple(example_inputs)
+    *_, one = batches(given)
+    count = len(tensors_in(given)[0]) if one is not given else 0
+    if count == 1:  # in ``one`` it is three times
+        one = given
+    alone = [(axes, 1 if length == count else length) for axes, length in _batch_of(whole)]
+    for smaller_inputs in (*_halves(one), *([one] if count > 1 else [])):
+        found = attempt(model, smaller_inputs)
+        if found is not None and _batch_of(found) == alone:
+            yield smaller_inputs, found
+            return
+
+
+def telling(example_inputs: Sequence[Any]) -> bool:
+    """Whether the numbers of the examples differ: zeros, or ones, say little about a model.
+
+    Examples
+    --------
+    >>> telling((torch.zeros(2, 3),)), telling((torch.arange(3.0), torch.ones(3, dtype=torch.bool)))
+    (False, True)
+    """
+    tensors = [t for t in tensors_in(example_inputs) if t.layout is torch.strided and not t.is_quantized]
+    vary = [(bool(t.isfinite().any() and (t != t.flatten()[0]).any()), t.is_floating_point()) for t in tensors]
+    floating = [varies for varies, real in vary if real]
+    return all(floating) if floating else any(varies for varies, _ in vary)
+
+
+def _halves(example_inputs: Sequence[Any]) -> Iterator[tuple[Any, ...]]:
+    """The example inputs at half their length, or half their image size."""
+    tensors = tensors_in(example_inputs)
+    first = tensors[0] if tensors else torch.zeros(())
+    for axes in [(1,), (2,)] if first.dim() < 4 else [tuple(range(2, first.dim()))]:
+        if all(axis < first.dim() and first.shape[axis] >= 2 for axis in axes):
+            yield tree_map(functools.partial(_halved, like=first.shape, axes=axes), tuple(example_inputs))
 
 
 def _halved(value: Any, like: torch.Size, axes: tuple[int, ...]) -> Any:

@@ -27,7 +27,7 @@ from l0hooks.export.examples import attempt
 from l0hooks.export.extra_state import DTYPES, made
 from l0hooks.export.module_plan import ModulePlan, misfit, module_plan, shape_like, take_out
 from l0hooks.export.outputs import difference
-from l0hooks.structure.cut_graph import Free, rewrite
+from l0hooks.structure.cut_graph import Free, Traced, rewrite
 from l0hooks.structure.cut_modules import Cut, composed
 from l0hooks.structure.graph_sizes import ITSELF, LEAST_TRACED, Place, Sizes, insert_checks
 
@@ -65,6 +65,7 @@ def rewrite_by(
     example_inputs: Sequence[Any],
     free: Free = "all",
     at_one: Sequence[Place] | None = None,
+    traced: Traced | None = None,
 ) -> tuple[fx.GraphModule, Sizes]:
     """The exported graph of ``model`` after ``cuts``, with its recipe, and the sizes of inputs that it takes.
 
@@ -80,13 +81,15 @@ def rewrite_by(
         Which sizes of the inputs may vary.
     at_one : sequence of places, optional
         Which of them may be 1. If not given, both models are compared at these sizes.
+    traced : pair, optional
+        As for :func:`l0hooks.structure.cut_graph.rewrite`.
 
     Raises
     ------
     StateError
         If the graph cannot be rewritten.
     """
-    graph_module, sizes = rewrite(model, cuts, example_inputs, free)
+    graph_module, sizes = rewrite(model, cuts, example_inputs, free, traced)
     if at_one is None:
         at_one = equal_at_one(model, graph_module, sizes, example_inputs)
     sizes = sizes.with_least(at_one)

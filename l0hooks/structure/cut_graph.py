@@ -25,11 +25,16 @@ from l0hooks.structure.rules_elementwise import POINTWISE
 from l0hooks.structure.tracer import Tracer
 
 Free = Literal["all", "batch", "none"]
+Traced = tuple[torch.export.ExportedProgram, Tracer]
 FREE: tuple[Free, ...] = ("all", "batch", "none")  # what to try, the best first
 
 
 def rewrite(
-    model: nn.Module, cuts: Sequence[Cut], example_inputs: Sequence[Any], free: Free = "all"
+    model: nn.Module,
+    cuts: Sequence[Cut],
+    example_inputs: Sequence[Any],
+    free: Free = "all",
+    traced: Traced | None = None,
 ) -> tuple[fx.GraphModule, Sizes]:
     """The exported graph of ``model`` after ``cuts``, as a ``GraphModule`` for evaluation, and what its inputs must be.
 
@@ -43,6 +48,8 @@ def rewrite(
         Positional arguments of ``model``.
     free : "all", "batch" or "none"
         Which sizes of the inputs may vary, where the model's code lets them: every axis, the first, or none.
+    traced : pair, optional
+        What :func:`traced_once` returned for these inputs and a model that differs in no more than cut weights.
 
     Raises
     ------
@@ -52,7 +59,7 @@ def rewrite(
     UnsupportedModuleError
         If the model cannot be exported.
     """
-    program, tracer = export_and_trace(model, example_inputs)
+    program, tracer = traced or export_and_trace(model, example_inputs)
     running = program if free == "none" else _with_free_sizes(model, example_inputs, free)
     sizes = sizes_of(running)
     if sizes is None:
@@ -70,6 +77,20 @@ def rewrite(
     graph_module.graph.lint()
     plain = plain_graph(graph_module)
     return plain.eval(), sizes
+
+
+def traced_once(model: nn.Module, example_inputs: Sequence[Any]) -> Traced | None:
+    """The exported graph of ``model`` and its labels, for several calls of :func:`rewrite`.
+
+    None if the graph has regions, which are changed where they are.
+
+    Raises
+    ------
+    UnsupportedModuleError
+        If the model cannot be exported.
+    """
+    program, tracer = export_and_trace(model, example_inputs)
+    return None if any(map(region_of, program.graph.nodes)) else (program, tracer)
 
 
 _EqualAxes = list[frozenset[int]]  # for each input: axes, counted from the right, along which its numbers are equal

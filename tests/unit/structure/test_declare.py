@@ -311,15 +311,25 @@ def test_a_model_that_cannot_be_exported_trains_prunes_saves_and_loads(name, noi
     assert torch.equal(again(x), small(x))
 
 
-def prune_declared(model, x, **names):
+def prune_declared(model, x, *, dry_run=True, **names):
     """Gate one declared group, close a third of it and prune; checks that the model is unchanged."""
-    sparsify(model, "coupled", example_inputs=(x,), groups=[declare_group(model, **names)])
+    sparsify(model, "coupled", example_inputs=(x,), groups=[declare_group(model, **names)], dry_run=dry_run)
     close(model.eval())
     before = {k: v.clone() for k, v in model.state_dict().items()}
     try:
         return prune(model, example_inputs=(x,))
     finally:
         assert all(torch.equal(v, model.state_dict()[k]) for k, v in before.items())
+
+
+def refused(match, model, x, **names):
+    """``sparsify`` refuses the group and leaves the model as it was; without a dry run ``prune`` does."""
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    with pytest.raises(SpecError, match=f"(?s)in a dry run of prune, .*{match}"):
+        prune_declared(model, x, **names)
+    assert {k: v for k, v in model.state_dict().items() if not torch.equal(v, before[k])} == {}
+    with pytest.raises(StateError, match=f"(?s){match}"):
+        prune_declared(model, x, dry_run=False, **names)
 
 
 class TwoReaders(nn.Module):
@@ -349,8 +359,8 @@ class TwoReaders(nn.Module):
 )
 def test_a_forgotten_layer_ends_in_a_refusal(names, branch):
     torch.manual_seed(0)
-    with pytest.raises(StateError, match=r"inputs=|as modules: .*(as a graph|export)"):
-        prune_declared(TwoReaders(branch), torch.randn(5, 4), **names)
+    told = r"(irrelevant, whatever they hold|as modules: .*as a graph)"
+    refused(told, TwoReaders(branch), torch.randn(5, 4), **names)
 
 
 class Summed(nn.Module):
@@ -372,8 +382,7 @@ def test_members_that_are_zero_on_the_examples_are_no_proof(bias):
     torch.manual_seed(0)
     model, x = Summed(), torch.randn(5, 4)
     model.up.bias.data.fill_(bias)
-    with pytest.raises(StateError, match="irrelevant, whatever they hold"):
-        prune_declared(model, x, outputs="up", inputs="down")
+    refused("irrelevant, whatever they hold", model, x, outputs="up", inputs="down")
 
 
 class FixedSize(nn.Module):
@@ -389,8 +398,8 @@ class FixedSize(nn.Module):
 
 
 def test_a_fixed_size_in_a_model_that_cannot_be_exported_is_reported():
-    with pytest.raises(StateError, match=r"(?s)as modules: RuntimeError.*as a graph: .*branches on data.*sizes"):
-        prune_declared(FixedSize(), torch.randn(5, 4), outputs="up", inputs="down")
+    told = r"as modules: RuntimeError.*as a graph: .*branches on data.*sizes"
+    refused(told, FixedSize(), torch.randn(5, 4), outputs="up", inputs="down")
 
 
 def test_a_declared_model_with_fixed_sizes_becomes_a_graph_if_it_can_be_exported():
@@ -469,8 +478,8 @@ def test_arrays_are_compared_and_foreign_errors_are_refusals(wrong):
     torch.manual_seed(0)
     model, x = Foreign(wrong), torch.randn(5, 4)
     if wrong in ("raises", "differs", "count"):
-        with torch.no_grad(), pytest.raises(StateError, match="as modules"):
-            prune_declared(model, x, outputs="up", inputs="down")
+        with torch.no_grad():
+            refused("as modules", model, x, outputs="up", inputs="down")
     else:
         assert prune_declared(model, x, outputs="up", inputs="down").up.out_features == 6
 
