@@ -127,7 +127,7 @@ def _some_stay(group: ChannelGroup, random: np.random.Generator) -> Bools:
 def _without_experts(
     twin: nn.Module, closings: list[tuple[ChannelGroup, Bools]]
 ) -> tuple[nn.Module, list[tuple[ChannelGroup, Bools]]]:
-    """A copy without the experts that are closed, and the other groups as they are in it; the same if there are none."""
+    """A copy without the experts that are closed, and the other groups as they are in it."""
     if all(group.kind != "expert" for group, _ in closings):
         return twin, closings
     small = run_copy(twin)
