@@ -14,11 +14,11 @@ from l0hooks.training.cost import Size
 from l0hooks.training.distillation import Distillation
 from l0hooks.training.lagrangian import LagrangianRule
 from l0hooks.training.latency import latency_table
-from l0hooks.training.latency_table import LatencyTable, LayerTimes
 from l0hooks.training.measured_target import Measured
 from l0hooks.training.metrics import ScalarWriter
 from l0hooks.training.penalties import penalty, register_penalty
 from l0hooks.training.scheduled import Scheduled, temperature_schedule
+from l0hooks.training.time_table import LatencyTable, LayerTimes
 from l0hooks.training.timed_rule import TimedRule
 from l0hooks.training.tracker import Tracker
 

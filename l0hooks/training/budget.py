@@ -13,7 +13,7 @@ from l0hooks.attach.measured_size import Unit
 from l0hooks.errors import InvalidValueError, explain, near_names
 from l0hooks.schedules import NAMED, MakeSchedule, ScheduleName
 from l0hooks.training.clocks import Clock
-from l0hooks.training.latency_table import LatencyTable
+from l0hooks.training.time_table import LatencyTable
 
 BudgetUnit = Literal[Unit, "latency"]
 Method = Literal["shift", "lagrangian"]

@@ -18,9 +18,9 @@ from l0hooks.structure.groups import ChannelGroup
 from l0hooks.training.budget import Budget
 from l0hooks.training.clocks import Clock, clock_for, interleaved, ratio, shared
 from l0hooks.training.cost import Floats, Ints, Size
-from l0hooks.training.latency_table import LatencyTable
 from l0hooks.training.layer_times import Side, Sides, measure, sides_of
 from l0hooks.training.smaller_copies import smaller_copy
+from l0hooks.training.time_table import LatencyTable
 
 _WHERE = 'Budget(unit="latency")'
 
@@ -64,6 +64,7 @@ def latency_table(
 
     Examples
     --------
+    >>> import torch
     >>> from l0hooks import sparsify
     >>> model = nn.Sequential(nn.Linear(8, 64), nn.ReLU(), nn.Linear(64, 4))
     >>> x = torch.randn(16, 8)

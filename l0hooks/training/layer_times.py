@@ -20,7 +20,7 @@ from l0hooks.structure.cut_modules import apply_cuts, plan_cuts
 from l0hooks.structure.groups import ChannelGroup
 from l0hooks.structure.layers import CONVOLUTIONS, EMBEDDINGS, TRANSPOSED, is_hugging_face_conv1d
 from l0hooks.training.clocks import Clock, interleaved, least_seconds
-from l0hooks.training.latency_table import WIDTHS, LatencyTable, LayerTimes, Times, fitted, proportional
+from l0hooks.training.time_table import WIDTHS, LatencyTable, LayerTimes, Times, fitted, proportional
 
 _CUT_ALONE = (nn.Linear, *CONVOLUTIONS, *TRANSPOSED, *NORMS, nn.GroupNorm, nn.LayerNorm, nn.PReLU, *EMBEDDINGS)
 

@@ -23,6 +23,7 @@ from l0hooks.training.smaller_copies import smaller_copy
 _TOLERANCE = 0.02  # of the time that is wanted: a support that takes so little less is the largest
 _RESOLUTION = 1e-3  # of the whole size: supports that are nearer to each other are not told apart
 _MOST = 12  # models are timed
+_MOST_ON_A_LINE = 3  # that are too slow, before bisection
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,12 @@ def largest_within(
         near = goal * (1 - _TOLERANCE) <= share <= goal
         if near or (size == least and share > goal) or high[0] - low[0] <= _RESOLUTION * whole:
             break
-        size = _between(low, high, aim) if low[1] else _below(high, (whole, 1.0), least, aim)
+        if low[1]:
+            size = _between(low, high, aim)
+        elif len(tried) < _MOST_ON_A_LINE:
+            size = _below(high, (whole, 1.0), least, aim)
+        else:
+            size = (least + high[0]) / 2
     if not low[1] and least not in tried:  # none was fast enough
         tried[least] = share_at(least)
         low = (least, tried[least])

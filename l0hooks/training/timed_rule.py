@@ -19,8 +19,8 @@ from l0hooks.training.budget_rule import BudgetRule
 from l0hooks.training.clocks import clock_for
 from l0hooks.training.cost import Size
 from l0hooks.training.lagrangian import LagrangianRule
-from l0hooks.training.latency_table import LatencyTable
 from l0hooks.training.measured_target import Measured, TimedModel
+from l0hooks.training.time_table import LatencyTable
 
 _WHERE = 'Budget(unit="latency")'
 

@@ -10,6 +10,7 @@ from coupled_models import MODELS, coupled_groups, fingerprint, gates_of, mlp, p
 from fake_clock import FakeClock, seconds
 from hypothesis import given
 from hypothesis import strategies as st
+from processes import in_processes
 from torch import nn
 
 from l0hooks import prune, sparsify
@@ -17,9 +18,9 @@ from l0hooks.attach.walk import iter_gated
 from l0hooks.errors import InvalidValueError, SpecError, StateError
 from l0hooks.structure import declare_group
 from l0hooks.training import LatencyTable, latency_table
-from l0hooks.training.clocks import clock_for, interleaved, least_seconds, ratio
+from l0hooks.training.clocks import clock_for, interleaved, least_seconds, ratio, shared
 from l0hooks.training.latency import time_of
-from l0hooks.training.latency_table import fitted
+from l0hooks.training.time_table import fitted
 
 
 def gated(name="mlp"):
@@ -218,3 +219,23 @@ def test_functions_are_called_in_turn():
     first, second = interleaved(clock, [lambda: order.append("a"), lambda: order.append("b")])
     assert order == ["a", "b"] * (len(first) + 1)
     assert ratio(first, second) == 1.0
+
+
+def test_rounds_go_on_until_the_ratio_is_known():
+    generator = np.random.default_rng(0)
+
+    def noisy(run):
+        return float(run() * (1 + 0.05 * generator.standard_normal()))
+
+    steady = interleaved(lambda run: run(), [lambda: 2.0, lambda: 1.0])
+    scattered = interleaved(noisy, [lambda: 2.0, lambda: 1.0])
+    assert len(steady[0]) < len(scattered[0]) <= 40
+    assert ratio(scattered[1], scattered[0]) == pytest.approx(0.5, rel=0.05)
+
+
+def _read(rank):
+    return shared(lambda run: 1.0 + rank)(lambda: None)
+
+
+def test_several_processes_take_the_readings_of_the_first():
+    assert in_processes(_read) == [1.0, 1.0]
