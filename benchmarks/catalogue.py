@@ -11,4 +11,5 @@ from benchmarks import (  # noqa: F401, I001
     pruned,
     gpu,
     scripts,
+    latency,
 )

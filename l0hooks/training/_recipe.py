@@ -61,13 +61,14 @@ class Recipe:
         return self.spec.granularity == "coupled"
 
     def budget(self, **size: Any) -> Budget:
-        """The budget for a size: ``sparsity=`` or ``keep=``, and other settings of :class:`l0hooks.Budget`.
+        """The budget for a size: ``sparsity=``, ``keep=`` or ``speedup=``, and other settings of ``Budget``.
 
         Of coupled groups, parameters are counted, and what is closed for good is cut while training.
         """
         settings: dict[str, Any] = {"steps": self.budget_steps}
         if self.structured:
-            settings |= {"unit": "params", "cut_every": max(1, self.budget_steps // _CUTS)}
+            unit = "latency" if "speedup" in size else "params"
+            settings |= {"unit": unit, "cut_every": max(1, self.budget_steps // _CUTS)}
         return Budget(**(settings | size))
 
     def param_groups(self, model: nn.Module, *, lr: float, weight_decay: float = 0.0) -> list[dict[str, Any]]:

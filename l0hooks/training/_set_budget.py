@@ -18,7 +18,9 @@ from l0hooks.training.budget_rule import BudgetRule
 from l0hooks.training.cost import Size, size_of
 from l0hooks.training.cutting import Cutter
 from l0hooks.training.lagrangian import LagrangianRule
+from l0hooks.training.latency import table_for, time_of
 from l0hooks.training.start_scores import check_scores, start_scores
+from l0hooks.training.timed_rule import timed_rule
 
 
 def set_budget(
@@ -38,7 +40,7 @@ def set_budget(
         One for all gates together, counting the whole model. With a mapping each counts its own part: the gates of
         the modules that the pattern matches (the first that does), and the tensors that they remove from.
     example_inputs : sequence or mapping, optional
-        Arguments of ``model``, for budgets of multiply-adds or with ``cut_every``.
+        Arguments of ``model``, for budgets of multiply-adds, in time, or with ``cut_every``.
     scores : mapping from the name of a gate to Tensor, >= 0, shape of the gate, optional
         What closing each gate would cost, from :func:`l0hooks.score`. The gates start from it, divided by what a gate's
         removal saves in the budget's unit, in place of the size of the weights behind them.
@@ -54,9 +56,9 @@ def set_budget(
     StateError
         If there are no gates without a budget.
     SpecError
-        If a pattern matches no gate, multiply-adds or ``cut_every`` are asked for without example inputs, there are
-        gates of single layers beside ``cut_every``, or ``scores`` lack a gate that multiplies weights or have another
-        shape.
+        If a pattern matches no gate, multiply-adds, time or ``cut_every`` are asked for without example inputs, there
+        are gates of single layers beside ``cut_every`` or a budget in time, or ``scores`` lack a gate that multiplies
+        weights or have another shape.
     InvalidValueError
         If a size cannot be reached, the message has the smallest that can; if scores are negative or not finite.
 
@@ -82,11 +84,18 @@ def set_budget(
     cutter = _cutter(model, every, budget, example_inputs)
     given = None if scores is None else check_scores(model, free, scores)
     for part, one_budget in _parts(model, free, budget):
-        size = size_of(model, part, every, one_budget.unit, example_inputs, whole=not isinstance(budget, Mapping))
+        gates, table = [one.gate for one in part], None
+        if one_budget.unit == "latency":
+            table = table_for(model, part, every, one_budget, example_inputs)
+            size = time_of(table, part)
+        else:
+            size = size_of(model, part, every, one_budget.unit, example_inputs, whole=not isinstance(budget, Mapping))
         size = in_blocks(size, part, one_budget)
         _refuse_unreachable(one_budget, size)
-        kind = LagrangianRule if one_budget.method == "lagrangian" else BudgetRule
-        rules.append(kind(one_budget, [one.gate for one in part], size))
+        if table is not None and example_inputs is not None:
+            rules.append(timed_rule(one_budget, gates, size, table, (model, positional(model, example_inputs))))
+        else:
+            rules.append((LagrangianRule if one_budget.method == "lagrangian" else BudgetRule)(one_budget, gates, size))
         starts.append(start_scores(part, one_budget, size, given))
     before = [(one.gate, one.gate.log_alpha.detach().clone(), one.gate.limits) for one in free]
     try:

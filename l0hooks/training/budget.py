@@ -12,10 +12,13 @@ import numpy as np
 from l0hooks.attach.measured_size import Unit
 from l0hooks.errors import InvalidValueError, explain, near_names
 from l0hooks.schedules import NAMED, MakeSchedule, ScheduleName
+from l0hooks.training.clocks import Clock
+from l0hooks.training.time_table import LatencyTable
 
+BudgetUnit = Literal[Unit, "latency"]
 Method = Literal["shift", "lagrangian"]
 Constraint = Literal["inequality", "equality"]
-_UNITS, _METHODS, _SCHEDULES = get_args(Unit), get_args(Method), tuple(NAMED)
+_UNITS, _METHODS, _SCHEDULES = get_args(BudgetUnit), get_args(Method), tuple(NAMED)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,12 +32,15 @@ class Budget:
     Parameters
     ----------
     sparsity : float in (0, 1), optional
-        The share to remove. Either this or ``keep``.
+        The share to remove. Either this, or ``keep``, or ``speedup``.
     keep : int, > 0, optional
         The size to keep, in ``unit``.
-    unit : "gates", "params", "macs" or "memory"
+    speedup : float, > 1, optional
+        How many times faster the pruned model is to be than the dense one, measured; ``unit`` is then "latency".
+    unit : "gates", "params", "macs", "memory" or "latency"
         What is counted: gates; or parameters, multiply-adds for one example, or the bytes of the parameters, by their
-        dtype, of the whole model, those without gates as well. Bytes need coupled gates.
+        dtype, of the whole model, those without gates as well; or its microseconds for the example inputs, as measured
+        where the model is. Bytes and time need coupled gates.
     steps : int, >= 0
         Optimiser steps until the size is reached and the support is fixed. 0: at once, in one shot. The gates that
         stay are then exactly 1.
@@ -63,11 +69,15 @@ class Budget:
         :class:`~l0hooks.training.LagrangianRule`.
     constraint : "inequality" or "equality", optional
         For the Lagrangian method: at most the scheduled size (the default), or exactly that.
+    clock : Clock, optional
+        Times calls, for budgets in time. By default wall time on the CPU, events on CUDA.
+    table : LatencyTable, optional
+        The layers' times, if they were measured before; else the budget measures them.
 
     Raises
     ------
     InvalidValueError
-        If a value is out of range, or not exactly one of ``sparsity`` and ``keep`` is given.
+        If a value is out of range, or not exactly one of ``sparsity``, ``keep`` and ``speedup`` is given.
 
     Examples
     --------
@@ -91,7 +101,8 @@ class Budget:
 
     sparsity: float | None = None
     keep: int | None = None
-    unit: Unit = "gates"
+    speedup: float | None = None
+    unit: BudgetUnit = "gates"
     steps: int = 1000
     schedule: ScheduleName | MakeSchedule = "cubic"
     min_keep: int = 1
@@ -102,16 +113,20 @@ class Budget:
     automatic: bool = True
     method: Method = "shift"
     constraint: Constraint | None = None
+    clock: Clock | None = None
+    table: LatencyTable | None = None
 
     def __post_init__(self) -> None:
-        if (self.sparsity is None) == (self.keep is None):
-            raise invalid_budget("exactly one of sparsity and keep must be given.", f"{self.sparsity=}, {self.keep=}")
+        if [self.sparsity, self.keep, self.speedup].count(None) != 2:
+            got = f"{self.sparsity=}, {self.keep=}, {self.speedup=}"
+            raise invalid_budget("exactly one of sparsity, keep and speedup must be given.", got)
+        self._check_time()
         if self.sparsity is not None and not 0 < self.sparsity < 1:
             raise invalid_budget("sparsity must be the share to remove.", self.sparsity, "a number in (0, 1)")
         if self.keep is not None and (type(self.keep) is not int or self.keep < 1):
             raise invalid_budget("keep must be a number to keep.", self.keep, "a positive integer")
-        if self.unit not in get_args(Unit):
-            raise invalid_budget("the unit must be known.", repr(self.unit), hint=near_names(self.unit, get_args(Unit)))
+        if self.unit not in _UNITS:
+            raise invalid_budget("the unit must be known.", repr(self.unit), hint=near_names(self.unit, _UNITS))
         if not (self.steps == 0 or 1 <= self.steps < np.inf):  # NaN
             raise invalid_budget("steps must be finite, and 0 or at least 1.", self.steps, "0, or >= 1")
         if self.steps == 0 and self.method == "lagrangian":
@@ -139,6 +154,19 @@ class Budget:
         if self.constraint is not None and self.method == "shift":
             raise invalid_budget("a shift takes no constraint.", repr(self.constraint), hint='method="lagrangian"')
 
+    def _check_time(self) -> None:
+        """What belongs to budgets in time."""
+        if self.speedup is not None:
+            if not 1 < self.speedup < np.inf:
+                raise invalid_budget("speedup must be how many times faster.", self.speedup, "a number > 1")
+            if self.unit not in ("gates", "latency"):
+                raise invalid_budget("a speedup is one in time.", repr(self.unit), 'unit="latency"')
+            object.__setattr__(self, "unit", "latency")
+        if self.unit != "latency" and (self.clock is not None or self.table is not None):
+            raise invalid_budget(
+                "only budgets in time use a clock or a table.", f"unit={self.unit!r}", 'unit="latency"'
+            )
+
     @property
     def in_blocks(self) -> bool:
         """Whether ``uniform`` or ``round_to`` says anything."""
@@ -148,6 +176,8 @@ class Budget:
         """The size to reach, of ``whole``."""
         if self.keep is not None:
             return float(self.keep)
+        if self.unit == "latency":
+            return whole * (1 - self.sparsity if self.sparsity is not None else 1 / (self.speedup or 1))
         wanted = (1 - self.sparsity) * whole if self.sparsity is not None else whole
         return float(np.floor(wanted * (1 + 1e-12)))  # 0.1 · 1000 is a little less in floating point
 

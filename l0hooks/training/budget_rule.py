@@ -164,6 +164,8 @@ class BudgetRule:
             return
         self.step += 1
         self._settle()
+        if self.finished and self._fix_target():
+            self._settle()
         if self._closed is not None:
             self._close_and_cut(self._closed)
         # sharded gates are gathered one by one within a forward, perhaps in lower precision: choose the support now
@@ -195,6 +197,10 @@ class BudgetRule:
             if why:
                 warn_uncut(why)
 
+    def _fix_target(self) -> bool:
+        """Decide at last which size is the target; whether it is another one than before."""
+        return False
+
     def _settle(self) -> None:
         """Bring the gates to the size that the schedule asks for."""
         self._shift.settle(self.scheduled)
@@ -209,6 +215,7 @@ class BudgetRule:
             if score is not None:
                 gate.log_alpha.add_(score)
         if not self.budget.steps:
+            self._fix_target()
             choose_at_once(self.gates, self.support_at(self.target))
             self.refresh()
             return

@@ -137,7 +137,7 @@ def _cut(model: nn.Module, stays: Mapping[int, Bools], examples: Sequence[Any]) 
     every = [one for one in iter_gated(model) if one.coupled is not None]
     groups = [_group(one, stays) for one in every]
     sites = list(iter_sites(model))
-    with _without_trace(model):
+    with without_trace(model):
         with evaluating(model):
             plain = make_plain(folded_copy(model, sites, folded_weights(sites)))
             comparison = Comparison(model, examples, twin=plain)
@@ -171,7 +171,7 @@ def _group(one: Gated, stays: Mapping[int, Bools]) -> tuple[ChannelGroup, Bools]
 
 
 @contextmanager
-def _without_trace(model: nn.Module) -> Iterator[None]:
+def without_trace(model: nn.Module) -> Iterator[None]:
     """Leave the random numbers of training as they are."""
     devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
     with torch.random.fork_rng(devices=list(devices)), torch.no_grad():

@@ -28,7 +28,14 @@ class FittingSupport:
         How many of each array stay at the least.
     closed : ClosedGates, optional
         Gates that never stay.
+
+    Attributes
+    ----------
+    counts : sequence of int or None
+        Once this is known, how many gates of each array stay, whatever size is allowed.
     """
+
+    counts: Sequence[int] | None = None
 
     def __init__(self, gates: Sequence[Gate], size: Size, min_keep: int, closed: ClosedGates | None = None) -> None:
         self._gates = gates
@@ -72,6 +79,9 @@ class FittingSupport:
         """
         device = self._gates[0].log_alpha.device
         arrays = [whole(gate.log_alpha.detach()).flatten() for gate in self._gates]
+        if self.counts is not None:
+            chosen = [_first_largest(a, n) for a, n in zip(arrays, self.counts, strict=True)]
+            return [m.view(g.log_alpha.shape) for m, g in zip(chosen, self._gates, strict=True)]
         if self._size.sets is not None:
             return self._in_blocks(arrays, allowed)
         rank = torch.cat([a.to(device) for a in arrays])
