@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Callable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -174,23 +174,7 @@ def _attach(
     gated_modules |= {module for group, _ in groups for module, _ in centring_norms(model, group)}
     gated_modules |= {model.get_submodule(block.name) for block, _ in blocks}
     entries = _entry_points(model, NoiseSource(), {id(p.module) for p in plans} | {id(m) for m in gated_modules})
-    numbers = itertools.count()
-
-    def make(kind: type[G], shape: Sequence[int], spec: GateSpec, module: nn.Module, device: torch.device) -> G:
-        gate = kind(
-            shape,
-            family=spec.family,
-            init_mean=spec.init_mean,
-            init_keep_prob=spec.init_keep_prob,
-            temperature=spec.temperature,
-            gamma=spec.gamma,
-            zeta=spec.zeta,
-            estimator=spec.estimator,
-            device=device,
-        )
-        gate.noise_source = GateNoise(entries[id(module)][1], next(numbers))
-        return gate
-
+    make = _maker(entries)
     gates: dict[tuple[Any, ...], Gate] = {}
     gatings: list[tuple[nn.Module, str, Gating]] = []
     for plan in plans:
@@ -224,6 +208,36 @@ def _attach(
         handles.append(module.register_load_state_dict_pre_hook(refuse_other_budgets))  # type: ignore[no-untyped-call]
     handles += hide_closed(model, (reader.gating for reader in readers))
     return [*handles, *hook_inputs(readers), *hook_norms(model, groups, readers), *save_both(model)]
+
+
+class _Make(Protocol):
+    """Makes a gate of some class whose noise is that of forwards through a module."""
+
+    def __call__(
+        self, kind: type[G], shape: Sequence[int], spec: GateSpec, module: nn.Module, device: torch.device
+    ) -> G: ...
+
+
+def _maker(entries: Mapping[int, tuple[nn.Module, EntryPoint]]) -> _Make:
+    """A function that makes gates, each with noise of its own."""
+    numbers = itertools.count()
+
+    def make(kind: type[G], shape: Sequence[int], spec: GateSpec, module: nn.Module, device: torch.device) -> G:
+        gate = kind(
+            shape,
+            family=spec.family,
+            init_mean=spec.init_mean,
+            init_keep_prob=spec.init_keep_prob,
+            temperature=spec.temperature,
+            gamma=spec.gamma,
+            zeta=spec.zeta,
+            estimator=spec.estimator,
+            device=device,
+        )
+        gate.noise_source = GateNoise(entries[id(module)][1], next(numbers))
+        return gate
+
+    return make
 
 
 def _detach(model: nn.Module, before: AbstractSet[int], handles: Sequence[RemovableHandle | SavesBoth | Child]) -> None:

@@ -28,6 +28,7 @@ from l0hooks.structure import ChannelGroup
 from l0hooks.structure.cut_modules import Bools
 from l0hooks.structure.example_inputs import ExampleInputs, positional
 from l0hooks.structure.macs import count_positions
+from l0hooks.structure.remove_blocks import Renaming
 from l0hooks.structure.width.fold import centre_norms
 
 SparseFormat = Literal["csr", "bsr"]
@@ -128,27 +129,22 @@ def prune(
         centre_norms(plain, groups)
     kept = gates_kept(one for one in every if not one.coupled)
     kept |= {id(one.gate): int(stays.sum()) for one, (_, stays) in zip(coupled, groups, strict=True)}
-    gone = closed_blocks(every)
-    comparison, renaming = None, dict[str, str | None]()
+    renaming, comparison = dict[str, str | None](), None
     with evaluating(model), _held(sites, weights):
         positions = None if example_inputs is None else _positions(model, plain, example_inputs)
         report = summarise(model, every, kept, positions)
         if example_inputs is not None:
-            close_blocks(plain, gone)
-            comparison = Comparison(model, example_inputs, twin=plain)
-            plain, renaming = without_blocks(plain, gone)
-    groups = groups_after(groups, renaming)
-    closed = closed_channels(sites) if not inplace and sparse_format is None else {}
-    closed = named_after(closed, renaming)
+            comparison, plain, renaming = _without_blocks(model, plain, closed_blocks(every), example_inputs)
+    groups, names = groups_after(groups, renaming), set(named_after({site.name: None for site in sites}, renaming))
+    closed = named_after(closed_channels(sites) if not inplace and sparse_format is None else {}, renaming)
     target, note = plain if apart else _folded(model, sites), ""
     if comparison is not None and example_inputs is not None:
         if groups:
-            declared = any(one.coupled.plan.declared for one in every if one.coupled)
+            declared = any(one.coupled.plan.declared for one in coupled if one.coupled)
             target, note = shrink(plain, groups, comparison, example_inputs, declared=declared)
         target, note = _without_closed(target, groups, closed, comparison, example_inputs, note)
     if sparse_format is not None:
-        names = {name.rpartition(".")[0] for name in named_after({site.name: site for site in sites}, renaming)}
-        _store_sparse(target, names, sparse_format, block_size)
+        _store_sparse(target, {name.rpartition(".")[0] for name in names}, sparse_format, block_size)
     if comparison is not None and (target is plain or sparse_format is not None):  # others were compared when cut
         _refuse_difference(comparison, target)
     if inplace and apart:
@@ -157,10 +153,18 @@ def prune(
             _store_sparse(target, {site.module_name for site in sites}, sparse_format, block_size)
     warn_unfinished("prune", report)
     warn_tied("prune", every)
-    names = set(named_after({site.name: site for site in sites}, renaming))
     exported, zeros = count_parameters(target, names), count_zeros(target, names)
     report = replace(report, note=note, exported_parameters=exported, exported_zeros=zeros)
     return (target, report) if return_report else target
+
+
+def _without_blocks(
+    model: nn.Module, plain: nn.Module, gone: Sequence[str], example_inputs: Sequence[Any]
+) -> tuple[Comparison, nn.Module, Renaming]:
+    """A comparison with ``model``, its plain copy without the blocks of ``gone``, and the new names of the others."""
+    close_blocks(plain, gone)
+    comparison = Comparison(model, example_inputs, twin=plain)
+    return comparison, *without_blocks(plain, gone)
 
 
 @contextmanager

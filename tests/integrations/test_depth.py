@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 import l0hooks
 from l0hooks import Budget, GateSpec, load_pruned, prune, save_pruned, sparsify
 from l0hooks.attach.walk import iter_gated
+from l0hooks.errors import StateError
 
 tr = pytest.importorskip("transformers")
 from tiny_transformers import FAMILIES  # noqa: E402
@@ -133,21 +133,32 @@ def test_a_pruned_model_is_pruned_again(tmp_path: Path) -> None:
     smaller = prune(small, example_inputs=inputs)
     assert gap(small, smaller, inputs) == 0
     assert smaller.model.layers.kept_blocks == (4, (2, 3))
-    assert smaller.config.num_hidden_layers == 2 and small.config.num_hidden_layers == 3
+    assert smaller.config.num_hidden_layers == 2
+    assert small.config.num_hidden_layers == 3
     save_pruned(smaller, tmp_path / "small.safetensors")
     assert gap(smaller, load_pruned(factory, tmp_path / "small.safetensors").eval(), inputs) == 0
 
 
-def test_layers_whose_number_scales_their_attention_cannot_go_where_others_follow() -> None:
+def test_layers_whose_number_scales_their_attention_keep_their_scale(tmp_path: Path) -> None:
+    """No config says the scales of the layers that are left: the file's plan does, and the folder is refused."""
     name, make, inputs = FAMILIES["GPT-2"]
-    config = make()
-    config.n_layer, config.scale_attn_by_inverse_layer_idx = 3, True
-    model = getattr(tr, name)(config).eval()
-    dense = copy.deepcopy(model)
+
+    def factory() -> Any:
+        config = make()
+        config.n_layer, config.scale_attn_by_inverse_layer_idx = 3, True
+        return getattr(tr, name)(config).eval()
+
+    model = factory()
+    for parameter in model.parameters():
+        parameter.data *= 8  # for attention that is far from even
     sparsify(model, DEPTH, example_inputs=inputs)
-    assert close(model, ".2") == ["transformer.h.2"]
-    del dense.transformer.h[2]
-    assert gap(dense, prune(model, example_inputs=inputs), inputs) == 0
+    close(model, ".0")
+    small = prune(model, example_inputs=inputs)
+    assert gap(model, small, inputs) == 0
+    save_pruned(small, tmp_path / "small.safetensors")
+    assert gap(small, load_pruned(factory, tmp_path / "small.safetensors"), inputs) == 0
+    with pytest.raises(StateError, match="what is loaded again must compute what the model computes"):
+        save_pretrained(small, tmp_path / "folder", example_inputs=inputs)
 
 
 def test_a_file_that_keeps_impossible_layers_is_refused(tmp_path: Path) -> None:
@@ -158,5 +169,5 @@ def test_a_file_that_keeps_impossible_layers_is_refused(tmp_path: Path) -> None:
     for kept in ((4, (0, 2, 1)), (4, (0, 2, 4)), (7, (0, 1, 2, 3))):
         small.model.layers.kept_blocks = kept
         save_pruned(small, tmp_path / "bad.safetensors")
-        with pytest.raises(l0hooks.L0HooksError, match="model.layers"):
+        with pytest.raises(l0hooks.L0HooksError, match=r"model\.layers"):
             load_pruned(factory, tmp_path / "bad.safetensors")

@@ -72,7 +72,8 @@ def test_in_training_the_output_is_x_plus_z_times_the_rest() -> None:
     model(X)
     plain = X + model[0].inner(X).relu()
     share = ((seen[0] - X) / (plain - X))[(plain - X).abs() > 1e-3]
-    assert 0 < share.min() and share.max() - share.min() < 1e-4
+    assert 0 < share.min()
+    assert share.max() - share.min() < 1e-4
     model(X)[0].sum().backward()
     assert all(gate.log_alpha.grad is not None and bool(gate.log_alpha.grad.isfinite()) for gate in gates)
 
@@ -115,7 +116,8 @@ def test_of_a_list_that_must_not_become_empty_the_largest_stays() -> None:
         gate.log_alpha.data.fill_(value)
     assert [gate.kept() for gate in gates] == [0, 1, 0]
     small = prune(model, example_inputs=(X,))
-    assert len(small.layers) == 1 and torch.equal(small(X), model(X))
+    assert len(small.layers) == 1
+    assert torch.equal(small(X), model(X))
 
 
 def test_a_sequential_may_become_empty() -> None:
@@ -123,7 +125,9 @@ def test_a_sequential_may_become_empty() -> None:
     for gate in gated(model):
         gate.log_alpha.data.fill_(-9.0)
     small = prune(model, example_inputs=(X,))
-    assert len(small[0]) == 0 and torch.equal(small(X), model(X)) and torch.equal(small(X), small[1](X))
+    assert len(small[0]) == 0
+    assert torch.equal(small(X), model(X))
+    assert torch.equal(small(X), small[1](X))
 
 
 def test_a_block_that_is_a_sequential_runs_its_gate_as_the_identity() -> None:
@@ -137,7 +141,9 @@ def test_a_block_that_is_a_sequential_runs_its_gate_as_the_identity() -> None:
     assert torch.equal(model(X), expected)
     gates[0].log_alpha.data.fill_(-9.0)
     small = prune(model, example_inputs=(X,))
-    assert len(small) == 1 and len(small[0]) == 2 and torch.equal(small(X), model(X))
+    assert len(small) == 1
+    assert len(small[0]) == 2
+    assert torch.equal(small(X), model(X))
 
 
 def test_kinds_choose_and_by_default_blocks_have_no_gates() -> None:
@@ -213,11 +219,15 @@ def test_prune_leaves_the_gated_model_and_nothing_of_the_gates_in_the_result() -
     gates[0].log_alpha.data.fill_(-9.0)
     expected = model(X)
     small, report = prune(model, example_inputs=(X,), return_report=True)
-    assert torch.equal(model(X), expected) and len(model.layers) == 3
+    assert torch.equal(model(X), expected)
+    assert len(model.layers) == 3
     assert report.exported_parameters == report.model_parameters_kept == sum(p.numel() for p in small.parameters())
-    assert "layers.0 " in str(summary(model)) and "not gated: head" in str(summary(model))
+    assert "layers.0 " in str(summary(model))
+    assert "not gated: head" in str(summary(model))
     for module in small.modules():
-        assert not (module._forward_hooks or module._forward_pre_hooks or module._forward_hooks_with_kwargs)
+        assert not (module._forward_hooks)
+        assert not (module._forward_pre_hooks)
+        assert not (module._forward_hooks_with_kwargs)
         assert not module._load_state_dict_pre_hooks
     small.train()(X).sum().backward()
 
