@@ -190,8 +190,7 @@ def _attach(
     handles = [handle for module, entry in entries.values() for handle in entry.attach(module)]
     for module, _ in entries.values():
         handles.append(module.register_load_state_dict_pre_hook(refuse_other_budgets))  # type: ignore[no-untyped-call]
-    handles += hide_closed(model, (reader.gating for reader in readers))
-    return [*handles, *hook_inputs(readers), *save_both(model)]
+    return [*handles, *hide_closed(model, [one.gating for one in readers]), *hook_inputs(readers), *save_both(model)]
 
 
 def _detach(model: nn.Module, before: AbstractSet[int], handles: Sequence[RemovableHandle | SavesBoth]) -> None:
