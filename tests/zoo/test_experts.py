@@ -288,11 +288,15 @@ def test_training_with_cuts_goes_on_uncut_and_says_so() -> None:
     budget = l0hooks.Budget(sparsity=0.3, unit="params", steps=2, cut_every=1)
     l0hooks.sparsify(model, ALL, example_inputs=(VECTORS,), budget=budget)
     optimizer = torch.optim.SGD(l0hooks.param_groups(model, lr=1e-3, gate_lr=0.1))
-    with pytest.warns(L0HooksWarning, match="gates on experts, which prune alone cuts"):
+
+    def train() -> None:
         for _ in range(3):
             output(model.train(), VECTORS).square().mean().backward()
             optimizer.step()
             optimizer.zero_grad()
+
+    with pytest.warns(L0HooksWarning, match="gates on experts, which prune alone cuts"):
+        train()
     assert l0hooks.prune(model.eval(), example_inputs=(VECTORS,)) is not model
 
 
