@@ -84,9 +84,7 @@ def exporting(model: nn.Module) -> Iterator[None]:
         yield
 
 
-def trace(
-    *programs: torch.export.ExportedProgram, own_rules: Mapping[fx.Node, Rule] | None = None
-) -> Tracer:
+def trace(*programs: torch.export.ExportedProgram, own_rules: Mapping[fx.Node, Rule] | None = None) -> Tracer:
     """A tracer with labels for every value of exported programs of one model; its classes are final.
 
     ``own_rules`` stand in place of the operators' for single nodes.
