@@ -64,7 +64,7 @@ def warn_without_width(
     got = "a stream of which a layer is excluded" if excluded else "none; frozen: " + "; ".join(reasons[:_SHOWN])
     text = explain(
         "sparsify",
-        "residual width is gated where all norms of a stream are certain, and all layers that write or read it are free.",
+        "residual width is gated where all norms of a stream are certain and none of its layers is excluded.",
         got=got,
         hint="print(l0hooks.channel_groups(model, example_inputs, kinds=('width',)))",
     )

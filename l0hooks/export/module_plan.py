@@ -133,7 +133,7 @@ def shape_like(model: nn.Module, plan: ModulePlan, where: str) -> None:
         if known[module_name].get(place, value) != value:
             change(modules[module_name], place, value)
     for module_name, own, epsilon in plan.epsilons:
-        vars(modules[module_name])[own] = epsilon
+        setattr(modules[module_name], own, epsilon)
 
 
 def take_out(model: nn.Module, plan: ModulePlan, where: str) -> None:
@@ -228,9 +228,9 @@ def _check_modules(modules: dict[str, nn.Module], plan: ModulePlan, where: str) 
     absent = sorted({name for name, *_ in (*plan.sizes, *plan.epsilons) if name not in modules})
     if absent:
         raise misfit(where, absent[0], "a module of that name", "none")
-    for name, own, _ in plan.epsilons:
-        if not isinstance(vars(modules[name]).get(own, 0), (float, NoneType)):
-            raise misfit(where, name, f"a number in {own}", "none")
+    for name, attribute, _ in plan.epsilons:
+        if not isinstance(vars(modules[name]).get(attribute, 0), (float, NoneType)):
+            raise misfit(where, name, f"a number in {attribute}", "none")
     own = {name: text for name, module in modules.items() if (text := _settings_of(module))}
     for name in sorted(own.keys() | plan.settings.keys()):
         if own.get(name) != plan.settings.get(name):

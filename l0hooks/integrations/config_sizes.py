@@ -10,11 +10,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from l0hooks.structure.settings import epsilons
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 Shapes = dict[str, tuple[int, ...]]
-Change = tuple[str, int | None, int]  # the number's path in the config, what it was, what it is to be
+Number = int | float
+Change = tuple[str, Number | None, Number]  # the number's path in the config, what it was, what it is to be
 
 _KEPT = ("head_dim", "head_size", "d_kv", "kv_channels")  # the size of a head never changes, the number of heads does
 _HEAD_SIZE = ("head_dim", "hidden_size", "num_attention_heads")  # read by many classes whose config lacks it
@@ -78,6 +81,32 @@ def _search(kind: type[nn.Module], config: Any, wanted: Shapes) -> SizedConfig:
     return SizedConfig(config, tuple(changes), wrong)
 
 
+def with_epsilons(found: SizedConfig, model: PreTrainedModel) -> SizedConfig:
+    """The config with the epsilons of the norms of ``model`` too, which a narrower stream has changed.
+
+    A number of the config is changed that equals what the class gives its norms; whether that makes the right model is
+    seen when it is loaded.
+    """
+    built = _on_meta(type(model), found.config)
+    if found.wrong or built is None:
+        return found
+    modules = dict(model.named_modules())
+    config, changes = found.config, list(found.changes)
+    wanted = {
+        (value, dict(epsilons(modules[name])).get(own, value))
+        for name, module in built.named_modules()
+        for own, value in epsilons(module)
+        if name in modules
+    }
+    for old, new in sorted(wanted):
+        for path in [path for path, value in _floats(config) if value == old != new]:
+            changed = _changed(config, (path, old, new))
+            if changed is not None:
+                config = changed
+                changes.append((path, old, new))
+    return SizedConfig(config, tuple(changes), ())
+
+
 def _changed(config: Any, change: Change) -> Any:
     """A copy of the config with a change; None if the config refuses it."""
     config = copy.deepcopy(config)
@@ -99,9 +128,15 @@ def _changed(config: Any, change: Change) -> Any:
 
 def _built(kind: type[nn.Module], config: Any) -> Shapes | None:
     """The shapes of the class; None if it refuses the config."""
+    built = _on_meta(kind, config)
+    return None if built is None else _shapes(built)
+
+
+def _on_meta(kind: type[nn.Module], config: Any) -> nn.Module | None:
+    """A model of the class without memory; None if it refuses the config."""
     try:
         with torch.device("meta"):
-            return _shapes(kind(copy.deepcopy(config)))
+            return kind(copy.deepcopy(config))
     except Exception:  # noqa: BLE001  # a class's own checks of its config can raise anything
         return None
 
@@ -146,6 +181,15 @@ def _numbers(config: Any, path: str = "") -> Iterator[tuple[str, int | None]]:
             yield from ((f"{path}{name}[{number}]", entry) for number, entry in enumerate(value))
         elif _is_config(value):
             yield from _numbers(value, f"{path}{name}.")
+
+
+def _floats(config: Any, path: str = "") -> Iterator[tuple[str, float]]:
+    """The numbers with a fraction of a config and of those within it."""
+    for name, value in vars(config).items():
+        if type(value) is float:
+            yield path + name, value
+        elif _is_config(value):
+            yield from _floats(value, f"{path}{name}.")
 
 
 def _is_config(value: object) -> bool:

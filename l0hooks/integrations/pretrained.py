@@ -19,7 +19,7 @@ from l0hooks.export import load_pruned, save_pruned
 from l0hooks.export.comparison import tolerance
 from l0hooks.export.outputs import difference, outputs_of
 from l0hooks.export.safetensors_file import floating_dtypes
-from l0hooks.integrations.config_sizes import sized_config
+from l0hooks.integrations.config_sizes import Number, sized_config, with_epsilons
 from l0hooks.structure.example_inputs import ExampleInputs, positional
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ class SavedPretrained:
     folder : Path
     plain : bool
         Whether ``from_pretrained`` of transformers loads it; else :func:`from_pretrained` of this module does.
-    config : mapping from a name to (int or None, int)
+    config : mapping from a name to (number or None, number)
         Numbers of the config that were changed: before, and now.
     why : str
         Why plain transformers cannot load it; empty if it can.
@@ -63,7 +63,7 @@ class SavedPretrained:
 
     folder: Path
     plain: bool
-    config: Mapping[str, tuple[int | None, int]] = field(default_factory=dict)
+    config: Mapping[str, tuple[Number | None, Number]] = field(default_factory=dict)
     why: str = ""
 
     def __str__(self) -> str:
@@ -217,7 +217,7 @@ def _saved_plain(
     model: PreTrainedModel, written: Path, examples: tuple[Any, ...], folder: Path
 ) -> SavedPretrained | str:
     """Write with a config that says the sizes, and load it by transformers; why not, if that gives no such model."""
-    found = sized_config(model)
+    found = with_epsilons(sized_config(model), model)
     if found.wrong:
         more = f" and {len(found.wrong) - 1} more" if len(found.wrong) > 1 else ""
         return f"no number of its config says the shape of {found.wrong[0]}{more}"

@@ -127,7 +127,8 @@ def recover(
     Raises
     ------
     StateError
-        If no layer reads closed channels, or weights have no data or are spread over processes.
+        If no layer reads closed channels, residual width is gated, or weights have no data or are spread over
+        processes.
     InvalidValueError
         If ``ridge`` is not positive.
     SpecError
@@ -160,6 +161,7 @@ def recover(
     found = check_batches("recover", batches)
     check_data("recover", iter_sites(model))
     every = list(iter_gated(model))
+    _refuse_width(every)
     layers, skipped = layers_of(model, every)
     closing = {name for name, layer in layers.items() if layer.reads_closed}
     if not closing:
@@ -200,6 +202,20 @@ def _in_own_memory(dense: nn.Module, model: nn.Module) -> nn.Module:
     """``dense``, or a copy of it if it shares memory with ``model``, whose weights are about to change."""
     memory = {parameter.data_ptr() for parameter in model.parameters()}
     return copy.deepcopy(dense) if any(p.data_ptr() in memory for p in dense.parameters()) else dense
+
+
+def _refuse_width(every: Iterable[Gated]) -> None:
+    """The dense outputs of layers that write a narrower stream are not what they are to reproduce."""
+    stream = next((one for one in every if one.coupled is not None and one.coupled.group.width is not None), None)
+    if stream is not None:
+        raise StateError(
+            explain(
+                "recover",
+                "layers must have kept all their outputs.",
+                got=f'gates of kind "width" on {stream.name!r}, which close outputs of many layers',
+                hint="train the gated model instead, or recover before the width is gated",
+            )
+        )
 
 
 def _warn_if_few(layers: Mapping[str, tuple[int, int]]) -> None:

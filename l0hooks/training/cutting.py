@@ -21,10 +21,12 @@ from l0hooks.attach.walk import Gated, iter_gated
 from l0hooks.errors import L0HooksWarning, StateError, explain
 from l0hooks.export.comparison import Comparison
 from l0hooks.export.cut_and_repair import cut_and_repair
+from l0hooks.export.cut_groups import members_that_stay
 from l0hooks.gates.gate import Gate, iter_gates
 from l0hooks.structure import ChannelGroup
 from l0hooks.structure.cut_modules import Bools, plan_cuts
 from l0hooks.structure.routers import hidden_experts
+from l0hooks.structure.width.fold import centre_norms
 from l0hooks.training.cut_changes import Changes
 
 MUST = "the model must be one that can be cut as the checkpoint's was."
@@ -136,10 +138,9 @@ def _cut(model: nn.Module, stays: Mapping[int, Bools], examples: Sequence[Any]) 
     """Cut ``model`` down to the members that stay, checked before and after; why not, empty if it was done."""
     every = [one for one in iter_gated(model) if one.coupled is not None]
     groups = [_group(one, stays) for one in every]
-    sites = list(iter_sites(model))
     with without_trace(model):
         with evaluating(model):
-            plain = make_plain(folded_copy(model, sites, folded_weights(sites)))
+            plain = _plain(model, every)
             comparison = Comparison(model, examples, twin=plain)
         small, cuts = run_copy(plain), plan_cuts(groups)
         wrong = cut_and_repair(small, cuts, groups, comparison)
@@ -151,8 +152,7 @@ def _cut(model: nn.Module, stays: Mapping[int, Bools], examples: Sequence[Any]) 
             changes.settings(model, plain, small)
             changes.tensors()
             changes.gates(every, groups)
-            sites = list(iter_sites(model))
-            again = make_plain(folded_copy(model, sites, folded_weights(sites)))
+            again = _plain(model, every)
             # its place in an array decides whether torch computes a gate by vector instructions, which round otherwise
             wrong = comparison.wrong(again, folded=True)
         except BaseException:  # the user may interrupt
@@ -163,10 +163,21 @@ def _cut(model: nn.Module, stays: Mapping[int, Bools], examples: Sequence[Any]) 
     return wrong
 
 
+def _plain(model: nn.Module, every: Sequence[Gated]) -> nn.Module:
+    """A plain copy with the gates folded in."""
+    sites = list(iter_sites(model))
+    plain = make_plain(folded_copy(model, sites, folded_weights(sites)))
+    centre_norms(plain, members_that_stay(every))
+    return plain
+
+
 def _group(one: Gated, stays: Mapping[int, Bools]) -> tuple[ChannelGroup, Bools]:
+    """A group and what stays of it: of a residual stream all, whose norms would have to be folded while they train."""
     if one.coupled is None:
         raise TypeError(one)
     group = one.coupled.group
+    if group.width is not None:
+        return group, np.ones(group.size, np.bool_)
     return group, stays.get(id(one.gate), np.ones(group.size, np.bool_))
 
 

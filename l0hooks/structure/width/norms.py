@@ -151,7 +151,7 @@ def _squared(node: fx.Node) -> fx.Node | None:
 
 
 def _is_inverse_root(node: fx.Node) -> bool:
-    return name_of(node) == "rsqrt" or (name_of(node) == "pow" and node.args[1] == -0.5)
+    return name_of(node) == "rsqrt" or (name_of(node) == "pow" and bool(node.args[1] == -0.5))
 
 
 def _weighted(

@@ -106,7 +106,7 @@ def _are_apart(t: Tracer, labels: Tensor, axis: int) -> bool:
     roots = t.classes.roots(labels)
     if not any(varies(roots, d) for d in range(roots.dim()) if d != axis):
         return True
-    met = roots.select(axis, 0).unique()
+    met = torch.from_numpy(np.unique(roots.select(axis, 0).numpy()))
     vectors = [vector for parameter in t.parameters for vector in parameter.axes if len(vector)]
     return all(int(((met >= vector[0]) & (met <= vector[-1])).sum()) < 2 for vector in vectors)
 
@@ -114,9 +114,7 @@ def _are_apart(t: Tracer, labels: Tensor, axis: int) -> bool:
 # --- what was found --------------------------------------------------------------------------------------------------
 
 
-def _by_group(
-    t: Tracer, uses: Sequence[_Use], group_of: Ints, refused: dict[fx.Node, str]
-) -> dict[int, list[_Use]]:
+def _by_group(t: Tracer, uses: Sequence[_Use], group_of: Ints, refused: dict[fx.Node, str]) -> dict[int, list[_Use]]:
     """The norms that read each group; others that read channels which are not frozen are ``refused``."""
     found: dict[int, list[_Use]] = {}
     for use in uses:
@@ -137,9 +135,7 @@ def _inner(uses: Sequence[_Use]) -> set[fx.Node]:
     return {node for use in uses for node in use.norm.inner}
 
 
-def _obstacle(
-    model: nn.Module, t: Tracer, group: ChannelGroup, uses: Sequence[_Use], nodes: Sequence[fx.Node]
-) -> str:
+def _obstacle(model: nn.Module, t: Tracer, group: ChannelGroup, uses: Sequence[_Use], nodes: Sequence[fx.Node]) -> str:
     """Why a group cannot be a stream; empty if it can."""
     owned = _affine(t, uses)
     inner = _inner(uses)

@@ -1,8 +1,8 @@
-"""Whether what is zero in a stream stays zero, operator by operator: a closed channel must be zero wherever it is read."""
+"""Whether zeros in a stream stay zero, operator by operator: a closed channel must be zero wherever it is read."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from collections.abc import Set as AbstractSet
 from typing import Any
 
@@ -56,7 +56,8 @@ class Stream:
         """Whether the value of ``node`` holds such channels."""
         if not isinstance(node, fx.Node) or node not in self._tracer.values:
             return False
-        value = self._tracer.values[node]
+        value: Any = self._tracer.values[node]
+        parts: Sequence[Any]
         if self._tracer.is_weight(node):
             parameter = value.parameter
             parts = [*parameter.axes, *([] if parameter.elements is None else [parameter.elements])]
@@ -131,7 +132,7 @@ def _between(stream: Stream, node: fx.Node) -> bool:
 
 
 def _masked(stream: Stream, node: fx.Node) -> bool:
-    return stream.is_in(node.args[0]) and node.args[2] == 0
+    return stream.is_in(node.args[0]) and bool(node.args[2] == 0)
 
 
 def _where(stream: Stream, node: fx.Node) -> bool:
