@@ -18,7 +18,7 @@ from l0hooks.select.containers import check_counts, indices_like, indices_of, le
 from l0hooks.training._set_budget import set_budget
 from l0hooks.training.budget import Budget
 from l0hooks.training.budget_rule import BudgetRule
-from l0hooks.training.cost import Size
+from l0hooks.training.size import Size
 
 Noise = Literal["step", "example"]
 _ALWAYS_OPEN = 40.0  # with this log_alpha the gate of every family is exactly 1

@@ -204,7 +204,6 @@ class CoupledPlan:
                 return uses(names, sites, self.positions), self.by_token(sites)
             return (float(_of_one(names, bytes_each)) if unit == "memory" else 1.0), sites
 
-
         count = len(self.sizes)
         form = self.form(count, {n: n for n in range(count)}, each, without)
         with torch.inference_mode(False):  # training uses these tensors, too

@@ -10,7 +10,6 @@ from l0hooks.training._set_budget import set_budget
 from l0hooks.training.budget import Budget
 from l0hooks.training.budget_rule import BudgetRule
 from l0hooks.training.clocks import Clock
-from l0hooks.training.cost import Size
 from l0hooks.training.distillation import Distillation
 from l0hooks.training.lagrangian import LagrangianRule
 from l0hooks.training.latency import latency_table
@@ -18,6 +17,7 @@ from l0hooks.training.measured_target import Measured
 from l0hooks.training.metrics import ScalarWriter
 from l0hooks.training.penalties import penalty, register_penalty
 from l0hooks.training.scheduled import Scheduled, temperature_schedule
+from l0hooks.training.size import Size
 from l0hooks.training.time_table import LatencyTable, LayerTimes
 from l0hooks.training.timed_rule import TimedRule
 from l0hooks.training.tracker import Tracker

@@ -15,10 +15,11 @@ from l0hooks.structure.example_inputs import ExampleInputs, positional
 from l0hooks.training.blocks import in_blocks
 from l0hooks.training.budget import Budget, invalid_budget
 from l0hooks.training.budget_rule import BudgetRule
-from l0hooks.training.cost import Size, size_of
+from l0hooks.training.cost import size_of
 from l0hooks.training.cutting import Cutter
 from l0hooks.training.lagrangian import LagrangianRule
 from l0hooks.training.latency import table_for, time_of
+from l0hooks.training.size import Size
 from l0hooks.training.start_scores import check_scores, start_scores
 from l0hooks.training.timed_rule import timed_rule
 

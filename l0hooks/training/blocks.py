@@ -12,7 +12,7 @@ from l0hooks.attach.walk import Gated
 from l0hooks.errors import SpecError, explain, near_names
 from l0hooks.structure.cost_form import Cubes
 from l0hooks.training.budget import Budget
-from l0hooks.training.cost import Floats, Ints, Size, fitting
+from l0hooks.training.size import Floats, Ints, Size, fitting
 
 Bools = npt.NDArray[np.bool_]
 _LAYER = "layer"

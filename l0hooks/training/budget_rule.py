@@ -19,10 +19,10 @@ from l0hooks.gates.protocols import OptimizedGate
 from l0hooks.schedules import NAMED, Schedule
 from l0hooks.training.budget import Budget, described, invalid_budget
 from l0hooks.training.closing import ClosedGates
-from l0hooks.training.cost import Size
 from l0hooks.training.cutting import MUST, Cutter, warn_uncut
 from l0hooks.training.fitting_support import FittingSupport, choose_at_once
 from l0hooks.training.shared_shift import SharedShift
+from l0hooks.training.size import Size
 
 _LARGEST_SHIFT = 1e3  # far more than log-odds can differ
 

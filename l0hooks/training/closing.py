@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from l0hooks.gates.gate import Gate
-from l0hooks.training.cost import Size
+from l0hooks.training.size import Size
 
 _SELDOM = 1e-3  # a gate that fewer draws than these open is closed for good
 CLOSED = -30.0  # log-odds at which no draw opens a gate: P(z ≠ 0) < 1e-12

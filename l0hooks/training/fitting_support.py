@@ -13,7 +13,7 @@ from l0hooks.gates.gate import Gate
 from l0hooks.gates.optimizer_hooks import steps_taken
 from l0hooks.training.blocks import largest_blocks
 from l0hooks.training.closing import ClosedGates
-from l0hooks.training.cost import Size, fitting
+from l0hooks.training.size import Size, fitting
 
 
 class FittingSupport:

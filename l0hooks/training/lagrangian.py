@@ -24,7 +24,7 @@ from l0hooks.gates.gate import Gate
 from l0hooks.gates.protocols import OptimizedGate
 from l0hooks.training.budget import Budget
 from l0hooks.training.budget_rule import BudgetRule
-from l0hooks.training.cost import Size
+from l0hooks.training.size import Size
 
 
 class LagrangianRule(BudgetRule):

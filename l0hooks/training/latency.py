@@ -17,8 +17,8 @@ from l0hooks.structure.example_inputs import ExampleInputs, positional
 from l0hooks.structure.groups import ChannelGroup
 from l0hooks.training.budget import Budget
 from l0hooks.training.clocks import Clock, clock_for, interleaved, ratio, shared
-from l0hooks.training.cost import Floats, Ints, Size
 from l0hooks.training.layer_times import Side, Sides, measure, sides_of
+from l0hooks.training.size import Floats, Ints, Size
 from l0hooks.training.smaller_copies import smaller_copy
 from l0hooks.training.time_table import LatencyTable
 

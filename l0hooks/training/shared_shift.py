@@ -16,7 +16,7 @@ from l0hooks.gates.families import HardConcreteFamily
 from l0hooks.gates.gate import Gate
 from l0hooks.gates.hard_concrete import closing_point
 from l0hooks.gates.kernels import loading
-from l0hooks.training.cost import Floats, Size
+from l0hooks.training.size import Floats, Size
 
 _ACCURACY, _EXACT = 1e-6, 1e-9  # of the size that is wanted
 _LONGEST_STEP = 2.0  # of Newton's method, in log-odds

@@ -12,7 +12,7 @@ from l0hooks.errors import InvalidValueError, SpecError, explain
 from l0hooks.gates.gate import iter_gates
 from l0hooks.training.budget import Budget
 from l0hooks.training.by_gate import sum_by_gate
-from l0hooks.training.cost import Size
+from l0hooks.training.size import Size
 
 _MOST_DEVIATIONS = 3.0  # many weights are close to 0, and their logarithms far away
 

@@ -17,9 +17,9 @@ from l0hooks.gates.progress import Progress
 from l0hooks.training.budget import Budget, described
 from l0hooks.training.budget_rule import BudgetRule
 from l0hooks.training.clocks import clock_for
-from l0hooks.training.cost import Size
 from l0hooks.training.lagrangian import LagrangianRule
 from l0hooks.training.measured_target import Measured, TimedModel
+from l0hooks.training.size import Size
 from l0hooks.training.time_table import LatencyTable
 
 _WHERE = 'Budget(unit="latency")'

@@ -12,7 +12,8 @@ from torch import nn
 from l0hooks import Budget, GateSpec, iter_gates, set_budget, sparsify
 from l0hooks.attach.walk import iter_gated
 from l0hooks.structure.cost_form import Cubes
-from l0hooks.training.cost import Size, fitting, size_of
+from l0hooks.training.cost import size_of
+from l0hooks.training.size import Size, fitting
 
 SPEC = GateSpec(granularity="coupled", kinds=("neuron", "layer"))
 

@@ -16,7 +16,7 @@ from torch import nn
 from l0hooks import Budget, iter_gates, param_groups, penalty, prune, set_budget, sparsify
 from l0hooks.errors import InvalidValueError, SpecError, StateError
 from l0hooks.training.blocks import largest_blocks
-from l0hooks.training.cost import Size
+from l0hooks.training.size import Size
 
 
 class Block(nn.Module):

@@ -11,7 +11,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from l0hooks import prune, sparsify
 from l0hooks.attach.walk import iter_gated
-from l0hooks.training.cost import Size, fitting, size_of
+from l0hooks.training.cost import size_of
+from l0hooks.training.size import Size, fitting
 
 
 class Tied(nn.Module):
