@@ -21,19 +21,18 @@ from l0hooks.attach.gated_weight import (
 )
 from l0hooks.attach.groups import build_readers, hook_inputs
 from l0hooks.attach.install import install_gates, refuse_other_budgets, remove_gates
-from l0hooks.attach.plan import Spec, every_gated, plan_gates
+from l0hooks.attach.plan import Spec, plan_gates
 from l0hooks.attach.pretrained import SavesBoth, save_both
 from l0hooks.attach.spec import GateSpec, Pattern, named_modules
 from l0hooks.attach.summary_table import Summary
 from l0hooks.attach.weight_plan import WeightPlan
-from l0hooks.attach.width import hook_norms
+from l0hooks.attach.width import gated_modules, hook_norms
 from l0hooks.errors import SpecError, explain
 from l0hooks.gates.gate import Gate
 from l0hooks.gates.noise import EntryPoint, GateNoise, NoiseSource
 from l0hooks.structure import ChannelGroup
 from l0hooks.structure.example_inputs import ExampleInputs
 from l0hooks.structure.macs import count_positions
-from l0hooks.structure.width.fold import centring_norms
 from l0hooks.training._set_budget import set_budget
 from l0hooks.training.budget import Budget
 
@@ -150,9 +149,8 @@ def _attach(
     declared: bool,
 ) -> list[RemovableHandle | SavesBoth]:
     """Build every gate, then install them; the user's input cannot make this fail. Returns the hooks' handles."""
-    readers_of = {model.get_submodule(s.module) for group, _ in groups for s in every_gated(group)}
-    readers_of |= {module for group, _ in groups for module, _ in centring_norms(model, group)}
-    entries = _entry_points(model, NoiseSource(), {id(p.module) for p in plans} | {id(m) for m in readers_of})
+    holders = {module for group, _ in groups for module in gated_modules(model, group)}
+    entries = _entry_points(model, NoiseSource(), {id(p.module) for p in plans} | {id(m) for m in holders})
     numbers = itertools.count()
 
     def make(shape: Sequence[int], spec: GateSpec, module: nn.Module, device: torch.device) -> Gate:
@@ -192,7 +190,7 @@ def _attach(
     handles = [handle for module, entry in entries.values() for handle in entry.attach(module)]
     for module, _ in entries.values():
         handles.append(module.register_load_state_dict_pre_hook(refuse_other_budgets))  # type: ignore[no-untyped-call]
-    return [*handles, *hook_inputs(readers), *hook_norms(model, groups, readers), *save_both(model)]
+    return [*handles, *hook_inputs(readers), *hook_norms(model, groups, [gating for *_, gating in gatings]), *save_both(model)]
 
 
 def _detach(model: nn.Module, before: AbstractSet[int], handles: Sequence[RemovableHandle | SavesBoth]) -> None:

@@ -18,6 +18,7 @@ from l0hooks.attach.measured_size import count_parameters, count_zeros
 from l0hooks.attach.plain import make_plain
 from l0hooks.attach.summary_table import Summary
 from l0hooks.attach.walk import iter_gated
+from l0hooks.attach.width_weight import WidthWeight
 from l0hooks.errors import StateError, explain
 from l0hooks.export.comparison import Comparison
 from l0hooks.export.cut_groups import members_that_stay, shrink
@@ -123,8 +124,7 @@ def prune(
     plain = make_plain(folded_copy(model, sites, weights)) if apart else model
     coupled = [one for one in every if one.coupled]
     groups = members_that_stay(coupled)
-    if apart:
-        centre_norms(plain, groups)
+    centre_norms(plain, groups)
     kept = gates_kept(one for one in every if not one.coupled)
     kept |= {id(one.gate): int(stays.sum()) for one, (_, stays) in zip(coupled, groups, strict=True)}
     comparison = None
@@ -150,10 +150,15 @@ def prune(
             _store_sparse(target, {site.module_name for site in sites}, sparse_format, block_size)
     warn_unfinished("prune", report)
     warn_tied("prune", every)
-    exported = count_parameters(target, {site.name for site in sites})
-    zeros = count_zeros(target, {site.name for site in sites})
+    exported = count_parameters(target, _reading(sites))
+    zeros = count_zeros(target, _reading(sites))
     report = replace(report, note=note, exported_parameters=exported, exported_zeros=zeros)
     return (target, report) if return_report else target
+
+
+def _reading(sites: Sequence[Site]) -> set[str]:
+    """The gated weights whose zeros are those of gates; an embedding's row of zeros is of the model itself."""
+    return {site.name for site in sites if not isinstance(site.gating, WidthWeight)}
 
 
 @contextmanager
