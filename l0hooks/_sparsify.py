@@ -25,12 +25,12 @@ from l0hooks.attach.install import install_gates, refuse_other_budgets, remove_g
 from l0hooks.attach.layer_gate import Child, LayerGate
 from l0hooks.attach.layers import build_block_gates, make_plan
 from l0hooks.attach.open_experts import hide_closed
-from l0hooks.attach.plan import Spec, every_gated, plan_gates
+from l0hooks.attach.plan import Spec, plan_gates
 from l0hooks.attach.pretrained import SavesBoth, save_both
 from l0hooks.attach.spec import GateSpec, Pattern, named_modules
 from l0hooks.attach.summary_table import Summary
 from l0hooks.attach.weight_plan import WeightPlan
-from l0hooks.attach.width import hook_norms
+from l0hooks.attach.width import gated_modules, hook_norms
 from l0hooks.errors import SpecError, explain
 from l0hooks.export.dry_run import groups_that_can_be_cut
 from l0hooks.gates.gate import Gate
@@ -40,7 +40,6 @@ from l0hooks.structure.blocks import Block
 from l0hooks.structure.example_inputs import ExampleInputs
 from l0hooks.structure.group_costs import CoupledPlan
 from l0hooks.structure.macs import count_positions
-from l0hooks.structure.width.fold import centring_norms
 from l0hooks.training._set_budget import set_budget
 from l0hooks.training.budget import Budget
 
@@ -170,10 +169,9 @@ def _attach(
 ) -> list[RemovableHandle | SavesBoth | Child]:
     """Build every gate, then install them; the user's input cannot make this fail. Returns the hooks' handles."""
     groups, blocks = chosen
-    gated_modules = {model.get_submodule(s.module) for group, _ in groups for s in every_gated(group)}
-    gated_modules |= {module for group, _ in groups for module, _ in centring_norms(model, group)}
-    gated_modules |= {model.get_submodule(block.name) for block, _ in blocks}
-    entries = _entry_points(model, NoiseSource(), {id(p.module) for p in plans} | {id(m) for m in gated_modules})
+    holders = {module for group, _ in groups for module in gated_modules(model, group)}
+    holders |= {model.get_submodule(block.name) for block, _ in blocks}
+    entries = _entry_points(model, NoiseSource(), {id(p.module) for p in plans} | {id(m) for m in holders})
     make = _maker(entries)
     gates: dict[tuple[Any, ...], Gate] = {}
     gatings: list[tuple[nn.Module, str, Gating]] = []
@@ -207,7 +205,12 @@ def _attach(
     for module, _ in entries.values():
         handles.append(module.register_load_state_dict_pre_hook(refuse_other_budgets))  # type: ignore[no-untyped-call]
     handles += hide_closed(model, (reader.gating for reader in readers))
-    return [*handles, *hook_inputs(readers), *hook_norms(model, groups, readers), *save_both(model)]
+    return [
+        *handles,
+        *hook_inputs(readers),
+        *hook_norms(model, groups, [gating for *_, gating in gatings]),
+        *save_both(model),
+    ]
 
 
 class _Make(Protocol):

@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, get_args
+from typing import get_args
 
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from l0hooks.attach.gated_weight import Gating
 from l0hooks.attach.spec import GateSpec
 from l0hooks.attach.width_weight import CentreInput, WidthWeight
 from l0hooks.errors import L0HooksWarning, explain
 from l0hooks.structure import ChannelGroup, ChannelGroups, Kind, channel_groups
 from l0hooks.structure.example_inputs import ExampleInputs
 from l0hooks.structure.width.fold import centring_norms
-
-if TYPE_CHECKING:
-    from l0hooks.attach.groups import Reader
 
 _WIDTH = "width"
 _SHOWN = 3  # reasons in a warning
@@ -71,15 +69,20 @@ def warn_without_width(
     warnings.warn(text, L0HooksWarning, stacklevel=5)
 
 
+def gated_modules(model: nn.Module, group: ChannelGroup) -> set[nn.Module]:
+    """The modules whose parameters, or whose input, the gates of a group multiply or centre."""
+    owners = {model.get_submodule(name.rpartition(".")[0]) for site in group.gated for name in site.names}
+    return owners | {module for module, _ in centring_norms(model, group)}
+
+
 def hook_norms(
-    model: nn.Module, groups: Sequence[tuple[ChannelGroup, GateSpec]], readers: Sequence[Reader]
+    model: nn.Module, groups: Sequence[tuple[ChannelGroup, GateSpec]], gatings: Sequence[Gating]
 ) -> list[RemovableHandle]:
     """Let the norms of gated streams that subtract a mean take it over the open channels."""
     handles = []
     for number, (group, _) in enumerate(groups):
         for module, kind in centring_norms(model, group):
-            gatings = (reader.gating for reader in readers if number in reader.gating.numbers)
-            gating = next(one for one in gatings if isinstance(one, WidthWeight))
+            gating = next(one for one in gatings if isinstance(one, WidthWeight) and number in one.numbers)
             handles.append(CentreInput(gating, number, kind).attach(module))
     return handles
 

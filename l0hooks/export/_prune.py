@@ -18,6 +18,7 @@ from l0hooks.attach.measured_size import count_parameters, count_zeros
 from l0hooks.attach.plain import make_plain
 from l0hooks.attach.summary_table import Summary
 from l0hooks.attach.walk import iter_gated
+from l0hooks.attach.width_weight import WidthWeight
 from l0hooks.errors import StateError, explain
 from l0hooks.export.comparison import Comparison
 from l0hooks.export.cut_blocks import close_blocks, closed_blocks, groups_after, named_after, without_blocks
@@ -125,8 +126,7 @@ def prune(
     plain = make_plain(folded_copy(model, sites, weights)) if apart else model
     coupled = [one for one in every if one.coupled]
     groups = members_that_stay(coupled)
-    if apart:
-        centre_norms(plain, groups)
+    centre_norms(plain, groups)
     kept = gates_kept(one for one in every if not one.coupled)
     kept |= {id(one.gate): int(stays.sum()) for one, (_, stays) in zip(coupled, groups, strict=True)}
     renaming, comparison = dict[str, str | None](), None
@@ -135,7 +135,7 @@ def prune(
         report = summarise(model, every, kept, positions)
         if example_inputs is not None:
             comparison, plain, renaming = _without_blocks(model, plain, closed_blocks(every), example_inputs)
-    groups, names = groups_after(groups, renaming), set(named_after({site.name: None for site in sites}, renaming))
+    groups, names = groups_after(groups, renaming), set(named_after(dict.fromkeys(_reading(sites)), renaming))
     closed = named_after(closed_channels(sites) if not inplace and sparse_format is None else {}, renaming)
     target, note = plain if apart else _folded(model, sites), ""
     if comparison is not None and example_inputs is not None:
@@ -165,6 +165,11 @@ def _without_blocks(
     close_blocks(plain, gone)
     comparison = Comparison(model, example_inputs, twin=plain)
     return comparison, *without_blocks(plain, gone)
+
+
+def _reading(sites: Sequence[Site]) -> set[str]:
+    """The gated weights whose zeros are those of gates; an embedding's row of zeros is of the model itself."""
+    return {site.name for site in sites if not isinstance(site.gating, WidthWeight)}
 
 
 @contextmanager

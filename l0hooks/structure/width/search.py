@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 
 from l0hooks.structure.export_trace import trace
 from l0hooks.structure.fx_nodes import name_of
-from l0hooks.structure.groups import ChannelGroup, GroupSite, Ints
+from l0hooks.structure.groups import ChannelGroup, Ints
 from l0hooks.structure.references import Reference
 from l0hooks.structure.table import RULES, Rule
 from l0hooks.structure.tracer import Tracer
@@ -190,13 +190,7 @@ def _gates(
             if not site.reads or site.names in tables:
                 yield WidthGate(site.names, site.axis)
         elif use.norm.kind != "rms":  # that leaves zeros zero
-            again = any(_writes(stream, one.norm) for one in uses if affine.get(site.names) is one)
-            if again or _is_bias(t, site, use.norm):
-                yield WidthGate(site.names, site.axis, open_only=not again)
-
-
-def _is_bias(t: Tracer, site: GroupSite, norm: Norm) -> bool:
-    return norm.bias is not None and tuple(t.values[norm.bias].parameter.names) == site.names
+            yield WidthGate(site.names, site.axis, open_only=not _writes(stream, use.norm))
 
 
 def _writes(stream: Stream, norm: Norm) -> bool:
