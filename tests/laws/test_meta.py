@@ -2,6 +2,7 @@
 
 import copy
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -210,7 +211,7 @@ def test_what_was_sparsified_on_meta_equals_what_was_sparsified_loaded(case, how
     loaded.load_state_dict(dense)
     report = sparsify(loaded, spec, example_inputs=(x,))
     model = materialised(build, spec, x, dense, how, inside=how == "assign")
-    assert summary(model) == summary(loaded) == report
+    assert summary(model) == summary(loaded) == replace(report, note="")  # only weights with data are tried
     assert [n for n, _ in iter_gates(model)] == [n for n, _ in iter_gates(loaded)]
     ours, theirs = model.state_dict(), loaded.state_dict()
     assert list(ours) == list(theirs)
