@@ -12,7 +12,7 @@ _BARE = ('"weight"', '"output"', "(rows, cols)")
 
 
 def bare_weights(module: nn.Module) -> dict[str, tuple[int, ...]]:
-    """The parameters of two axes and more that a module owns that is no layer of torch, with their shapes.
+    """The parameters of three axes and more that a module owns that is no layer of torch, with their shapes.
 
     Parameters
     ----------
@@ -33,12 +33,12 @@ def bare_weights(module: nn.Module) -> dict[str, tuple[int, ...]]:
         return {}
     lazy = nn.parameter.UninitializedParameter
     own = [(name, t) for name, t in tensors_of(module) if not isinstance(t, lazy)]
-    return {name: tuple(t.shape) for name, t in own if t.dim() > 1}
+    return {name: tuple(t.shape) for name, t in own if t.dim() > 2}
 
 
 def stacked_weights(module: nn.Module) -> dict[str, int]:
-    """Those of them that have three axes and more, with the length of the first."""
-    return {name: shape[0] for name, shape in bare_weights(module).items() if len(shape) > 2}
+    """The same, with the length of the first axis alone."""
+    return {name: shape[0] for name, shape in bare_weights(module).items()}
 
 
 def bare_layout(granularity: Granularity, shape: tuple[int, ...], *, where: str) -> GateLayout:
