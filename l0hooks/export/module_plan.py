@@ -100,7 +100,7 @@ def shape_like(model: nn.Module, plan: ModulePlan, where: str) -> None:
     >>> model
     Linear(in_features=3, out_features=1, bias=True)
     """
-    _remove_blocks(model, plan, where)
+    remove_lost(model, plan, where)
     modules = dict(model.named_modules())
     missing = _missing_biases(modules, plan)
     old = {name: tuple(tensor.shape) for name, tensor in first_names(model).items()}
@@ -123,8 +123,14 @@ def shape_like(model: nn.Module, plan: ModulePlan, where: str) -> None:
             change(modules[module_name], place, value)
 
 
-def _remove_blocks(model: nn.Module, plan: ModulePlan, where: str) -> None:
-    """Take out of lists, **in place**, the entries that the plan's lost; a config may have left them out already."""
+def remove_lost(model: nn.Module, plan: ModulePlan, where: str) -> None:
+    """Take out of lists, **in place**, the entries that the plan's lost; a config may have left them out already.
+
+    Raises
+    ------
+    InvalidValueError
+        If the plan is not one of such lists.
+    """
     modules, gone = dict(model.named_modules()), []
     for name, (count, kept) in plan.lists.items():
         module = modules.get(name)

@@ -22,7 +22,7 @@ from l0hooks.attach.walk import iter_gated
 from l0hooks.errors import InvalidValueError, explain
 from l0hooks.export import safetensors_file as storage
 from l0hooks.export.extra_state import made
-from l0hooks.export.module_plan import ModulePlan, check_names, misfit, module_plan, shape_like
+from l0hooks.export.module_plan import ModulePlan, check_names, misfit, module_plan, remove_lost, shape_like
 from l0hooks.export.recipe import Recipe, recipe_of, recipes_inside, rewrite_again
 from l0hooks.export.savable import check_savable
 from l0hooks.export.state import first_names, hidden_tensors, load_tensors, put_hidden, ties
@@ -134,6 +134,7 @@ def load_pruned(factory: Callable[[], nn.Module], path: str | Path) -> nn.Module
     extra: dict[str, Any] = {}
     if plan.modules is not None:
         extra = {name: made(described, where) for name, described in plan.modules.extra.items()}
+        remove_lost(model, plan.modules, where)  # names of modules inside are those without them
         _rewrite_inside(model, plan.inside, where)
         shape_like(model, plan.modules, where)
     elif plan.graph is not None:
