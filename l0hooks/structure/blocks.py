@@ -89,8 +89,8 @@ def residual_blocks(
     ...         return x + self.inner(x).relu()
     >>> model = nn.Sequential(nn.Linear(3, 4), Residual(), Residual(), nn.Linear(4, 2))
     >>> blocks, left = residual_blocks(model, (torch.ones(1, 3),))
-    >>> [block.name for block in blocks], left
-    (['1', '2'], {})
+    >>> [block.name for block in blocks], left["0"]
+    (['1', '2'], 'it maps (1, 3) of torch.float32 to (1, 4) of torch.float32')
     """
     candidates = dict(_candidates(model, named))
     calls = _calls(model, example_inputs, candidates)

@@ -187,19 +187,21 @@ def test_a_factory_of_other_kernels_or_settings_is_refused(factory, match, tmp_p
         load_pruned(factory, tmp_path / "small")
 
 
-def test_a_factory_of_another_epsilon_is_refused_and_of_another_dropout_is_not(tmp_path):
-    def build(eps=1e-5, p=0.1):
-        return nn.Sequential(nn.Linear(2, 4), nn.LayerNorm(4, eps=eps), nn.Dropout(p))
+def test_a_factory_of_another_epsilon_gets_that_of_the_file_or_is_refused_and_of_another_dropout_is_not(tmp_path):
+    def build(eps=1e-5, p=0.1, norm=nn.LayerNorm):
+        return nn.Sequential(nn.Linear(2, 4), norm(4, eps=eps), nn.Dropout(p))
 
     save_pruned(build(), tmp_path / "small")
-    with pytest.raises(InvalidValueError, match=r"(?s)'1' must fit.*0\.1"):
-        load_pruned(lambda: build(eps=0.1), tmp_path / "small")
+    assert load_pruned(lambda: build(eps=0.1), tmp_path / "small")[1].eps == 1e-5
     assert load_pruned(lambda: build(p=0.7), tmp_path / "small")[2].p == 0.7
+    save_pruned(build(norm=nn.BatchNorm1d), tmp_path / "small")
+    with pytest.raises(InvalidValueError, match=r"(?s)'1' must fit.*0\.1"):
+        load_pruned(lambda: build(eps=0.1, norm=nn.BatchNorm1d), tmp_path / "small")
 
 
 def test_a_refused_model_is_left_as_it_was(tmp_path):
-    save_pruned(nn.Sequential(nn.Linear(3, 2), nn.LayerNorm(2)), tmp_path / "small")
-    model = nn.Sequential(nn.Linear(3, 4, bias=True), nn.LayerNorm(4, eps=0.1))
+    save_pruned(nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2)), tmp_path / "small")
+    model = nn.Sequential(nn.Linear(3, 4, bias=True), nn.BatchNorm1d(4, eps=0.1))
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     with pytest.raises(InvalidValueError, match="must fit"):
         load_pruned(lambda: model, tmp_path / "small")
