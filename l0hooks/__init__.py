@@ -2,6 +2,7 @@
 
 from importlib.metadata import version
 
+from l0hooks._preview import preview
 from l0hooks._sparsify import sparsify
 from l0hooks.attach._summary import summary
 from l0hooks.attach.spec import GateSpec
@@ -44,6 +45,7 @@ __all__ = [
     "load_pruned",
     "param_groups",
     "penalty",
+    "preview",
     "prune",
     "recover",
     "register_penalty",

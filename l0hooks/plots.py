@@ -26,7 +26,7 @@ _MAX_NAME = 36  # characters of a layer's name
 _MAX_PANEL_RATIO = 5  # largest ratio of two metrics that share a panel
 _MAX_HEIGHT = 300.0  # inches of a figure
 _LEGEND_WIDTH = 110  # characters of a line of the legend
-_UNIT_LABELS: dict[Unit, str] = {"params": "parameters", "gates": "gates", "macs": "multiply-adds"}
+_UNIT_LABELS: dict[Unit, str] = {"params": "parameters", "gates": "gates", "macs": "multiply-adds", "memory": "bytes"}
 _NOT_METRICS = ("step", "expected", "evaluated", "exported", "target", "temperature")
 
 
@@ -128,7 +128,7 @@ def history_plot(rows: Sequence[Mapping[str, int | float]], *, unit: Unit = "par
     Parameters
     ----------
     rows : sequence of mappings
-    unit : "params", "gates" or "macs"
+    unit : "params", "gates", "macs" or "memory"
         What the sizes count.
 
     Returns

@@ -35,6 +35,7 @@ IMPORTS: dict[str, set[str]] = {
     "integrations": {*TRAINED, "export"},
     "sklearn": {"errors", "schedules", "select"},
     "_sparsify": TRAINED,
+    "_preview": {*TRAINED, "_sparsify"},
 }
 ENTRANCES = {"__init__", "__main__"}  # these may import everything
 

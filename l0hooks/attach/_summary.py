@@ -81,12 +81,14 @@ def summarise(
     """
     rows = tuple(_row(gated, kept[id(gated.gate)], positions) for gated in every)
     own = {id(p) for gated in every for p in gated.gate.parameters()}
-    total = sum(p.numel() for p in distinct([p for p in _initialised(model.parameters()) if id(p) not in own]))
+    dense = distinct([p for p in _initialised(model.parameters()) if id(p) not in own])
+    total, memory = sum(p.numel() for p in dense), sum(p.numel() * p.element_size() for p in dense)
     firsts = (one.coupled for one in every if one.coupled and one.coupled.number == 0)
     coupled = tuple(_totals(one, model, kept, positions) for one in firsts)
     macs = None if positions is None else round(total_macs(model, positions))
     budgets = tuple(rule.progress() for rule in rules_over(one.gate for one in every))
-    return Summary(rows, total, tuple(_ungated(model, every)), coupled, model_macs=macs, budgets=budgets)
+    ungated = tuple(_ungated(model, every))
+    return Summary(rows, total, ungated, coupled, model_macs=macs, budgets=budgets, model_memory=memory)
 
 
 def warn_unfinished(where: str, report: Summary) -> None:
@@ -121,7 +123,17 @@ def _totals(
     counts = [group.size for group in plan.groups], [kept[id(gate)] for gate in coupled.gates]
     parameters = (plan.parameters(c.__getitem__, without) for c in counts)
     macs = (round(plan.macs(c.__getitem__, without)) for c in counts) if plan.positions else (None, None)
-    return CoupledTotals(*parameters, *macs)
+    each = element_sizes(model, coupled.prefix)
+    memory = (plan.memory(c.__getitem__, each, without) for c in counts)
+    return CoupledTotals(*parameters, *macs, *memory)
+
+
+def element_sizes(model: nn.Module, prefix: str = "") -> dict[str, int]:
+    """The bytes of one element of each parameter, by its name without ``prefix``."""
+    return {
+        f"{name}.{tensor_name}".removeprefix(prefix).removeprefix("."): tensor.element_size()
+        for name, _, tensor_name, tensor in all_tensors(model)
+    }
 
 
 def _named(positions: Mapping[tuple[int, str], float], model: nn.Module, prefix: str) -> dict[str, float]:

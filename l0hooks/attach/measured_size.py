@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
+from l0hooks._torch.tensors import distinct
+from l0hooks.attach._summary import element_sizes
 from l0hooks.attach.gated_weight import iter_sites
 from l0hooks.attach.summary_table import Summary
 from l0hooks.attach.walk import iter_gated
@@ -17,11 +19,11 @@ from l0hooks.errors import StateError, explain
 from l0hooks.structure.example_inputs import ExampleInputs
 from l0hooks.structure.macs import count_positions
 
-Unit = Literal["gates", "params", "macs"]
+Unit = Literal["gates", "params", "macs", "memory"]
 
 
 def evaluated_size(report: Summary, unit: Unit) -> int:
-    """What evaluation keeps: parameters of the whole model, gates, or multiply-adds of the gated layers.
+    """What evaluation keeps: parameters or their bytes in the whole model, gates, or multiply-adds of gated layers.
 
     Raises
     ------
@@ -32,6 +34,8 @@ def evaluated_size(report: Summary, unit: Unit) -> int:
         return sum(round(row.gates * (1 - row.sparsity)) for row in report.rows)
     if unit == "params":
         return report.model_parameters_kept
+    if unit == "memory":
+        return report.model_memory_kept
     if report.macs_kept is None:
         raise _not_counted()
     return report.macs_kept
@@ -50,6 +54,11 @@ def expected_size(model: nn.Module, report: Summary, unit: Unit) -> float:
         return sum(row.gates * (1 - row.expected_sparsity) for row in report.rows)
     if unit == "macs" and report.macs is None:
         raise _not_counted()
+    if unit == "memory":
+        left = float(report.model_memory - sum(part.memory for part in report.coupled))
+        for coupled in (one.coupled for one in iter_gated(model) if one.coupled is not None):
+            left += float(coupled.expected(unit, element_sizes(model, coupled.prefix)))
+        return left
     alone = [row for row in report.rows if row.granularity != "coupled"]
     total = float(report.model_parameters - report.parameters) if unit == "params" else 0.0
     for row in alone:
@@ -76,6 +85,8 @@ def exported_size(model: nn.Module, pruned: nn.Module, unit: Unit, example_input
         raise StateError(
             explain("exported size", "a pruned model has parameters and no gates.", got=got, hint="prune(model) first")
         )
+    if unit == "memory":
+        return sum(p.numel() * p.element_size() for p in distinct(list(pruned.parameters())))
     zeros = {_plain(name) for name in _gated_alone(model)}
     if unit == "params":
         return count_parameters(pruned, zeros)

@@ -64,12 +64,16 @@ class CoupledTotals:
     parameters, parameters_kept : int
         Of the tensors the groups run through.
     macs, macs_kept : int or None
+    memory, memory_kept : int
+        Bytes of these tensors.
     """
 
     parameters: int
     parameters_kept: int
     macs: int | None
     macs_kept: int | None
+    memory: int
+    memory_kept: int
 
 
 @dataclass(frozen=True)
@@ -95,6 +99,8 @@ class Summary:
     model_macs : int or None
         Multiply-adds of all layers for one example, those without gates as well: what a budget in ``"macs"`` counts.
         None unless example inputs were given to ``summary``.
+    model_memory : int
+        Bytes of all parameters of the model, the gates' own not counted.
     budgets : tuple of Progress
         Step, size and target of every budget, and the parameters that were cut while training. Printed while its
         target is not reached.
@@ -117,6 +123,7 @@ class Summary:
     exported_zeros: int | None = None
     model_macs: int | None = None
     budgets: tuple[Progress, ...] = ()
+    model_memory: int = 0
 
     @property
     def gates(self) -> int:
@@ -165,11 +172,17 @@ class Summary:
             return None
         return self.model_macs - self.macs + self.macs_kept
 
+    @property
+    def model_memory_kept(self) -> int:
+        """Bytes of all parameters less those that coupled gates remove; zeros in a weight that stays take theirs."""
+        return self.model_memory - sum(part.memory - part.memory_kept for part in self.coupled)
+
     def to_dict(self) -> dict[str, Any]:
         """Totals and rows as plain data, ready for JSON."""
         totals = (
             *("gates", "expected_sparsity", "sparsity", "parameters", "parameters_kept"),
             *("model_parameters", "model_parameters_kept", "macs", "macs_kept", "model_macs", "model_macs_kept"),
+            *("model_memory", "model_memory_kept"),
         )
         values: dict[str, Any] = {name: self.__getattribute__(name) for name in totals}
         rest: dict[str, Any] = {"ungated": list(self.ungated), "note": self.note}

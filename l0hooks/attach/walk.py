@@ -37,9 +37,11 @@ class Coupled:
         """The group itself."""
         return self.plan.groups[self.number]
 
-    def expected(self, unit: Literal["params", "macs"]) -> Tensor | float:
-        """The expected cost of the whole plan, returned for its first group."""
-        return 0.0 if self.number else self.plan.expected(keep_probs(self.gates), self.otherwise, macs=unit == "macs")
+    def expected(
+        self, unit: Literal["params", "macs", "memory"], each: Mapping[str, int] | None = None
+    ) -> Tensor | float:
+        """The expected cost of the whole plan, returned for its first group; for memory, ``each`` has bytes by name."""
+        return 0.0 if self.number else self.plan.expected(keep_probs(self.gates), self.otherwise, unit, each)
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ class Progress:
     step, steps : int or float
         Steps taken, and steps until the schedule ends.
     unit : str
-        What sizes count.
+        What sizes count; memory in bytes.
     kept, target, whole : float
         The size that evaluation keeps now, the size to reach, and the size with all gates open.
     cut : int
@@ -44,7 +44,7 @@ class Progress:
         return self.step < self.steps and self.kept > self.target
 
     def __str__(self) -> str:
-        sizes = f"{self.kept:,.0f} of {self.whole:,.0f} {self.unit} kept, the target is {self.target:,.0f}"
+        sizes = f"{self.kept:,.0f} of {self.whole:,.0f} {_noun(self.unit)} kept, the target is {self.target:,.0f}"
         return f"step {self.step:,} of {self.steps:,}, {sizes}"
 
 
@@ -70,7 +70,11 @@ def unfinished(where: str, found: Sequence[Progress]) -> str | None:
     return explain(
         where,
         "the schedule of a budget has not ended.",
-        expected="; ".join(f"{one.target:,.0f} {one.unit} after {one.steps:,} steps" for one in early),
-        got="; ".join(f"{one.kept:,.0f} {one.unit} at step {one.step:,}" for one in early),
+        expected="; ".join(f"{one.target:,.0f} {_noun(one.unit)} after {one.steps:,} steps" for one in early),
+        got="; ".join(f"{one.kept:,.0f} {_noun(one.unit)} at step {one.step:,}" for one in early),
         hint="train on, or l0hooks.finish_budget(model), which fixes the target's size now",
     )
+
+
+def _noun(unit: str) -> str:
+    return "bytes" if unit == "memory" else unit

@@ -81,12 +81,17 @@ def _search(kind: type[nn.Module], config: Any, wanted: Shapes) -> SizedConfig:
 def _changed(config: Any, change: Change) -> Any:
     """A copy of the config with a change; None if the config refuses it."""
     config = copy.deepcopy(config)
-    *owners, name = change[0].split(".")
+    path, _, place = change[0].partition("[")
+    *owners, name = path.split(".")
     part = config
     for owner in owners:
         part = getattr(part, owner)
+    value: Any = change[2]
+    if place:
+        entries, number = getattr(part, name), int(place.removesuffix("]"))
+        value = type(entries)((*entries[:number], change[2], *entries[number + 1 :]))
     try:
-        setattr(part, name, change[2])
+        setattr(part, name, value)
     except Exception:  # noqa: BLE001  # configs check types by errors of their own
         return None
     return config
@@ -131,12 +136,14 @@ def _candidates(config: Any, pairs: set[tuple[int, int]]) -> Iterator[Change]:
 
 
 def _numbers(config: Any, path: str = "") -> Iterator[tuple[str, int | None]]:
-    """The integers of a config and of those within it, and what is left open."""
+    """The integers of a config, of its lists and of the configs within it, and what is left open."""
     for name, value in vars(config).items():
         if name.startswith("_") or name.endswith("_id") or any(kept in name for kept in _KEPT):
             continue
         if value is None or type(value) is int:
             yield path + name, value
+        elif type(value) in (list, tuple) and all(type(entry) is int for entry in value):
+            yield from ((f"{path}{name}[{number}]", entry) for number, entry in enumerate(value))
         elif _is_config(value):
             yield from _numbers(value, f"{path}{name}.")
 

@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 from l0hooks._torch.graphs import export
 from l0hooks._torch.running import OUT_OF_MEMORY, evaluating
 from l0hooks._torch.tensors import beside, is_placed, memory_of, same_tensor
-from l0hooks.structure import rules_channels, rules_einsum  # noqa: F401  they fill the table
+from l0hooks.structure import rules_channels, rules_einsum, rules_indices  # noqa: F401  they fill the table
 from l0hooks.structure.example_inputs import ExampleInputs, positional
 from l0hooks.structure.export_errors import export_failure
 from l0hooks.structure.fx_nodes import first_of, has_shape, is_mutable, name_of, region_of, shape_of

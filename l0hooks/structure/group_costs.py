@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +17,7 @@ from l0hooks.structure.groups import ChannelGroup, GroupSite
 
 Count = Callable[[int], int]
 Floats = npt.NDArray[np.float64]
+Unit = Literal["params", "macs", "memory"]
 
 
 @dataclass(frozen=True)
@@ -98,14 +99,23 @@ class CoupledPlan:
         square += rest / 2 * (np.outer(u, v) + np.outer(v, u))
         return rest * a * b
 
-    def expected(self, keep: Sequence[Tensor], without: AbstractSet[str], *, macs: bool) -> Tensor:
-        """Expected :meth:`parameters` or :meth:`macs` when members stay independently, with these probabilities.
+    def memory(self, kept: Count, each: Mapping[str, int], without: AbstractSet[str] = frozenset()) -> int:
+        """The bytes left in the tensors of all groups when ``kept(g)`` members of group g stay.
 
-        Gradients flow to the probabilities.
+        ``each`` has the bytes of one element of every parameter, by its name.
         """
-        key = macs, frozenset(without), keep[0].device
+        return sum(_of_one(names, each) * self._elements(sites, kept) for names, sites in self.tensors(without).items())
+
+    def expected(
+        self, keep: Sequence[Tensor], without: AbstractSet[str], unit: Unit, each: Mapping[str, int] | None = None
+    ) -> Tensor:
+        """Expected :meth:`parameters`, :meth:`macs` or :meth:`memory` when members stay independently.
+
+        Gradients flow to the probabilities ``keep``.
+        """
+        key = unit, tuple((each or {}).values()), frozenset(without), keep[0].device
         if (form := self._quadratic_forms.get(key)) is None:
-            form = self._quadratic_form(without, macs=macs, device=keep[0].device)
+            form = self._quadratic_form(without, unit, each or {}, keep[0].device)
             if type(form[1]) is Tensor:  # do not cache the tensor subclasses of tracers
                 self._quadratic_forms[key] = form
         constant, linear, square, varies = form
@@ -116,13 +126,17 @@ class CoupledPlan:
         return cost
 
     def _quadratic_form(
-        self, without: AbstractSet[str], *, macs: bool, device: torch.device
+        self, without: AbstractSet[str], unit: Unit, bytes_each: Mapping[str, int], device: torch.device
     ) -> tuple[float, Tensor, Tensor, bool]:
         count = len(self.groups)
         constant, linear, square = 0.0, np.zeros(count), np.zeros((count, count))
         numbers = {n: n for n in range(count)}
         for names, sites in self.tensors(without).items():
-            each = sum(self.positions.get(name, 0.0) for name in names) if macs else 1.0
+            each = 1.0
+            if unit == "macs":
+                each = sum(self.positions.get(name, 0.0) for name in names)
+            elif unit == "memory":
+                each = float(_of_one(names, bytes_each))
             constant += self.add_product(linear, square, each, sites, numbers)
         with torch.inference_mode(False):  # training uses these tensors, too
             tensors = [torch.as_tensor(x, dtype=torch.float32, device=device) for x in (linear, square)]
@@ -133,6 +147,11 @@ class CoupledPlan:
         for number, site in sites:
             axes[site.axis] -= site.indices.shape[1] * (self.groups[number].size - kept(number))
         return math.prod(axes)
+
+
+def _of_one(names: Sequence[str], each: Mapping[str, int]) -> int:
+    """The value of a tensor that is known by one of its names."""
+    return next(each[name] for name in names if name in each)
 
 
 def _sums(arrays: Sequence[Tensor]) -> Tensor:

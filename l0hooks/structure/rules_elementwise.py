@@ -138,35 +138,6 @@ def _pad(t: Tracer, node: fx.Node) -> Tensor:
     return torch.nn.functional.pad(labels, widths).expand(shape_of(node))  # padding belongs to no channel
 
 
-@rule("index", "gather", "index_select", "take_along_dim")
-def _index(t: Tracer, node: fx.Node) -> Tensor:
-    x, out = node.all_input_nodes[0], shape_of(node)
-    if name_of(node) != "index":
-        axis = argument(node, "dim") % len(shape_of(x))
-        used = [axis]
-    else:
-        indices = argument(node, "indices")
-        used = [d for d, i in enumerate(indices) if i is not None]
-    t.freeze_indices(node, *node.all_input_nodes[1:])
-    labels = t.labels(x)
-    for d in used:
-        t.merge(node, labels, d, f"looked up by {name_of(node)}")
-    labels = t.compressed(x)
-    rest = [d for d in range(labels.dim()) if d not in used]
-    if not any(varies(labels, d) for d in rest):
-        return constant(out, int(labels.reshape(-1)[0])) if labels.numel() else constant(out)
-    if name_of(node) == "index" and used != list(range(used[0], used[-1] + 1)):
-        return t.freeze_all(node, "indexed along separate axes")
-    before = [d for d in rest if d < used[0]]
-    after = len(rest) - len(before)
-    middle = len(out) - len(before) - after
-    for d in used:
-        labels = labels.narrow(d, 0, 1)
-    kept = labels.reshape([labels.shape[d] for d in rest])
-    view = [*kept.shape[: len(before)], *([1] * middle), *kept.shape[len(before) :]]
-    return kept.reshape(view).expand(out)
-
-
 _MOVEMENT = (
     *("permute", "transpose", "t", "flatten", "unsqueeze", "squeeze", "expand", "expand_as", "slice", "select"),
     *("split", "split_with_sizes", "chunk", "unbind", "unflatten", "movedim", "roll", "flip"),

@@ -1,4 +1,4 @@
-"""A model's size as a function of how many gates stay: in gates, parameters or multiply-adds."""
+"""A model's size as a function of how many gates stay: in gates, parameters, bytes or multiply-adds."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import numpy.typing as npt
 from torch import nn
 from torch.nn.parameter import UninitializedParameter
 
+from l0hooks._torch.modules import tensors_of
 from l0hooks._torch.tensors import distinct
 from l0hooks.attach.gated_weight import Site
 from l0hooks.attach.measured_size import Unit
@@ -149,7 +150,7 @@ def size_of(
         Arrays of gates that may vary.
     every : sequence of Gated
         All of the model.
-    unit : "gates", "params" or "macs"
+    unit : "gates", "params", "macs" or "memory"
     example_inputs : sequence or None
         Positional arguments of ``model``, for multiply-adds.
     whole : bool
@@ -158,7 +159,8 @@ def size_of(
     Raises
     ------
     SpecError
-        If multiply-adds are asked for without example inputs, or a tensor that counts also belongs to other gates.
+        If multiply-adds are asked for without example inputs, bytes of gates that are on no coupled group, or a tensor
+        that counts also belongs to other gates.
     """
     counts = np.array([one.gate.log_alpha.numel() for one in gated], np.int64)
     zeros = np.zeros((len(gated), len(gated)))
@@ -168,6 +170,17 @@ def size_of(
     if standalone is not None:
         raise SpecError(
             explain(f"budget over {standalone!r}", "a standalone gate has no parameters.", hint='unit="gates"')
+        )
+    single = next((one.name for one in gated if one.coupled is None), None) if unit == "memory" else None
+    if single is not None:
+        raise SpecError(
+            explain(
+                'Budget(unit="memory")',
+                "bytes are saved where members of coupled groups are cut; the zeros of other gates take theirs.",
+                expected='granularity "coupled" alone',
+                got=f"other gates on {single!r}",
+                hint='unit="params"',
+            )
         )
     positions = _positions(model, unit, example_inputs)
     linear, square, constant = np.zeros(len(gated)), zeros, 0.0
@@ -179,13 +192,18 @@ def size_of(
     for plan, prefix, numbers in _plans(gated):
         tensors = plan.tensors(frozenset(name.removeprefix(prefix) for name in otherwise))
         for names, sites in tensors.items():
-            if not whole and any(number not in numbers for number, _ in sites):
-                raise _shared(prefix + names[0])
-            each = 1.0 if positions is None else _uses(model, [prefix + name for name in names], positions)
+            inside = [number in numbers for number, _ in sites]
+            if not whole and not all(inside):
+                if any(inside):
+                    raise _shared(prefix + names[0])
+                continue
+            each = float(_bytes(model, prefix + names[0])) if unit == "memory" else 1.0
+            if positions is not None:
+                each = _uses(model, [prefix + name for name in names], positions)
             constant += plan.add_product(linear, square, each, sites, numbers)
     floor = np.array([one.coupled is not None for one in gated], np.int64)
     size = Size(counts, constant, linear, square, floor)
-    return replace(size, constant=constant + _total(model, every, positions) - size.whole) if whole else size
+    return replace(size, constant=constant + _total(model, every, unit, positions) - size.whole) if whole else size
 
 
 def _every_use(one: Gated, unit: Unit) -> Sequence[Site]:
@@ -194,7 +212,7 @@ def _every_use(one: Gated, unit: Unit) -> Sequence[Site]:
 
 
 def _positions(model: nn.Module, unit: Unit, example_inputs: ExampleInputs | None) -> Positions | None:
-    if unit == "params":
+    if unit != "macs":
         return None
     if example_inputs is None:
         raise SpecError(
@@ -225,12 +243,19 @@ def _plans(gated: Sequence[Gated]) -> list[tuple[CoupledPlan, str, dict[int, int
     return list(found.values())
 
 
-def _total(model: nn.Module, every: Sequence[Gated], positions: Positions | None) -> float:
+def _bytes(model: nn.Module, name: str) -> int:
+    """The bytes of one element of a parameter."""
+    module, _, tensor_name = name.rpartition(".")
+    return dict(tensors_of(model.get_submodule(module)))[tensor_name].element_size()
+
+
+def _total(model: nn.Module, every: Sequence[Gated], unit: Unit, positions: Positions | None) -> float:
     """The size of the whole model, without the gates' own parameters."""
     if positions is None:
         own = {id(p) for one in every for p in one.gate.parameters()}
         found = [p for p in model.parameters() if id(p) not in own and not isinstance(p, UninitializedParameter)]
-        return float(sum(p.numel() for p in distinct(found)))  # tied ones once
+        each = [p.element_size() if unit == "memory" else 1 for p in distinct(found)]  # tied ones once
+        return float(sum(p.numel() * n for p, n in zip(distinct(found), each, strict=True)))
     return total_macs(model, positions)
 
 

@@ -38,9 +38,9 @@ class Tracker:
     ----------
     model : nn.Module
         With gates.
-    unit : "params", "gates" or "macs"
-        What sizes count: parameters of the whole model, gates, or multiply-adds of the gated layers for one of the
-        example inputs of ``sparsify``.
+    unit : "params", "gates", "macs" or "memory"
+        What sizes count: parameters of the whole model or their bytes, gates, or multiply-adds of the gated layers for
+        one of the example inputs of ``sparsify``.
     penalties : names, or mapping from name to strength
         Recorded as ``penalty_<name>``; strength 1 if only named.
     every : int, > 0

@@ -138,6 +138,15 @@ def test_sizes_that_differ_between_layers_need_the_plan(tmp_path: Path) -> None:
         transformers.BertForMaskedLM.from_pretrained(tmp_path / "a" / "b")
 
 
+def test_sizes_may_stand_in_a_list_of_the_config(tmp_path: Path) -> None:
+    small, inputs = small_one("Wav2Vec2", kinds=("channel",), unit="gates", sparsity=0.3)
+    saved = save_pretrained(small, tmp_path, example_inputs=inputs)
+    assert (saved.plain, dict(saved.config)) == (True, {"conv_dim[0]": (16, 11)})
+    again = transformers.Wav2Vec2Model.from_pretrained(tmp_path)
+    assert list(again.config.conv_dim) == [11, 16]
+    assert_same(small, again, inputs)
+
+
 def test_a_dense_model_is_written_as_ever(tmp_path: Path) -> None:
     model, inputs = tiny("BERT")
     saved = save_pretrained(model, tmp_path, example_inputs=inputs)

@@ -751,6 +751,49 @@ class Steered(nn.Module):
         return self.out(torch.where(self.three(x) > 0, found, self.values(x)))
 
 
+def graph() -> tuple[Tensor, ...]:
+    """Features of seven nodes, and twelve edges."""
+    return torch.randn(7, 6), torch.randint(7, (12, 2))
+
+
+@zoo(graph, neuron=28)
+class MessagePassing(nn.Module):
+    """A graph network: rows are gathered along edges, and added up or replaced where they arrive."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.two, self.three = nn.Linear(6, 8), nn.Linear(8, 9), nn.Linear(9, 11)
+        self.out = nn.Linear(11, 3)
+
+    def forward(self, x, edges):
+        first, second = edges.unbind(1)
+        x = F.relu(self.one(x))
+        x = torch.zeros_like(x).index_add(0, second, x[first])
+        x = F.relu(self.two(x))
+        sent = torch.take_along_dim(x, first[:, None], 0)
+        arrived = x.new_zeros(x.shape).scatter_add_(0, second[:, None].expand_as(sent), sent)
+        arrived = arrived.scatter_reduce(0, first[:, None].expand_as(sent), sent, "amax", include_self=False)
+        x = F.relu(self.three(arrived))
+        return self.out(x.index_copy(0, second[:1], x[first[:1]] / 2))
+
+
+@zoo(graph, "indices of their own for each channel", neuron=9)
+class OwnIndices(nn.Module):
+    """Each channel is read and written at other rows, or not all channels are."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.two, self.three = nn.Linear(6, 8), nn.Linear(6, 8), nn.Linear(6, 8)
+        self.free, self.out = nn.Linear(6, 9), nn.Linear(9, 3)
+
+    def forward(self, x, edges):
+        first = edges[: len(x), :1]
+        own = (first + torch.arange(8)) % 7
+        found = self.one(x).gather(0, own) + torch.zeros(len(x), 8).scatter_add(0, own, self.two(x))
+        part = self.three(x).gather(0, first.expand(-1, 4))
+        return self.out(F.relu(self.free(x))) + found.sum(1, keepdim=True) + part.sum(1, keepdim=True)
+
+
 @zoo(images(6), neuron=12)
 class Repeated(nn.Module):
     """Channels copied, reversed and concatenated."""

@@ -13,7 +13,7 @@ from test_cost import size
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from l0hooks import Budget, Gate, GateSpec, prune, set_budget, sparsify
+from l0hooks import Budget, Gate, GateSpec, channel_groups, prune, set_budget, sparsify
 from l0hooks.attach.gated_weight import iter_sites
 from l0hooks.attach.walk import iter_gated
 from l0hooks.errors import InvalidValueError, SpecError, StateError
@@ -917,6 +917,17 @@ def test_a_refused_budget_of_coupled_gates_leaves_the_model_as_it_was():
     with pytest.raises(InvalidValueError, match="at least"):
         sparsify(model, "coupled", example_inputs=(x,), budget=Budget(sparsity=0.99, unit="params"))
     assert untouched(model) == before
+
+
+def test_coupled_groups_that_share_no_tensor_have_budgets_of_their_own():
+    model, x = nn.Sequential(mlp(5, 12, 4), nn.Tanh(), mlp(4, 9, 3)), torch.randn(2, 5)
+    first, _, last = channel_groups(model, (x,))  # without the one between the two perceptrons
+    parts = {"0.*": Budget(keep=61, unit="params", steps=0), "2.*": Budget(keep=43, unit="params", steps=0)}
+    sparsify(model, "coupled", example_inputs=(x,), groups=(first, last), budget=parts)
+    small = prune(model, example_inputs=(x,))
+    sizes = [sum(p.numel() for p in part.parameters()) for part in (small[0], small[2])]
+    assert (small[0][0].out_features, small[2][0].out_features) == (6, 5)
+    assert sizes == [6 * 6 + 4 * 7, 5 * 5 + 3 * 6]
 
 
 def test_gates_have_one_budget():

@@ -437,7 +437,7 @@ def test_what_a_plan_keeps_serves_training_wherever_it_was_made(context):
     sparsify(model, "coupled", example_inputs=(torch.randn(2, 5),))
     coupled = next(iter_gated(model)).coupled
     with context():
-        coupled.plan.expected([torch.full((8,), 0.5)], coupled.otherwise, macs=False)
+        coupled.plan.expected([torch.full((8,), 0.5)], coupled.otherwise, "params")
     cost = penalty(model, params=1.0)
     cost.backward()
     p = next(gate for _, gate in iter_gates(model)).mean_keep_prob()
