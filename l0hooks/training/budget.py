@@ -39,7 +39,7 @@ class Budget:
         How many times faster the pruned model is to be than the dense one, measured; ``unit`` is then "latency".
     unit : "gates", "params", "macs", "memory" or "latency"
         What is counted: gates; or parameters, multiply-adds for one example, or the bytes of the parameters, by their
-        dtype, of the whole model, those without gates as well; or its microseconds for the example inputs, as measured
+        dtype, of the whole model, those without gates as well; or its microseconds for the example inputs, measured
         where the model is. Bytes and time need coupled gates.
     steps : int, >= 0
         Optimiser steps until the size is reached and the support is fixed. 0: at once, in one shot. The gates that
