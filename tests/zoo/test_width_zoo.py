@@ -49,7 +49,8 @@ def test_a_narrower_model_computes_what_the_gated_one_does(name, kinds):
     for site in one.coupled.group.sites:
         assert small.get_parameter(site.names[0]).shape[site.axis] == stays
     norms = {norm.module for norm in one.coupled.group.width.norms}
-    assert norms and not any(small.get_submodule(norm)._forward_pre_hooks for norm in norms)
+    assert norms
+    assert not any(small.get_submodule(norm)._forward_pre_hooks for norm in norms)
 
 
 @pytest.mark.parametrize("name", [*FAST, *SLOW])
@@ -92,7 +93,8 @@ def test_a_forward_in_training_has_one_draw_for_all_places_of_a_stream(name):
     for _ in range(2):
         closed.clear()
         model(*inputs)
-        assert len(set(closed)) == 1 and len(closed) > 1
+        assert len(closed) > 1
+        assert len(set(closed)) == 1
         assert 0 < len(closed[0]) < one.coupled.group.size
         draws.append(closed[0])
     assert draws[0] != draws[1]
