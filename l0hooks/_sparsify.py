@@ -190,7 +190,8 @@ def _attach(
     handles = [handle for module, entry in entries.values() for handle in entry.attach(module)]
     for module, _ in entries.values():
         handles.append(module.register_load_state_dict_pre_hook(refuse_other_budgets))  # type: ignore[no-untyped-call]
-    return [*handles, *hook_inputs(readers), *hook_norms(model, groups, [gating for *_, gating in gatings]), *save_both(model)]
+    norms = hook_norms(model, groups, [reader.gating for reader in readers])
+    return [*handles, *hook_inputs(readers), *norms, *save_both(model)]
 
 
 def _detach(model: nn.Module, before: AbstractSet[int], handles: Sequence[RemovableHandle | SavesBoth]) -> None:

@@ -88,7 +88,7 @@ def _with_heads_as_wide(kind: type[nn.Module], dense: Any, found: SizedConfig, w
     Those of a class whose heads share the width of the stream do; pruning never changes the size of a head.
     """
     _, width, heads = _HEAD_SIZE
-    own = [getattr(one, name, None) for one in (dense, found.config) for name in (width, heads)]
+    own: list[Any] = [getattr(one, name, None) for one in (dense, found.config) for name in (width, heads)]
     if not all(type(number) is int and number > 0 for number in own):
         return found
     old_width, old_heads, new_width, new_heads = own
