@@ -5,15 +5,18 @@ from __future__ import annotations
 import inspect
 import sys
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
 
 from l0hooks._torch.tensors import is_meta, is_sharded
 from l0hooks.attach.copies import folded_weights
-from l0hooks.attach.gated_weight import iter_sites
+from l0hooks.attach.gated_weight import Site, iter_sites
 from l0hooks.attach.open_experts import any_hidden
+from l0hooks.attach.width_weight import WidthWeight
 from l0hooks.errors import L0HooksWarning, explain
+from l0hooks.structure.width.fold import centring_norms
 
 _METHOD = "save_pretrained"
 
@@ -55,6 +58,7 @@ class SavesBoth:
                     hint="l0hooks.prune, then save_pretrained of the result",
                 )
                 warnings.warn(message, L0HooksWarning, stacklevel=2)
+            self._warn_if_centred(sites)
             given = bound.arguments.get("state_dict")
             state = dict(self.model.state_dict() if given is None else given)
             folded = folded_weights(sites)
@@ -64,6 +68,22 @@ class SavesBoth:
                 state[site.name] = folded[id(site.weight)].clone()
             bound.arguments["state_dict"] = state
         return method(*bound.args, **bound.kwargs)
+
+    def _warn_if_centred(self, sites: Sequence[Site]) -> None:
+        """A norm of plain weights takes its mean over all channels of a stream, the closed ones among them."""
+        gatings = {id(site.gating): site.gating for site in sites}
+        for gating in (one for one in gatings.values() if isinstance(one, WidthWeight)):
+            for number, gate in zip(gating.numbers, gating.gates, strict=True):
+                norms = list(centring_norms(self.model, gating.plan.groups[number]))
+                if norms and not bool(gate.support().all()):
+                    message = explain(
+                        _METHOD,
+                        "the plain weights beside the gated ones are to compute the same.",
+                        got='closed channels of kind "width" under norms that subtract the mean, which they cannot say',
+                        hint="l0hooks.prune, then save_pretrained of the result",
+                    )
+                    warnings.warn(message, stacklevel=3)
+                    return
 
     def remove(self) -> None:
         """Give the model its own method back."""

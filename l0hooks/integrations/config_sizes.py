@@ -58,7 +58,8 @@ def sized_config(model: PreTrainedModel) -> SizedConfig:
     wanted = _shapes(model)
     config = copy.deepcopy(model.config)
     found = [_search(type(model), prepared, wanted) for prepared in (config, *_with_head_sizes(config))]
-    return min(found, key=lambda one: len(one.wrong))
+    best = min(found, key=lambda one: len(one.wrong))
+    return best if best.wrong else _with_heads_as_wide(type(model), model.config, best, wanted)
 
 
 def _search(kind: type[nn.Module], config: Any, wanted: Shapes) -> SizedConfig:
@@ -79,6 +80,27 @@ def _search(kind: type[nn.Module], config: Any, wanted: Shapes) -> SizedConfig:
         changes.append(change)
     wrong = tuple(name for name, shape in wanted.items() if shapes.get(name) != shape)
     return SizedConfig(config, tuple(changes), wrong)
+
+
+def _with_heads_as_wide(kind: type[nn.Module], dense: Any, found: SizedConfig, wanted: Shapes) -> SizedConfig:
+    """The same with as many heads as are as wide as before, where shapes fit any number of heads.
+
+    Those of a class whose heads share the width of the stream do; pruning never changes the size of a head.
+    """
+    _, width, heads = _HEAD_SIZE
+    own: list[Any] = [getattr(one, name, None) for one in (dense, found.config) for name in (width, heads)]
+    if not all(type(number) is int and number > 0 for number in own):
+        return found
+    old_width, old_heads, new_width, new_heads = own
+    fitting = new_width * old_heads // old_width
+    if fitting == new_heads or fitting * old_width != new_width * old_heads:
+        return found
+    name = getattr(dense, "attribute_map", {}).get(heads, heads)
+    config = _changed(found.config, (name, new_heads, fitting))
+    if config is None or _built(kind, config) != wanted:
+        return found
+    others = [change for change in found.changes if change[0] != name]
+    return SizedConfig(config, (*others, (name, old_heads, fitting)), ())
 
 
 def with_epsilons(found: SizedConfig, model: PreTrainedModel) -> SizedConfig:

@@ -19,6 +19,7 @@ _TORCH: dict[str, tuple[NormKind, type[nn.Module]]] = {
     "rms_norm": ("rms", nn.RMSNorm),
     "group_norm": ("group", nn.GroupNorm),
 }
+_OTHER_USE = "its mean square is used otherwise than in an RMSNorm"
 _NO_WEIGHT = "normalised by a norm without a weight, into which its new size could be folded"
 
 
@@ -119,18 +120,20 @@ def _written_out(model: nn.Module, parameters: Mapping[fx.Node, str], node: fx.N
     if not isinstance(squares, fx.Node) or dims is None or [d % rank for d in dims] != [rank - 1] or not keeps:
         return None
     x = _squared(squares)
-    shifted = _only_user(node)
-    if x is None or shifted is None or name_of(shifted) != "add" or not isinstance(shifted.args[1], float):
+    if x is None:
         return None
+    shifted = _only_user(node)
+    if shifted is None or name_of(shifted) != "add" or not isinstance(shifted.args[1], float):
+        return _OTHER_USE
     root = _only_user(shifted)
     if root is None or not _is_inverse_root(root):
-        return "its mean square is used otherwise than in an RMSNorm"
+        return _OTHER_USE
     scaled = _only_user(root)
     if scaled is None or name_of(scaled) != "mul" or root not in scaled.args or _only_user(squares) is not node:
-        return "its mean square is used otherwise than in an RMSNorm"
+        return _OTHER_USE
     (other,) = [one for one in scaled.args if one is not root] or [root]
     if not isinstance(other, fx.Node) or _source(other) is not _source(x):
-        return "its mean square is used otherwise than in an RMSNorm"
+        return _OTHER_USE
     weighted = _weighted(parameters, scaled)
     if weighted is None:
         return _NO_WEIGHT

@@ -53,8 +53,11 @@ class Stream:
         self._mine[torch.from_numpy(roots)] = True
 
     def is_in(self, node: object) -> bool:
-        """Whether the value of ``node`` holds such channels."""
+        """Whether the value of ``node`` holds such channels; a mask does not, whose numbers are no activations."""
         if not isinstance(node, fx.Node) or node not in self._tracer.values:
+            return False
+        found = node.meta.get("val")
+        if isinstance(found, Tensor) and found.dtype == torch.bool:
             return False
         value: Any = self._tracer.values[node]
         parts: Sequence[Any]
@@ -95,12 +98,12 @@ def operators(programs: Iterable[torch.export.ExportedProgram]) -> list[fx.Node]
 
 def _stays_zero(stream: Stream, node: fx.Node) -> bool:
     name = name_of(node)
-    if name in READING or name in _OF_ONE:
+    if name in READING:
         return True
     check = _CHECKS.get(name)
     if check is not None:
         return check(stream, node)
-    return name in MOVEMENT
+    return (name in _OF_ONE or name in MOVEMENT) and stream.is_in(node.all_input_nodes[0])
 
 
 def _sum(stream: Stream, node: fx.Node) -> bool:
