@@ -46,10 +46,14 @@ def without_blocks(model: nn.Module, names: Sequence[str]) -> tuple[nn.Module, R
 
 def groups_after(groups: Iterable[tuple[ChannelGroup, Bools]], renaming: Renaming) -> list[tuple[ChannelGroup, Bools]]:
     """``groups`` with the new names of what they hold, without what is gone."""
+    if not renaming:
+        return list(groups)
     rename = partial(renamed, renaming=renaming)
     return [(left, stays) for group, stays in groups if (left := group.renamed(rename)) is not None]
 
 
 def named_after(values: Mapping[str, T], renaming: Renaming) -> dict[str, T]:
     """``values`` by the new names of their tensors, without those that are gone."""
+    if not renaming:
+        return dict(values)
     return {new: value for name, value in values.items() if (new := renamed(name, renaming)) is not None}

@@ -42,8 +42,10 @@ def members_that_stay(gated: Iterable[Gated]) -> list[tuple[ChannelGroup, Bools]
     found = []
     for one in gated:
         if one.coupled is not None:
-            group = one.coupled.group
-            mask = at_least(one.gate.support(), one.gate.log_alpha, group.least, group.multiple)
+            group = one.coupled.plan.groups[one.coupled.number]
+            mask = one.gate.support()
+            if int(mask.sum()) < group.least or group.multiple > 1:
+                mask = at_least(mask, one.gate.log_alpha, group.least, group.multiple)
             found.append((group, mask.cpu().numpy()))
     return found
 

@@ -58,7 +58,9 @@ def count_positions(model: nn.Module, example_inputs: ExampleInputs) -> dict[tup
         for module in list(filter(is_gateable, model.modules())):
             handle = module.register_forward_hook(_counter(add, examples), with_kwargs=True)
             stack.callback(handle.remove)
-        for module, stacks in [(m, found) for m in model.modules() if (found := stacked_weights(m))]:
+        known = [(m, t) for _, m, _, t in all_tensors(model) if not isinstance(t, nn.parameter.UninitializedParameter)]
+        stacked = {module for module, tensor in known if tensor.dim() > 2 and not is_gateable(module)}
+        for module, stacks in [(m, found) for m in stacked if (found := stacked_weights(m))]:
             handle = module.register_forward_hook(_expert_counter(add, stacks), with_kwargs=True)
             stack.callback(handle.remove)
         stack.enter_context(evaluating(model))
