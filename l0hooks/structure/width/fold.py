@@ -47,7 +47,8 @@ def centred(x: Tensor, is_open: Tensor, kind: NormKind) -> Tensor:
     mask = is_open.to(x.dtype)
     count = mask.sum().clamp(min=1)
     if kind == "layer":
-        return x - (x @ (mask / count)).unsqueeze(-1) * mask
+        rows = x.reshape(-1, x.shape[-1])
+        return rows.addr(rows.mv(mask / count), mask, alpha=-1).view(x.shape)  # in one pass
     mask = mask.view(-1, *[1] * (x.dim() - 2))
     axes = list(range(1, x.dim()))
     return x - x.mean(axes, keepdim=True) * (x.shape[1] / count) * mask
