@@ -1,5 +1,7 @@
 """Random small transformers with random kinds gated and closed: what is cut computes the same, or is refused aloud."""
 
+import copy
+
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -49,12 +51,13 @@ def check(seed, norm, kinds, share, width, heads, depth, before, tied):
     sparsify(model.eval(), spec, example_inputs=(words,))
     for _, gate in iter_gates(model):
         gate.log_alpha.data.copy_(torch.where(torch.rand(gate.log_alpha.shape) < share, -9.0, torch.rand(()) * 2))
-    small = prune(model, example_inputs=(words,))
+    small, double = prune(model, example_inputs=(words,)), copy.deepcopy(model).double()
     for shape in ((1, 6), (3, 4), (2, 11)):
         other = torch.randint(0, 99, shape)
         with torch.no_grad():
-            expected, got = model(other), small(other)
-        assert float((expected - got).abs().max()) <= 1e-5 * float(expected.abs().max()) + 1e-7
+            expected, got, precise = model(other), small(other), double(other)
+        rounding = float((expected - precise).abs().max())  # large where a norm sees nearly equal channels
+        assert float((expected - got).abs().max()) <= 1e-5 * float(expected.abs().max()) + 20 * rounding
     closed = any(not bool(gate.support().all()) for _, gate in iter_gates(model))
     assert closed == (sum(p.numel() for p in small.parameters()) < dense)
 

@@ -79,10 +79,16 @@ class CentreFixed:
 def centre_norms(model: nn.Module, groups: Sequence[tuple[ChannelGroup, Bools]]) -> None:
     """Let the norms of streams with closed channels take means over the open ones, **in place**.
 
-    :func:`fold_norms` takes the hooks away again.
+    :func:`fold_norms` takes the hooks away again. Epsilons that are those of a dtype are written down, so that copies
+    in another dtype have the same.
     """
     for group, stays in groups:
-        for module, kind in centring_norms(model, group) if not stays.all() else ():
+        if group.width is None or stays.all():
+            continue
+        for norm in group.width.norms:
+            own = vars(model.get_submodule(norm.module))
+            own[norm.epsilon] = _epsilon(model.get_submodule(norm.module), norm)
+        for module, kind in centring_norms(model, group):
             (weight, *_) = module.parameters()
             hook = CentreFixed(torch.from_numpy(stays).to(weight.device), kind)
             module.register_forward_pre_hook(hook.enter, with_kwargs=True)
@@ -110,13 +116,17 @@ def fold_norms(model: nn.Module, groups: Sequence[tuple[ChannelGroup, Bools]]) -
             weight.add_(offset).mul_(math.sqrt(ratio)).sub_(offset)
         for module_name, norm in {norm.module: norm for norm in group.width.norms}.items():
             module = model.get_submodule(module_name)
-            _scale_epsilon(module, norm, ratio)
+            vars(module)[norm.epsilon] = _epsilon(module, norm) * ratio
             unhook(module, CentreFixed)
 
 
-def _scale_epsilon(module: nn.Module, norm: WidthNorm, ratio: float) -> None:
-    own = vars(module)
-    epsilon = own[norm.epsilon]
-    if epsilon is None:  # nn.RMSNorm then takes that of its input's dtype
-        epsilon = torch.finfo(module.get_parameter("weight").dtype).eps
-    own[norm.epsilon] = epsilon * ratio
+def _epsilon(module: nn.Module, norm: WidthNorm) -> float:
+    """A norm's epsilon; nn.RMSNorm without one has that of a dtype, which is seen where its input is almost zero."""
+    written: float | None = vars(module)[norm.epsilon]
+    if written is not None:
+        return written
+    dtype = module.get_parameter("weight").dtype
+    tiny = torch.full((1,), 1e-30 if dtype is not torch.float16 else 2.0**-24, dtype=dtype)
+    root = float(nn.functional.rms_norm(tiny, (1,)).double() / tiny.double())
+    known = {torch.finfo(one).eps for one in (dtype, torch.float32)}
+    return min(known, key=lambda epsilon: abs(math.log(epsilon * root * root)))
