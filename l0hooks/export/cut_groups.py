@@ -211,7 +211,7 @@ def refuse_read_members(model: nn.Module, groups: Sequence[tuple[ChannelGroup, B
 def _fill(model: nn.Module, groups: Sequence[tuple[ChannelGroup, Bools]], sign: float) -> None:
     generator = torch.Generator().manual_seed(0)
     for group, stays in groups:
-        for site in group.sites:
+        for site in group.sites if group.width is None else ():  # gates of a stream multiply what writes it
             if site.reads or site.buffer or stays.all():
                 continue
             axis = site.axis - int(site.stacked)

@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
 
-from torch import nn
+from torch import Tensor, nn
 
 from l0hooks._torch.running import evaluating
 from l0hooks._torch.tensors import has_meta, is_sharded
-from l0hooks.errors import L0HooksWarning, SpecError, explain
+from l0hooks._torch.trees import tree_leaves
+from l0hooks.errors import L0HooksWarning, SpecError, UnsupportedModuleError, explain, in_one_line
 from l0hooks.export.cut_groups import SPELLINGS
 from l0hooks.export.group_search import GroupSearch, kind_of
 from l0hooks.export.trial_cuts import TrialCuts
@@ -67,7 +68,13 @@ def groups_that_can_be_cut(
     UnsupportedModuleError, StateError
         As :func:`dry_run`.
     """
-    found = dry_run(model, [group for group, _ in chosen], example_inputs, declared=declared)
+    try:
+        found = dry_run(model, [group for group, _ in chosen], example_inputs, declared=declared)
+    except UnsupportedModuleError as error:
+        if not _keeps_a_graph(model):
+            raise
+        why = in_one_line(error.__cause__ or error)
+        return list(chosen), f"no dry run of prune, because the model keeps tensors of a forward with gradients ({why})"
     note = ""
     if found.graphs:
         note = (
@@ -91,6 +98,12 @@ def groups_that_can_be_cut(
     text = f"sparsify: without gates stays what prune could not cut: {shown}. A dry run of prune says: {reason}"
     warnings.warn(text, L0HooksWarning, stacklevel=3)
     return [pair for number, pair in enumerate(chosen) if number not in found.refused], note
+
+
+def _keeps_a_graph(model: nn.Module) -> bool:
+    """Whether modules keep tensors of an earlier forward that gradients flow through: these cannot be copied."""
+    kept = (leaf for module in model.modules() for leaf in tree_leaves(dict(vars(module))))
+    return any(isinstance(leaf, Tensor) and leaf.grad_fn is not None for leaf in kept)
 
 
 def dry_run(
@@ -125,6 +138,7 @@ def dry_run(
 
     Examples
     --------
+    >>> import torch
     >>> from l0hooks import channel_groups
     >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
     >>> x = torch.randn(3, 4)

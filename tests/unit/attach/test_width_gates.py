@@ -45,7 +45,13 @@ def test_a_stream_given_by_hand_is_gated_without_naming_its_kind():
     model, inputs = stream_model("pre LayerNorm")
     groups = list(channel_groups(model, inputs, kinds=("width",)))
     sparsify(model, "coupled", example_inputs=inputs, groups=groups)
-    assert [one.coupled.group.kind for one in iter_gated(model)] == ["width"]
+    (one,) = iter_gated(model)
+    assert one.coupled.group.kind == "width"
+    with torch.no_grad():
+        one.gate.log_alpha[:3] = -9.0
+    small = prune(model.eval(), example_inputs=inputs)
+    assert small.head.in_features == model.head.in_features - 3
+    torch.testing.assert_close(small(*inputs), model(*inputs), rtol=1e-4, atol=1e-5)
 
 
 def test_a_budget_that_fails_takes_the_hooks_away_again():

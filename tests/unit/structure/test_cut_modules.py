@@ -144,6 +144,13 @@ CASES = {
         lambda x, w, b: F.layer_norm(x, (4,), pick(w, OUT), pick(b, OUT)),
         {"normalized_shape": (4,)},
     ),
+    "RMSNorm": (
+        lambda: nn.RMSNorm(8),
+        {"weight": {"axis0": OUT}},
+        (2, 4),
+        lambda x, w: F.rms_norm(x, (4,), pick(w, OUT)),
+        {"normalized_shape": (4,)},
+    ),
     "PReLU": (
         lambda: nn.PReLU(8),
         {"weight": {"axis0": OUT}},
@@ -202,6 +209,7 @@ def _arguments(module):
         nn.Linear: ("in_features", "out_features"),
         nn.GroupNorm: ("num_groups", "num_channels"),
         nn.LayerNorm: ("normalized_shape",),
+        nn.RMSNorm: ("normalized_shape",),
         nn.PReLU: ("num_parameters",),
         nn.Embedding: ("num_embeddings", "embedding_dim"),
         nn.EmbeddingBag: ("num_embeddings", "embedding_dim"),
