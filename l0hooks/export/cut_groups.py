@@ -50,6 +50,17 @@ def members_that_stay(gated: Iterable[Gated]) -> list[tuple[ChannelGroup, Bools]
     return found
 
 
+def without_experts(
+    model: nn.Module, groups: Sequence[tuple[ChannelGroup, Bools]]
+) -> tuple[nn.Module, Sequence[tuple[ChannelGroup, Bools]]]:
+    """A copy without the experts that are closed, and the other groups as they are in it; the same without experts."""
+    if all(group.kind != "expert" for group, _ in groups):
+        return model, groups
+    small = run_copy(model)
+    show_all(small)
+    return small, cut_experts(small, groups)
+
+
 def shrink(
     model: nn.Module,
     groups: Sequence[tuple[ChannelGroup, Bools]],
@@ -89,10 +100,7 @@ def shrink(
     StateError
         If neither computes what it should, or something reads closed members.
     """
-    if any(group.kind == "expert" for group, _ in groups):
-        model = run_copy(model)
-        show_all(model)
-        groups = cut_experts(model, groups)
+    model, groups = without_experts(model, groups)
     cuts = plan_cuts(groups)
     narrower = any(group.width is not None and not stays.all() for group, stays in groups)
     folded = folded or narrower  # the norms' weights are rounded

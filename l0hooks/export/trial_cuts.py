@@ -16,14 +16,13 @@ from l0hooks.attach.open_experts import HeldOpen
 from l0hooks.errors import StateError, UnsupportedModuleError, explain, in_one_line
 from l0hooks.export.comparison import Comparison
 from l0hooks.export.cut_and_repair import cut_and_repair
-from l0hooks.export.cut_groups import inside, refuse_read_members, without_hint
+from l0hooks.export.cut_groups import inside, refuse_read_members, without_experts, without_hint
 from l0hooks.export.recipe import rewrite_by
 from l0hooks.structure import ChannelGroup
-from l0hooks.structure.cut_experts import cut_experts
 from l0hooks.structure.cut_graph import Traced, traced_once
 from l0hooks.structure.cut_modules import Bools, Cut, plan_cuts
 from l0hooks.structure.groups import Ints
-from l0hooks.structure.routers import HiddenExperts, show_all
+from l0hooks.structure.routers import HiddenExperts
 from l0hooks.structure.width.fold import centre_norms
 
 _SEED = 20180101
@@ -56,14 +55,14 @@ class TrialCuts:
                 refuse_read_members(copy.deepcopy(twin), closings, comparison)
             except StateError as error:
                 return without_hint(error)
-        small, closings = _without_experts(twin, closings)
-        cuts = plan_cuts(closings)
-        wrong = cut_and_repair(run_copy(small), cuts, closings, comparison, most=_FEW)
+        small, left = without_experts(twin, closings)
+        cuts = plan_cuts(left)
+        wrong = cut_and_repair(run_copy(small), cuts, left, comparison, most=_FEW)
         if not wrong:
             self.graphs = ""
             return ""
         wrong_graph = self._fault_as_graph(small, cuts, comparison, afresh=small is not twin)
-        if wrong_graph and not (thorough and self._is_cut_otherwise(small, closings, comparison)):
+        if wrong_graph and not (thorough and self._is_cut_otherwise(small, left, comparison)):
             return f"as modules: {wrong}; as a graph: {wrong_graph}"
         self.graphs = wrong
         return ""
@@ -122,17 +121,6 @@ def _some_stay(group: ChannelGroup, random: np.random.Generator) -> Bools:
     stays = np.ones(group.size, np.bool_)
     stays[random.choice(group.size, max(group.size - count, 0), replace=False)] = False
     return stays
-
-
-def _without_experts(
-    twin: nn.Module, closings: list[tuple[ChannelGroup, Bools]]
-) -> tuple[nn.Module, list[tuple[ChannelGroup, Bools]]]:
-    """A copy without the experts that are closed, and the other groups as they are in it."""
-    if all(group.kind != "expert" for group, _ in closings):
-        return twin, closings
-    small = run_copy(twin)
-    show_all(small)
-    return small, cut_experts(small, closings)
 
 
 @torch.no_grad()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,7 +13,6 @@ from l0hooks.training.block_lists import BlockList
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
-Positions = Mapping[tuple[int, str], float]
 
 
 @dataclass(frozen=True)
