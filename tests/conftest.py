@@ -1,10 +1,11 @@
 """Settings and helpers that every test shares."""
 
+import gc
 from collections.abc import Callable
 
 import pytest
 import torch
-from heavy_structures import mark_heavy
+from heavy_structures import mark_heavy, mark_oldest
 from torch import nn
 
 from l0hooks import iter_gates
@@ -22,7 +23,14 @@ pytest.register_assert_rewrite("calibration_stages")
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Slow tests come first, so that no process is left with one when the others have ended."""
     mark_heavy(items)
+    mark_oldest(items)
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
+def pytest_collection_finish() -> None:
+    """Leave what imports and collection made out of every later search for garbage: it is large, and it stays."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import sys
 import types
 from collections import deque
@@ -24,6 +25,9 @@ _MANY = 10_000  # items: a vocabulary, not a cache
 _PLAIN = ("types", "argparse", "collections", "dataclasses")  # modules of Python whose objects hold settings
 _FOREIGN = frozenset({"torch", "l0hooks", "numpy", *sys.stdlib_module_names}) - {"__main__", *_PLAIN}
 _WRAPPERS = ("torch.nn.parallel", "torch.distributed", "torch._dynamo", "l0hooks.")
+SIMPLE = frozenset(  # types whose objects hold no state
+    {type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size, nn.Parameter}
+)
 _NO_STATE = (Tensor, type, Enum, types.FunctionType, types.MethodType, types.BuiltinFunctionType, types.ModuleType)
 
 
@@ -63,7 +67,7 @@ class Attributes:
     def restore(self) -> None:
         """Put everything back that is no longer the same object, or a tensor of other numbers."""
         for table, then in self._tables:
-            if list(table) != list(then) or any(table[key] is not value for key, value in then.items()):
+            if list(table) != list(then) or any(map(operator.is_not, table.values(), then.values())):
                 table.clear()
                 table.update(then)
         for sequence, items in self._lists:
@@ -92,6 +96,8 @@ class Attributes:
                     self._note(value, depth - 1)
 
     def _note(self, value: Any, depth: int) -> None:
+        if type(value) in SIMPLE:  # most of them
+            return
         if type(value) is Tensor and id(value) not in self._seen:
             self._seen[id(value)] = value
             if value.layout == torch.strided and not value.is_meta:

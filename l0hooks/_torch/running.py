@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.torch_version import TorchVersion
 
-from l0hooks._torch.attributes import Attributes
+from l0hooks._torch.attributes import SIMPLE, Attributes
 from l0hooks._torch.names import lookup
 
 OUT_OF_MEMORY = (MemoryError, torch.OutOfMemoryError)  # no sign of a fault in the model
@@ -75,6 +75,8 @@ def _settings(model: nn.Module) -> Iterator[dict[str, Any]]:
     found: list[object] = [value for module in model.modules() for value in (module, *vars(module).values())]
     while found:
         value = found.pop()
+        if type(value) in SIMPLE:  # most of them
+            continue
         table = getattr(value, "__dict__", None)
         if not isinstance(table, dict) or isinstance(value, (Tensor, type, ModuleType)) or id(value) in seen:
             continue

@@ -7,6 +7,7 @@ import pandas as pd
 import pytest
 
 
+@pytest.mark.slow
 def test_a_quarter_of_the_respondents_keeps_the_margins(run_example: Any, tmp_path: Path) -> None:
     output = tmp_path / "out"
     figures, printed = run_example("calibrate_survey", "--quick", output=output)
@@ -23,6 +24,7 @@ def test_a_quarter_of_the_respondents_keeps_the_margins(run_example: Any, tmp_pa
     assert "236 of 944 households" in printed
 
 
+@pytest.mark.slow
 def test_a_nation_adds_up_from_its_districts(run_example: Any, tmp_path: Path) -> None:
     figures, printed = run_example("calibrate_nation", "--quick", output=tmp_path)
     assert figures["chosen"]["households"] == figures["at random"]["households"] == 1000

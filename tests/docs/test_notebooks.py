@@ -162,6 +162,7 @@ def test_cells_are_read_as_text_and_code(hook: ModuleType) -> None:
     assert (code.text, code.is_code, code.line) == ("x = 1", True, 6)
 
 
+@pytest.mark.slow
 def test_a_page_shows_what_cells_print_and_draw_in_the_colour_of_its_text(hook: ModuleType, tmp_path: Path) -> None:
     source = (
         "# %% [markdown]\n# # Title\n\n# %%\nimport matplotlib.pyplot as plt\nprint('printed', 6 * 7)\n\n"
@@ -180,6 +181,7 @@ def test_a_page_shows_what_cells_print_and_draw_in_the_colour_of_its_text(hook: 
     assert sorted(tmp_path.iterdir()) == [path]  # nothing is written
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("line", "complaint"),
     [("1 / 0", "line 3, in <module>\n(.|\n)*ZeroDivisionError"), ("import warnings; warnings.warn('old')", "old")],

@@ -57,6 +57,7 @@ def test_loss_scaling_under_autocast_counts_only_the_steps_that_are_taken(dtype:
     assert all(bool(p.isfinite().all()) for p in model.parameters())
 
 
+@pytest.mark.slow
 def test_accelerate_accumulates_saves_and_resumes(tmp_path: Path) -> None:
     accelerate = pytest.importorskip("accelerate")
     accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)  # another test's

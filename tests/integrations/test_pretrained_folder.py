@@ -95,6 +95,7 @@ def test_the_guide_has_a_row_for_every_family() -> None:
     assert {family for family, _ in table()} == set(FAMILIES)
 
 
+@pytest.mark.slow
 def test_auto_classes_load_it_and_it_trains_on(tmp_path: Path) -> None:
     small, inputs = small_one("Qwen3")
     before = copy.deepcopy(small.config.to_dict())
@@ -107,6 +108,7 @@ def test_auto_classes_load_it_and_it_trains_on(tmp_path: Path) -> None:
     assert again.config.num_key_value_heads == 3
 
 
+@pytest.mark.slow
 def test_a_config_that_transformers_refuses_is_named_with_its_reason(tmp_path: Path) -> None:
     small, inputs = small_one("Llama")  # six heads do not divide a hidden size of 32
     saved = save_pretrained(small, tmp_path, example_inputs=inputs)
@@ -154,6 +156,7 @@ def test_a_dense_model_is_written_as_ever(tmp_path: Path) -> None:
     assert_same(model, transformers.BertForMaskedLM.from_pretrained(tmp_path), inputs)
 
 
+@pytest.mark.slow
 def test_a_tokenizer_and_the_settings_of_generation_are_kept(tmp_path: Path) -> None:
     tokenizers = pytest.importorskip("tokenizers")
     words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"[UNK]": 0, "word": 1}, unk_token="[UNK]"))
@@ -173,6 +176,7 @@ def test_a_size_of_heads_is_never_taken_for_their_number() -> None:
     assert (found.wrong, found.config.head_dim, found.config.num_attention_heads) == ((), 8, 6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("family", "plain"), [("BERT", False), ("Qwen3", True)])
 def test_half_precision_stays(family: str, plain: bool, dtype: torch.dtype, tmp_path: Path) -> None:
@@ -214,6 +218,7 @@ def test_other_models_and_gated_ones_are_refused(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_what_loads_as_another_model_is_refused_and_the_folder_stays(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

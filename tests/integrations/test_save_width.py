@@ -48,6 +48,7 @@ def test_transformers_loads_another_width_by_its_config(tmp_path):
     assert torch.allclose(logits(loaded, inputs), logits(small, inputs), atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["BERT", "GPT-2", "ViT"])
 def test_heads_and_width_in_proportion_are_said_by_the_config_of_older_families(name, tmp_path):
     model, inputs = stream_model(name)
@@ -61,6 +62,7 @@ def test_heads_and_width_in_proportion_are_said_by_the_config_of_older_families(
     assert torch.allclose(logits(loaded, inputs), logits(small, inputs), atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["BERT", "Gemma 3"])
 def test_sizes_that_a_config_cannot_say_are_loaded_with_the_plan(name, tmp_path):
     model, inputs = gated(name, ALL_KINDS if name == "BERT" else ("width",))

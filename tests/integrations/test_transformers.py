@@ -94,6 +94,7 @@ def test_a_budget_runs_to_its_end_and_the_model_is_pruned_and_saved(tmp_path: Pa
     torch.testing.assert_close(plain(example).logits, callback.pruned(example).logits)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("accumulate", [1, 4])
 def test_a_penalty_counts_once_a_step_whatever_is_accumulated(tmp_path: Path, accumulate: int) -> None:
     model = build()
@@ -114,6 +115,7 @@ def test_a_penalty_counts_once_a_step_whatever_is_accumulated(tmp_path: Path, ac
     assert not (tmp_path / "pruned.safetensors").exists()
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_the_trainer_continues_the_budget(tmp_path: Path) -> None:
     ends = []
     for resume in (False, True):
@@ -130,6 +132,7 @@ def test_a_checkpoint_of_the_trainer_continues_the_budget(tmp_path: Path) -> Non
         torch.testing.assert_close(ends[0][key], ends[1][key], msg=key)
 
 
+@pytest.mark.slow
 def test_a_model_in_bfloat16_with_gradient_checkpointing(tmp_path: Path) -> None:
     model = build("output", budget=l0hooks.Budget(sparsity=0.5, steps=STEPS)).to(torch.bfloat16)
     callback = SparsifyCallback(gate_lr=0.1)
@@ -140,6 +143,7 @@ def test_a_model_in_bfloat16_with_gradient_checkpointing(tmp_path: Path) -> None
     assert {p.dtype for p in callback.pruned.parameters()} == {torch.bfloat16}
 
 
+@pytest.mark.slow
 def test_coupled_gates_are_trained_saved_and_cut(tmp_path: Path) -> None:
     torch.manual_seed(0)
     config = transformers.BertConfig(
@@ -159,6 +163,7 @@ def test_coupled_gates_are_trained_saved_and_cut(tmp_path: Path) -> None:
     assert count < 0.95 * sum(p.numel() for p in transformers.BertForSequenceClassification(config).parameters())
 
 
+@pytest.mark.slow
 def test_gates_that_decay_or_stand_still_are_refused(tmp_path: Path) -> None:
     args = arguments(tmp_path)
     with pytest.raises(StateError, match=r"must have no weight decay(?s:.)*callback\.optimizer\(args\)"):
@@ -210,6 +215,7 @@ def test_training_that_is_too_short_for_a_budget_says_so_when_it_begins_and_when
     assert sizes["l0_budget_target"] == gates // 4 < sizes["l0_budget_size"]
 
 
+@pytest.mark.slow
 def test_an_earlier_checkpoint_loaded_at_the_end_is_named(tmp_path: Path) -> None:
     model = build(budget=l0hooks.Budget(sparsity=0.75, steps=STEPS))
     callback = SparsifyCallback(gate_lr=0.1)
@@ -250,6 +256,7 @@ def first_gradients(
     return model, batches, grads
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_a_distillation_loss_is_added_once_whatever_is_accumulated(tmp_path: Path, accumulate: int) -> None:
     def make() -> tuple[nn.Module, Distillation]:

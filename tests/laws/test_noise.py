@@ -418,6 +418,7 @@ BOTH_WAYS_COMPILED = pytest.mark.parametrize(
 )
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize("both_ways", ["by Numba", pytest.param("by torch", marks=OLDEST)], indirect=True)
 def test_compiled_evaluation_and_temperature_schedules_recompile_at_most_twice() -> None:
@@ -431,6 +432,7 @@ def test_compiled_evaluation_and_temperature_schedules_recompile_at_most_twice()
     torch.testing.assert_close(compiled(x()), net(x()))
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # torch's compiler, of its own
 @pytest.mark.usefixtures("fresh_compiler")
 @BOTH_WAYS_COMPILED

@@ -375,6 +375,7 @@ def check(recipe, ending):
     return model, inputs, groups
 
 
+@pytest.mark.slow
 @quick(30)
 @given(recipes(), st.integers(0, 4))
 def test_closed_members_are_irrelevant(recipe, ending):

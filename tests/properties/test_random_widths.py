@@ -64,7 +64,7 @@ def check(seed, norm, kinds, share, width, heads, depth, before, tied):
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:prune. modules of the smaller model are graphs")
-@settings(max_examples=60, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=40, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck))
 @given(
     seed=st.integers(0, 10_000),
     norm=st.sampled_from(NORMS),

@@ -85,6 +85,7 @@ def test_the_number_asked_for_is_the_number_got_in_evaluation():
 ONCE = "ignore:Sparse invariant checks:UserWarning"  # torch says so once a process
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings(ONCE)
 def test_beside_the_earlier_library():
     """At as many households as it leaves, our error is a small part of its."""

@@ -206,6 +206,7 @@ def test_an_error_in_a_thread_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
         compiled.share_out(2, 1, run)
 
 
+@pytest.mark.slow
 def test_training_goes_on_while_the_interpreter_ends() -> None:
     script = (
         "import atexit, torch\n"

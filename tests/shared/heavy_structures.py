@@ -1,4 +1,4 @@
-"""Which structures of the zoo are left to the slow tests."""
+"""Which structures of the zoo are left to the slow tests, and what of laws and zoo runs on the oldest torch."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ HEAVY = {
     *("C2f", "ComplexRotation", "CrossAttention", "OneMaskForAllHeads", "PlainAttention", "RotaryAttention"),
     *("TransformerEncoder", "ViT", "VGGWithView", "HFBertEager", "HFBertSdpa", "HFConvNeXt", "HFDistilBert", "HFLlama"),
     *("HFMobileNetV2", "HFResNet", "HFSwin", "HFT5"),
+    *("Mixtral", "Olmoe", "a list"),  # of experts
 }
+# what the zoo shows of each structure on the oldest torch: gated, trained for a step, cut, and compared
+FROM_END_TO_END = ("from_a_dense_model", "computes_what_the_gated_one_does", "closed_channels_are_cut_out")
 GATED_BY_LAYER = {"bert", "gpt2", "llama", "vit"}  # those that take seconds to cut; one of their cuts is fast
 
 
@@ -26,3 +29,13 @@ def mark_heavy(items: list[pytest.Item]) -> None:
         if name in HEAVY or (is_cut and case[0] in GATED_BY_LAYER and case != ("gpt2", "input")):
             for mark in OLDEST if "from_a_dense_model" in item.name or is_cut else (pytest.mark.slow,):
                 item.add_marker(mark)
+
+
+def mark_oldest(items: list[pytest.Item]) -> None:
+    """Mark the fast laws, and the fast structures of the zoo that go from end to end."""
+    for item in items:
+        room = item.path.parent.name
+        if item.get_closest_marker("slow") is None and (
+            room == "laws" or (room == "zoo" and any(part in item.name for part in FROM_END_TO_END))
+        ):
+            item.add_marker(pytest.mark.oldest)

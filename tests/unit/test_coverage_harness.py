@@ -75,5 +75,6 @@ def test_a_family_counts_once_and_what_cannot_be_built_says_why() -> None:
         build("transformers", "no_such")
 
 
+@pytest.mark.slow
 def test_a_process_that_takes_too_long_is_ended() -> None:
     assert coverage.in_a_process("timm", "no_such", seed=0, limit=0.01)["result"] == "out of time"

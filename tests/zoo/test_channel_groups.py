@@ -187,6 +187,7 @@ def test_a_table_kept_in_evaluation_is_cut_with_its_heads(evaluated):
     assert small.biases.shape == (3, 5)
 
 
+@pytest.mark.slow
 def test_a_model_made_of_parts_with_copies_of_its_settings_keeps_no_keys():
     """T5's encoder and decoder hold copies of the configuration, with use_cache on."""
     config = T5Config(vocab_size=20, d_model=16, d_kv=4, d_ff=12, num_layers=1, num_heads=2, decoder_start_token_id=0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import pickle
 import warnings
 from pathlib import Path
@@ -123,6 +124,7 @@ def test_what_is_found(name: str) -> None:
     assert named <= {"blocks.0", "blocks.1"}
 
 
+@pytest.mark.slow
 def test_experts_are_gated_only_if_asked_for() -> None:
     model = mixture()
     l0hooks.sparsify(model, "coupled", example_inputs=(VECTORS,))
@@ -171,8 +173,11 @@ def test_as_many_experts_stay_as_the_router_chooses(name: str) -> None:
     assert bool(output(model, x).isfinite().all())  # also where a draw opens none
 
 
-@every
-@pytest.mark.parametrize("unit", ["params", "gates", "macs"])
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "unit"),
+    [*((name, "params") for name in MODELS), *itertools.product(["Qwen3Moe", "a list"], ["gates", "macs"])],
+)
 def test_budgets_end_on_what_was_asked_for(name: str, unit: Any) -> None:
     make, x = MODELS[name]
     model = make()
@@ -195,6 +200,7 @@ def test_budgets_end_on_what_was_asked_for(name: str, unit: Any) -> None:
         assert l0hooks.structure.macs.total_macs(small, counted) == pytest.approx(progress.kept)
 
 
+@pytest.mark.slow
 @every
 def test_a_file_of_the_smaller_model_is_loaded_right(name: str, tmp_path: Path) -> None:
     model, x = gated(name)
@@ -205,6 +211,7 @@ def test_a_file_of_the_smaller_model_is_loaded_right(name: str, tmp_path: Path) 
         assert torch.equal(output(small, x), output(again, x))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FUSED)
 def test_uniform_experts_load_in_plain_transformers_and_generate_the_same(name: str, tmp_path: Path) -> None:
     pytest.importorskip("accelerate")  # which the integration needs
@@ -225,6 +232,7 @@ def test_uniform_experts_load_in_plain_transformers_and_generate_the_same(name: 
         assert torch.equal(wanted, again.generate(TOKENS, **settings))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["GptOss", "DeepseekV3"])
 def test_routers_with_biases_and_corrections(family: str) -> None:
     model = pretrained(family)
@@ -244,6 +252,7 @@ def test_a_router_that_works_by_groups_is_frozen_with_the_reason() -> None:
     assert any("works by groups of experts" in one.reason for one in found.frozen)
 
 
+@pytest.mark.slow
 def test_experts_that_cannot_be_hidden_are_frozen_with_the_reason() -> None:
     found = l0hooks.channel_groups(mixture(Sigmoids), (VECTORS,))
     assert not of_kind(found, "expert")
@@ -284,6 +293,7 @@ def test_copies_and_pickles_have_gates_and_routers_of_their_own(name: str) -> No
         assert torch.equal(output(model, x), expected)
 
 
+@pytest.mark.slow
 def test_training_with_cuts_goes_on_uncut_and_says_so() -> None:
     model = mixture()
     budget = l0hooks.Budget(sparsity=0.3, unit="params", steps=2, cut_every=1)

@@ -15,7 +15,7 @@ from l0hooks.structure.cut_modules import plan_cuts, sliced
 
 TOLERANCE = 1e-5  # of the output's scale
 SIZES = [(1, 9), (3, 9), (3, 5), (2, 12)]
-FAST = ("Llama", "GPT-2", "BERT", *NAMES[len(TRANSFORMERS) :])
+FAST = ("Llama", *NAMES[len(TRANSFORMERS) :])
 SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in NAMES if name not in FAST]
 
 
@@ -100,6 +100,7 @@ def test_a_forward_in_training_has_one_draw_for_all_places_of_a_stream(name):
     assert draws[0] != draws[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["Llama", "BERT", "pre LayerNorm", "GroupNorm"])
 def test_with_every_channel_open_nothing_changes(name):
     dense, inputs = stream_model(name)
@@ -112,6 +113,7 @@ def test_with_every_channel_open_nothing_changes(name):
     assert gap(dense, prune(model, example_inputs=inputs), inputs) < TOLERANCE
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["Llama", "BERT"])
 def test_with_every_channel_closed_one_stays_and_the_outputs_are_the_same(name):
     model, inputs = gated(name)
@@ -123,6 +125,7 @@ def test_with_every_channel_closed_one_stays_and_the_outputs_are_the_same(name):
     assert {small.get_parameter(s.names[0]).shape[s.axis] for s in one.coupled.group.sites} == {1}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["Llama", "GPT-2", "pre LayerNorm", "pre RMSNorm", "GroupNorm"])
 def test_the_file_of_a_narrower_model_gives_it_back(name, tmp_path):
     model, inputs = gated(name, ALL_KINDS)
@@ -132,6 +135,7 @@ def test_the_file_of_a_narrower_model_gives_it_back(name, tmp_path):
     assert torch.equal(first(small(*inputs)), first(again(*inputs)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "sparsity"), [("pre LayerNorm", 0.5), ("Llama", 0.4)])
 def test_a_budget_of_parameters_counts_the_width_on_both_sides_of_a_weight(name, sparsity):
     model, inputs = stream_model(name)
@@ -171,6 +175,7 @@ def test_expected_parameters_are_the_mean_over_draws_of_the_exported_ones():
     assert abs(expected - mean) < 4 * spread
 
 
+@pytest.mark.slow
 def test_heads_and_neurons_are_gated_without_width_unless_it_is_named():
     model, inputs = stream_model("Llama")
     report = sparsify(model, "coupled", example_inputs=inputs)
@@ -180,6 +185,7 @@ def test_heads_and_neurons_are_gated_without_width_unless_it_is_named():
     assert {row.kind for row in summary(model).rows} == {"width"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["Llama", "BERT", "ViT"])
 def test_other_groups_are_those_found_without_width(name):
     model, inputs = stream_model(name)
@@ -187,6 +193,7 @@ def test_other_groups_are_those_found_without_width(name):
     assert [str(g) for g in found if g.kind != "width"] == [str(g) for g in channel_groups(model, inputs)]
 
 
+@pytest.mark.slow
 def test_what_an_encoder_returns_stays_frozen_when_it_is_an_output():
     wrapped, _ = stream_model("T5")
     assert isinstance(wrapped, Logits)

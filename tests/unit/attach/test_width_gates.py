@@ -200,6 +200,7 @@ def test_cuts_while_training_leave_the_width_to_the_end():
     assert torch.allclose(run(model.eval()), run(small.eval()), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_compiled_model_computes_the_same():
     model, inputs = gated("pre LayerNorm", ALL_KINDS)
     compiled = torch.compile(model, backend="eager", fullgraph=True)

@@ -54,6 +54,7 @@ IMAGES, WORDS = torch.randn(3, 3, 9, 9), torch.randn(3, 6, 5)
 CASES = [(resnet, IMAGES, ["1.1", "1.2", "2.1"]), (encoder, WORDS, ["1", "2", "3", "4"])]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("make", "x", "names"), CASES, ids=["resnet", "encoder"])
 @pytest.mark.parametrize("seed", range(2))
 def test_blocks_and_what_is_in_them_are_cut_together(

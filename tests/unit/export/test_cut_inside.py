@@ -120,6 +120,7 @@ def test_it_has_the_mode_of_the_model():
     assert all(module.training for module in small.modules())
 
 
+@pytest.mark.slow
 def test_copies_pickles_and_files_compute_the_same(both, tmp_path):
     gated, small = both
     for number, one in enumerate((copy.deepcopy(small), pickle.loads(pickle.dumps(small)))):
@@ -154,6 +155,7 @@ def test_a_warning_names_the_modules_and_the_line():
         prune(model, example_inputs=(torch.randn(2, 3, 16, 16),))
 
 
+@pytest.mark.slow
 def test_it_is_pruned_again_and_saved(both, tmp_path):
     x = torch.randn(2, 3, 16, 16)
     gated = closed(copy.deepcopy(both[1]), (x,))
@@ -242,6 +244,7 @@ class Inner(nn.Module):
         return x + self.drop(self.proj(y.reshape(b, 8, h, w)))
 
 
+@pytest.mark.slow
 def test_channels_that_cross_a_graph_are_cut_with_it(tmp_path):
     torch.manual_seed(0)
     model = Batched()

@@ -113,6 +113,7 @@ def assert_same(before, after):
         assert all(now[key] is value or now[key] == value for key, value in table.items() if key[0] != "_")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_what_prune_refuses_is_left_out_with_the_reason_and_the_rest_is_pruned_exactly(name):
     make, x, bad = CASES[name]

@@ -52,6 +52,7 @@ class TwoStages(nn.Module):
         return self.out((self.wide(self.mid(x)).relu() * self.scale).reshape(batch, -1, 8))
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.isinstance.treespec, LeafSpec.:FutureWarning")  # torch's own, when copying a graph
 @pytest.mark.parametrize("bias", [True, False])
 def test_a_graph_after_earlier_cuts_comes_back(bias, tmp_path):

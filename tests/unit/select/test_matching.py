@@ -143,6 +143,7 @@ def test_the_bandwidth_of_equal_and_single_samples():
     assert 0.5 < median_distance(data(3000, 1), seeded()) < 1.5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("k", [50, 100])
 def test_on_digits_the_distance_of_the_full_kernel_is_at_most_half_of_chance(k):
     x, _ = load_digits(return_X_y=True)

@@ -63,6 +63,7 @@ def fresh():
 OPERATIONS = st.lists(st.one_of(broadcastable(), label_tensors(), st.sampled_from(["save", "restore"])), max_size=12)
 
 
+@pytest.mark.slow
 @SETTINGS
 @given(OPERATIONS)
 def test_classes_are_those_of_the_naive_union_find(operations):

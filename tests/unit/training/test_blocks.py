@@ -162,6 +162,7 @@ def test_a_group_with_fewer_members_keeps_all() -> None:
     assert all(n == 16 for n in found[:3])
 
 
+@pytest.mark.slow
 def test_a_multiple_by_kind() -> None:
     encoder = nn.TransformerEncoderLayer(32, 4, 50, batch_first=True)
     inputs = (torch.randn(2, 5, 32),)

@@ -141,6 +141,7 @@ def test_parameters_stay_the_same_objects_and_optimisers_keep_their_state() -> N
         assert p.grad is None or p.grad.shape == p.shape
 
 
+@pytest.mark.slow
 def test_only_what_is_closed_for_good_is_cut_before_the_end() -> None:
     model = gated(steps=200)
     optimizer = fast(model)
@@ -168,6 +169,7 @@ def test_the_report_counts_what_was_cut() -> None:
     assert report.budgets[0].whole == parameters(plain)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_a_cut_model_goes_on() -> None:
     model = gated(steps=200)
     optimizer = fast(model)

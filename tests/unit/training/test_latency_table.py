@@ -237,5 +237,6 @@ def _read(rank):
     return shared(lambda run: 1.0 + rank)(lambda: None)
 
 
+@pytest.mark.slow
 def test_several_processes_take_the_readings_of_the_first():
     assert in_processes(_read) == [1.0, 1.0]

@@ -160,6 +160,7 @@ def test_a_standalone_gate_by_hand():
     assert (sizes.rows[0]["expected"], sizes.rows[0]["evaluated"]) == (8.0, 8)  # no weights behind the gate
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.torch.jit.script_method:DeprecationWarning")  # importing the compiler
 @pytest.mark.filterwarnings("ignore:Sparse (CSR|BSR) tensor support:UserWarning")  # torch says so once a process
 def test_sparse_storage_and_wrappers_do_not_change_the_exported_size(close_gates):

@@ -32,6 +32,7 @@ def test_where_there_are_few_subsets_the_best_of_all_is_found(alpha: float) -> N
             assert subset.loss == pytest.approx(best, rel=1e-9)
 
 
+@pytest.mark.slow
 def test_the_best_of_all_is_found_with_fewer_rows_than_columns_and_with_dependent_ones() -> None:
     for seed in range(20):
         x, y = data(seed, n=9, p=10, rho=0.9)
