@@ -37,6 +37,9 @@ class Calibrator(Settings):
         Whether bounds hold for weight / design weight, or for the weight.
     distance : "chi_square" or "raking"
         From the design weights, where the targets leave a choice.
+    rescale_design : bool
+        False: weights are nearest to the design weights. True: nearest to the design weights times one number, with
+        which the chosen households meet the targets in the median; for design weights that are right up to a factor.
     loss : "relative" or "squared"
         Errors are divided by \|y\| + ``error_offset`` of each target, or by one number for all.
     error_offset : float, > 0
@@ -156,7 +159,8 @@ class Calibrator(Settings):
         Warns
         -----
         CalibrationWarning
-            Of targets out of reach, of parents that are not the sum of their children, and if the fit did not converge.
+            Of targets out of reach, of targets missed unless a price was asked for, of parents that are not the sum of
+            their children, and if the fit did not converge.
         """
         inputs = self._read(
             M,
@@ -282,16 +286,26 @@ class Calibrator(Settings):
         return driver.run()
 
     def _result(self, inputs: Inputs, outcome: Outcome) -> CalibrationResult:
-        if not outcome.converged:
-            message = explain("Calibrator.fit", "the fit did not converge.", got=outcome.reason)
-            warnings.warn(message, CalibrationWarning, stacklevel=3)
-        return CalibrationResult(
+        result = CalibrationResult(
             weights=outcome.weights,
             inputs=inputs,
             stage=outcome.stage,
-            converged=outcome.converged,
+            converged=outcome.optimal and (outcome.verdict == "met" or self.l0 is not None),
             reason=outcome.reason,
             rows=outcome.rows,
             candidates=outcome.candidates,
             offset=self.error_offset,
+            verdict=outcome.verdict,
         )
+        if outcome.verdict != "met" and self.l0 is None:  # a price is paid in misses
+            message = explain(
+                "Calibrator.fit",
+                f"every target should be met within a relative error of {self.tolerance:g}.",
+                got=f"{result.missed(self.tolerance)}; {outcome.reason}",
+                hint="target_report shows each target; more households, wider bounds, or intervals",
+            )
+            warnings.warn(message, CalibrationWarning, stacklevel=3)
+        elif not outcome.optimal:
+            message = explain("Calibrator.fit", "the fit must converge.", got=outcome.reason)
+            warnings.warn(message, CalibrationWarning, stacklevel=3)
+        return result

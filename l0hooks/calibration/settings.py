@@ -12,7 +12,7 @@ from typing import Any, Self, get_args
 import numpy as np
 
 from l0hooks.calibration.fit.candidates import Method, Options
-from l0hooks.calibration.fit.polish import Objective
+from l0hooks.calibration.fit.polished import Objective
 from l0hooks.calibration.fit.progress import Callback
 from l0hooks.calibration.numerics.dual import Distance
 from l0hooks.calibration.numerics.problem import BoundsOn, Loss, Precision
@@ -40,6 +40,7 @@ class Settings:
         bounds: tuple[Any, Any] = (0.0, math.inf),
         bounds_on: BoundsOn = "ratio",
         distance: Distance = "chi_square",
+        rescale_design: bool = False,
         loss: Loss = "relative",
         error_offset: float = 1.0,
         method: Method = "auto",
@@ -64,7 +65,7 @@ class Settings:
         self.k, self.l0 = k, l0
         self.bounds, self.bounds_on = bounds, bounds_on
         self.distance, self.loss, self.method, self.objective = distance, loss, method, objective
-        self.error_offset = error_offset
+        self.error_offset, self.rescale_design = error_offset, rescale_design
         self.groups, self.group_multipliers, self.normalize_groups = groups, group_multipliers, normalize_groups
         self.hierarchy, self.consistency, self.importance = hierarchy, consistency, importance
         self.tolerance, self.max_epochs, self.patience = tolerance, max_epochs, patience
@@ -107,6 +108,7 @@ class Settings:
             objective=self.objective,
             distance=self.distance,
             tolerance=self.tolerance,
+            rescale_design=bool(self.rescale_design),
             random_state=int(self.random_state),
             patience=None if self.patience is None else int(self.patience),
         )

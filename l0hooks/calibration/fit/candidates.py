@@ -7,7 +7,7 @@ from typing import Literal
 
 import numpy as np
 
-from l0hooks.calibration.fit.polish import Objective, Polished, PolishLimits
+from l0hooks.calibration.fit.polished import Objective, Polished, PolishLimits
 from l0hooks.calibration.fit.stage import Selection
 from l0hooks.calibration.numerics.columns import shared
 from l0hooks.calibration.numerics.dual import Distance
@@ -61,7 +61,7 @@ class Options:
         "auto" runs all candidates that could be best; "dense" starts from a random selection and swaps, without gates.
     epochs : int, > 0
         Of the gates.
-    objective, distance, tolerance
+    objective, distance, tolerance, rescale_design
         As in :func:`polish`.
     random_state : int, >= 0
     patience : int, > 0, optional
@@ -79,6 +79,7 @@ class Options:
     objective: Objective = "auto"
     distance: Distance = "chi_square"
     tolerance: float = 1e-6
+    rescale_design: bool = False
     random_state: int = 0
     patience: int | None = None
     search: SearchLimits = field(default_factory=SearchLimits)

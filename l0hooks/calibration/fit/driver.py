@@ -12,7 +12,7 @@ from l0hooks.calibration.data.inputs import Inputs
 from l0hooks.calibration.data.reach import weight_limits
 from l0hooks.calibration.fit.candidates import Options
 from l0hooks.calibration.fit.checkpoint import Checkpoint
-from l0hooks.calibration.fit.polish import Polished
+from l0hooks.calibration.fit.polished import Polished, Verdict
 from l0hooks.calibration.fit.progress import Callback, Display, Update, Watch
 from l0hooks.calibration.fit.saved import Fields
 from l0hooks.calibration.fit.saved_solver import read_outcomes, read_rows
@@ -37,7 +37,10 @@ class Outcome:
     selection : Selection
     stage : str
         The best candidate.
-    converged : bool
+    verdict : "met", "impossible" or "unknown"
+        Whether all targets are met; if not, whether it is proved that the chosen units cannot.
+    optimal : bool
+        Whether the optimum of the last fit is certified.
     reason : str
     candidates : dict from name to mean \\|relative error\\|
         All that were tried.
@@ -49,7 +52,8 @@ class Outcome:
     weights: Floats
     selection: Selection
     stage: str
-    converged: bool
+    verdict: Verdict
+    optimal: bool
     reason: str
     candidates: dict[str, float]
     rows: list[dict[str, Any]] = field(default_factory=list)
@@ -176,7 +180,8 @@ class Driver:
             weights=solver.problem.weights(selection.g, selection.units),
             selection=selection,
             stage=best.name,
-            converged=polished.converged,
+            verdict=polished.verdict,
+            optimal=polished.converged,
             reason=polished.reason + (f"; {self._stopped}" if self._stopped else ""),
             candidates={candidate.name: candidate.polished.error for candidate in solver.candidates},
             rows=self._rows,

@@ -2,84 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
-
 import numpy as np
 
+from l0hooks.calibration.fit.polished import Objective, Polished, PolishLimits
 from l0hooks.calibration.fit.stage import Refit, Selection, refit
-from l0hooks.calibration.numerics.certificate import PROGRAMME_ENTRIES, can_be_met
-from l0hooks.calibration.numerics.columns import Floats, Sparse, rows_of
+from l0hooks.calibration.numerics.certificate import Answer, can_be_met
+from l0hooks.calibration.numerics.columns import Floats, Sparse
 from l0hooks.calibration.numerics.distance import nearest_weights
 from l0hooks.calibration.numerics.dual import Distance, NearestOptions
 from l0hooks.calibration.numerics.problem import Problem, median_factor
 
-Objective = Literal["auto", "least_squares", "distance"]
 _PROMISING_MISS = 1e-3  # largest scaled miss of a least-squares fit after which the targets may be met
+_MOST_PRECISE = 1e-3  # of the tolerance: the least that is asked of the search, where some targets count little
+_MET = "all targets met"
+_IMPOSSIBLE = "not all targets can be met within the bounds"
 _UNKNOWN = "whether all targets can be met within the bounds is not known"
-
-
-@dataclass(frozen=True)
-class PolishLimits:
-    """When the polish ends, and what it counts as converged.
-
-    Attributes
-    ----------
-    iterations : int, > 0
-        Conjugate gradient steps of a least-squares fit, before dense factors are made.
-    distance_from : float, > 0
-        Above this many units per target, the nearest weights are searched for without a least-squares fit first.
-    violation : float
-        The largest relative norm of the projected gradient that counts as converged.
-    gap : float
-        The largest relative duality gap that counts as converged. At 1e-3 three digits of the distance are right.
-    programme_entries : int, >= 0
-        Matrix entries up to which a linear programme may decide whether the targets can be met.
-    """
-
-    iterations: int = 400
-    distance_from: float = 4.0
-    violation: float = 1e-6
-    gap: float = 1e-3
-    programme_entries: int = PROGRAMME_ENTRIES
-
-
-@dataclass(frozen=True)
-class Polished:
-    """Weights on a selection, and what is known about them.
-
-    Attributes
-    ----------
-    selection : Selection
-    misses : float64, shape (Q,)
-        Scaled, from the stored matrix in float64.
-    error : float
-        Mean \\|relative error\\| over the targets.
-    loss : float
-        ½ Σ dist².
-    deff : float
-        Kish's design effect of the units' weights, k Σw² / (Σw)².
-    objective : "least_squares" or "distance"
-        What was minimised.
-    feasible : bool
-        Whether every target is met, within the tolerance.
-    converged : bool
-        Whether the optimum is certified.
-    certificate : float
-        The relative norm of the projected gradient, or the relative duality gap.
-    reason : str
-    """
-
-    selection: Selection
-    misses: Floats
-    error: float
-    loss: float
-    deff: float
-    objective: str
-    feasible: bool
-    converged: bool
-    certificate: float
-    reason: str
+_OF_CHOSEN = " by the households chosen"
 
 
 def polish(
@@ -89,15 +27,16 @@ def polish(
     objective: Objective = "auto",
     distance: Distance = "chi_square",
     tolerance: float = 1e-6,
+    rescale_design: bool = False,
     limits: PolishLimits | None = None,
 ) -> Polished:
     """The best weights of the chosen units.
 
-    With at most as many units as targets these are the weights of bounded least squares. With more units they are the
-    weights nearest to the design weights that meet the targets. If the targets cannot be met, they are those of least
-    squares, or, with more than four times as many units as targets, the soft compromise of ``numerics/distance``. If
-    the search for the nearest weights does not converge, they are those of least squares; if these meet all targets,
-    the nearest weights with the same estimates.
+    Where targets can be met, these are the weights nearest to the design weights that meet them; with at most as many
+    units as targets those of bounded least squares, if they meet them. If the targets cannot be met, they are those of
+    least squares, or, with more than four times as many units as targets, the soft compromise of
+    ``numerics/distance``. If the search for the nearest weights does not converge, they are those of least squares; if
+    these meet all targets, the nearest weights with the same estimates.
 
     Parameters
     ----------
@@ -106,7 +45,9 @@ def polish(
     objective : "auto", "least_squares" or "distance"
     distance : "chi_square" or "raking"
     tolerance : float, > 0
-        A target is met if its scaled miss, the relative error where nothing is weighted, is not larger.
+        A target is met if its relative error is not larger.
+    rescale_design : bool
+        Nearest to the design weights times the one number with which the chosen units meet the targets in the median.
     limits : PolishLimits, optional
 
     Returns
@@ -122,19 +63,28 @@ def polish(
     >>> done.objective, done.converged, problem.weights(done.selection.g, np.arange(3)).round(4)
     ('distance', True, array([3.5, 3.5, 2. ]))
     """
-    return _Polish(problem, selection, distance, tolerance, limits or PolishLimits()).run(objective)
+    return _Polish(problem, selection, distance, tolerance, limits or PolishLimits(), rescale_design).run(objective)
 
 
 class _Polish:
     """One polish: the problem, the selection and its rows of the matrix."""
 
     def __init__(
-        self, problem: Problem, selection: Selection, distance: Distance, tolerance: float, limits: PolishLimits
+        self,
+        problem: Problem,
+        selection: Selection,
+        distance: Distance,
+        tolerance: float,
+        limits: PolishLimits,
+        rescale: bool,
     ) -> None:
         self.problem, self.selection, self.units = problem, selection, selection.units
-        self.distance, self.tolerance, self.limits = distance, tolerance, limits
-        every = len(self.units) == problem.size and problem.columns.dtype == np.float64
-        self.block = problem.columns if every else rows_of(problem.columns, self.units)
+        self.distance, self.limits = distance, limits
+        self.allowed = problem.allowed(tolerance)
+        self.tolerance = tolerance * float(np.clip(self.allowed.min() / tolerance, _MOST_PRECISE, 1.0))
+        self.violation = min(limits.violation, tolerance)
+        self.block = problem.exactly(self.units)
+        self.factor = _common_factor(problem, self.block) if rescale else 1 / problem.factor
 
     def run(self, objective: Objective) -> Polished:
         problem, limits = self.problem, self.limits
@@ -148,19 +98,53 @@ class _Polish:
             if objective == "distance" or nearest.converged:
                 return nearest
         fitted = self.least_squares()
-        promising = max(_PROMISING_MISS, self.tolerance)
-        if objective == "auto" and per_target > 1 and _within(fitted.misses, promising):
+        promising = float(np.abs(fitted.misses).max(initial=0.0)) <= max(_PROMISING_MISS, self.tolerance)
+        if objective == "auto" and promising and (per_target > 1 or not self.meets(fitted.misses)):
             nearest = nearest or self.nearest()
             if not nearest.converged and (problem.lower < problem.upper).any():  # points are far easier than intervals
                 nearest = self.nearest(self.clipped(fitted.g))
             if nearest.converged and nearest.feasible:
                 return nearest
+        return self.fitted(fitted)
+
+    def fitted(self, fitted: Refit) -> Polished:
+        """The weights of least squares; those of a programme, if they alone meet all targets."""
         certificate, feasible = fitted.fit.violation, self.meets(fitted.misses)
-        converged = certificate <= limits.violation or feasible
-        reason = "all targets met" if feasible else "least squares, optimality conditions met"
+        if feasible:
+            return self.result(fitted.g, feasible=True, certificate=certificate, reason=_MET)
+        answer = self.answer(fitted.misses)
+        if answer.g is not None:
+            return self.from_point(answer.g)
+        converged = certificate <= self.violation
+        how = "least squares, optimality conditions met"
         if not converged:
-            reason = f"not converged: projected gradient {certificate:.1e} after {fitted.fit.iterations} iterations"
-        return self.result(fitted.g, feasible=feasible, converged=converged, certificate=certificate, reason=reason)
+            how = f"not converged: projected gradient {certificate:.1e} after {fitted.fit.iterations} iterations"
+        return self.result(
+            fitted.g,
+            feasible=False,
+            impossible=answer.impossible,
+            converged=converged,
+            certificate=certificate,
+            reason=f"{self.known(answer)}: {how}",
+        )
+
+    def answer(self, misses: Floats) -> Answer:
+        """Whether these units can meet all targets."""
+        problem, units = self.problem, self.units
+        return can_be_met(
+            self.block,
+            problem.lower,
+            problem.upper,
+            problem.low[units],
+            problem.high[units],
+            misses,
+            self.allowed,
+            most_entries=self.limits.programme_entries,
+        )
+
+    def known(self, answer: Answer) -> str:
+        said = _IMPOSSIBLE if answer.impossible else _UNKNOWN
+        return said if len(self.units) == self.problem.size else said.replace("met", "met" + _OF_CHOSEN)
 
     def least_squares(self) -> Refit:
         return refit(
@@ -168,13 +152,13 @@ class _Polish:
             self.units,
             self.selection.g,
             iterations=self.limits.iterations,
-            tolerance=self.limits.violation / 2,
+            tolerance=self.violation / 2,
             finish=True,
             block=self.block,
         )
 
     def meets(self, misses: Floats) -> bool:
-        return _within(misses, self.tolerance)
+        return bool((np.abs(misses) <= self.allowed).all())
 
     def clipped(self, g: Floats) -> Floats:
         """The estimates of ``g``, moved into their intervals."""
@@ -191,28 +175,29 @@ class _Polish:
             problem.low[units],
             problem.high[units],
             problem.strength(units),
-            _common_factor(problem, self.block),
+            self.factor,
             NearestOptions(distance=self.distance, tolerance=self.tolerance),
         )
-        converged = abs(found.gap) <= self.limits.gap
-        reason = "all targets met, nearest to the design weights"
+        converged, impossible = abs(found.gap) <= self.limits.gap, False
+        misses = problem.misses(np.asarray(self.block.T @ found.g, np.float64))
+        feasible = self.meets(misses)
+        reason = f"{_MET}, nearest to the design weights"
         if estimates is not None:
             reason += " of those with the same estimates"
-        if not found.feasible:
-            ends = (problem.lower, problem.upper, problem.low[units], problem.high[units])
-            most = self.limits.programme_entries
-            answer = can_be_met(self.block, *ends, found.misses, self.tolerance, most_entries=most)
+        if not feasible:
+            answer = self.answer(misses)
             if answer.g is not None and estimates is None:
                 return self.from_point(answer.g)
-            worst = float(np.max(np.abs(found.misses), initial=0.0))
-            known = "not all targets can be met within the bounds" if answer.impossible else _UNKNOWN
-            reason = f"{known}: soft compromise, largest scaled miss {worst:.2e}"
+            worst, impossible = float(np.max(np.abs(misses), initial=0.0)), answer.impossible
+            reason = f"{self.known(answer)}: soft compromise, largest scaled miss {worst:.2e}"
         if not converged:
-            reason = f"not converged: duality gap {found.gap:.1e} after {found.steps} Newton steps"
+            known = _MET if feasible else self.known(answer)
+            reason = f"{known}; not converged: duality gap {found.gap:.1e} after {found.steps} Newton steps"
         return self.result(
             found.g,
             "distance",
-            feasible=found.feasible,
+            feasible=feasible,
+            impossible=impossible,
             converged=converged,
             certificate=found.gap,
             reason=reason,
@@ -235,6 +220,7 @@ class _Polish:
         objective: str = "least_squares",
         *,
         feasible: bool,
+        impossible: bool = False,
         converged: bool = True,
         certificate: float = 0.0,
         reason: str,
@@ -251,14 +237,11 @@ class _Polish:
             deff=deff,
             objective=objective,
             feasible=feasible,
+            impossible=impossible,
             converged=converged,
             certificate=certificate,
             reason=reason,
         )
-
-
-def _within(misses: Floats, tolerance: float) -> bool:
-    return float(np.max(np.abs(misses), initial=0.0)) <= tolerance
 
 
 def _common_factor(problem: Problem, block: Sparse) -> float:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 from l0hooks.calibration.fit.candidates import Candidate, Chain, Pending
-from l0hooks.calibration.fit.polish import Polished
+from l0hooks.calibration.fit.polished import Polished, Verdict
 from l0hooks.calibration.fit.saved import Fields, each, selection_of
 from l0hooks.calibration.fit.stage import Selection
 from l0hooks.calibration.numerics.problem import Problem
@@ -83,7 +83,7 @@ def read_outcomes(
     ------
     StateError
     """
-    names = ("keep", "weights", "selection", "stage", "converged", "reason", "candidates", "rows")
+    names = ("keep", "weights", "selection", "stage", "verdict", "optimal", "reason", "candidates", "rows")
     if len(outcomes) >= len(sizes):
         raise _refusal(f"fewer than {len(sizes)} outcomes", str(len(outcomes)))
     found = []
@@ -98,7 +98,8 @@ def read_outcomes(
                 "weights": one.array("weights", (households,)),
                 "selection": selection_of(one.any("selection"), "an outcome", problem.size),
                 "stage": one.text("stage"),
-                "converged": one.flag("converged"),
+                "verdict": one.text("verdict", get_args(Verdict)),
+                "optimal": one.flag("optimal"),
                 "reason": one.text("reason"),
                 "candidates": {name: errors.number(name, infinite=True) for name in tried},
                 "rows": read_rows(one.listed("rows"), columns),
@@ -137,6 +138,7 @@ def _polished(state: object, problem: Problem) -> Polished:
         deff=one.number("deff", infinite=True),
         objective=one.text("objective", ("least_squares", "distance")),
         feasible=one.flag("feasible"),
+        impossible=one.flag("impossible"),
         converged=one.flag("converged"),
         certificate=one.number("certificate", infinite=True),
         reason=one.text("reason"),

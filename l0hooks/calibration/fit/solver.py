@@ -231,6 +231,7 @@ class Solver:
             objective=options.objective,
             distance=options.distance,
             tolerance=options.tolerance,
+            rescale_design=options.rescale_design,
             limits=options.polish,
         )
         self.candidates.append(Candidate(first.name, polished))

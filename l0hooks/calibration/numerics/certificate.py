@@ -37,7 +37,7 @@ class Answer:
 
 
 def proves_impossible(
-    block: Sparse, u: Floats, lower: Floats, upper: Floats, low: Floats, high: Floats, tolerance: float = 0.0
+    block: Sparse, u: Floats, lower: Floats, upper: Floats, low: Floats, high: Floats, tolerance: float | Floats = 0.0
 ) -> bool:
     """Whether ``u`` separates all estimates from all intervals.
 
@@ -50,8 +50,8 @@ def proves_impossible(
         Intervals of the estimates; one end may be infinite.
     low, high : float64, shape (n,)
         Bounds of g; ``high`` may be infinite.
-    tolerance : float, >= 0
-        An estimate that is outside its interval by no more still counts as within.
+    tolerance : float or float64 of shape (Q,), >= 0
+        An estimate that is outside its interval by no more still counts as within; by infinity, any.
 
     Returns
     -------
@@ -68,12 +68,15 @@ def proves_impossible(
     ----------
     Farkas (1902), Theorie der einfachen Ungleichungen.
     """
+    tolerance = np.broadcast_to(np.asarray(tolerance, np.float64), len(u))
+    u = np.where(np.isinf(tolerance), 0.0, u)
     # an infinite end bounds nothing: its multiplier is set to zero
     u = np.where((u > 0) & np.isneginf(lower), 0.0, np.where((u < 0) & np.isposinf(upper), 0.0, u))
     u = _lowered(block, u, upper, high)
     ends = np.where(u > 0, lower, np.where(u < 0, upper, 0.0))
     if not u.any() or not np.isfinite(u).all():
         return False
+    slack = np.where(np.isinf(tolerance), 0.0, tolerance)
     pull = np.asarray(block @ u, np.float64)
     limit = np.where(pull > 0, high, low)
     if (np.isinf(limit) & (pull != 0)).any():
@@ -82,7 +85,7 @@ def proves_impossible(
     # ‖Bᵢ‖·‖u‖ is no less than Σⱼ |Bᵢⱼ uⱼ|
     sizes = np.where(np.isinf(limit), 0.0, row_norms(block) * float(np.linalg.norm(u)) * np.abs(limit))
     rounding = _ROUNDING_SHARE * (float(sizes.sum()) + float(np.abs(ends * u).sum()))
-    return float(most.sum()) + rounding < float(ends @ u) - tolerance * float(np.abs(u).sum())
+    return float(most.sum()) + rounding < float(ends @ u) - float(slack @ np.abs(u))
 
 
 def _lowered(block: Sparse, u: Floats, upper: Floats, high: Floats) -> Floats:
@@ -113,7 +116,7 @@ def can_be_met(
     low: Floats,
     high: Floats,
     misses: Floats,
-    tolerance: float,
+    tolerance: float | Floats,
     *,
     most_entries: int = PROGRAMME_ENTRIES,
 ) -> Answer:
@@ -143,7 +146,9 @@ def can_be_met(
     return _by_programme(block, lower, upper, low, high, tolerance)
 
 
-def _by_programme(block: Sparse, lower: Floats, upper: Floats, low: Floats, high: Floats, tolerance: float) -> Answer:
+def _by_programme(
+    block: Sparse, lower: Floats, upper: Floats, low: Floats, high: Floats, tolerance: float | Floats
+) -> Answer:
     """Minimise the sum of misses; the multipliers of that programme are the u to check."""
     from scipy.optimize import linprog  # its import takes longer than a small fit
 
@@ -153,7 +158,7 @@ def _by_programme(block: Sparse, lower: Floats, upper: Floats, low: Floats, high
     slack = sparse.eye_array(rows, format="csr")
     sides = [sparse.hstack([estimates[over], -slack[over]]), sparse.hstack([-estimates[under], -slack[under]])]
     solved = solve(
-        np.concatenate([np.zeros(n), np.ones(rows)]),
+        np.concatenate([np.zeros(n), np.where(np.isinf(tolerance), 0.0, np.ones(rows))]),
         A_ub=sparse.csr_array(sparse.vstack(sides)),
         b_ub=np.concatenate([upper[over], -lower[under]]),
         bounds=np.column_stack([np.concatenate([low, np.zeros(rows)]), np.concatenate([high, np.full(rows, np.inf)])]),
@@ -164,7 +169,7 @@ def _by_programme(block: Sparse, lower: Floats, upper: Floats, low: Floats, high
         return Answer(None, False)
     g = np.clip(solved.x[:n], low, high)
     reached = np.asarray(block.T @ g, np.float64)
-    if float(np.abs(reached - np.clip(reached, lower, upper)).max(initial=0.0)) <= tolerance:
+    if bool((np.abs(reached - np.clip(reached, lower, upper)) <= tolerance).all()):
         return Answer(g, False)
     u = np.zeros(rows)
     np.add.at(u, over, solved.ineqlin.marginals[: len(over)])

@@ -19,8 +19,11 @@ from l0hooks.calibration.numerics.columns import (
     shared,
     stored_by_unit,
 )
+from l0hooks.calibration.numerics.given import GivenMatrix
 from l0hooks.calibration.numerics.problem import BoundsOn, Loss, Precision, Problem, larger_ends, median_factor
 from l0hooks.errors import InvalidValueError, explain
+
+_UNCOUNTED = 1e-9  # of the largest importance: a target of no more is there for the sums of others
 
 
 @dataclass(frozen=True, eq=False)
@@ -143,12 +146,15 @@ def prepare(
             upper=scale * high_target,
             scale=scale,
             denominators=denominators,
+            counted=_counted(errors.importance, len(denominators)),
             low=shared(units.bounds[0] / per_g),
             high=shared(units.bounds[1] / per_g),
             design=design,
+            factor=factor,
             norms=row_norms(columns),
             kept=_kept(members, units.keep, len(base)),
             members=members,
+            given=GivenMatrix(rows, scale, members, design),
         )
 
 
@@ -159,6 +165,14 @@ def _row_scale(denominators: Floats, errors: ErrorOptions) -> Floats:
     given = np.asarray(errors.importance, np.float64)
     weighted: Floats = scale * np.sqrt(given / given.mean())
     return weighted
+
+
+def _counted(importance: ArrayLike | None, count: int) -> Flags:
+    if importance is None:
+        return np.ones(count, np.bool_)
+    given = np.asarray(importance, np.float64)
+    counts: Flags = given > _UNCOUNTED * given.max()
+    return counts
 
 
 def _kept(members: Integers, keep: ArrayLike, units: int) -> Flags:

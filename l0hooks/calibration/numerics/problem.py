@@ -17,7 +17,8 @@ from typing import Literal
 import numpy as np
 from scipy import sparse
 
-from l0hooks.calibration.numerics.columns import Flags, Floats, Integers, Sparse
+from l0hooks.calibration.numerics.columns import Flags, Floats, Integers, Sparse, rows_of
+from l0hooks.calibration.numerics.given import GivenMatrix
 
 Loss = Literal["relative", "squared"]
 BoundsOn = Literal["ratio", "weight"]
@@ -38,16 +39,22 @@ class Problem:
         s.
     denominators : float64, shape (T,)
         \\|y\\| + offset of the T <= Q targets that were given; the other rows are consistency conditions.
+    counted : bool, shape (T,)
+        Targets that are to be met; the others are there for the sums of their hierarchy.
     low, high : float64, shape (n,)
         Bounds of g for a unit that is chosen.
     design : float64, shape (n,)
         d, so that w = g·d.
+    factor : float, > 0
+        d over the design weights that were given.
     norms : float64, shape (n,)
         ‖Bᵢ‖.
     kept : bool, shape (n,)
         Units that must be chosen.
     members : int64, shape (n_households,)
         Unit of each household, −1 for one left out.
+    given : GivenMatrix
+        Where the last fit reads its rows from: those of ``columns`` may be rounded.
     """
 
     columns: Sparse
@@ -55,12 +62,15 @@ class Problem:
     upper: Floats
     scale: Floats
     denominators: Floats
+    counted: Flags
     low: Floats
     high: Floats
     design: Floats
+    factor: float
     norms: Floats
     kept: Flags
     members: Integers
+    given: GivenMatrix
 
     @property
     def size(self) -> int:
@@ -76,6 +86,18 @@ class Problem:
         """B g in float64, of all units or of those given."""
         block = self.columns if units is None else self.columns[units]
         return np.asarray(block.T @ g.astype(block.dtype), np.float64)
+
+    def exactly(self, units: Integers) -> Sparse:
+        """The rows of some units in float64, without rounding."""
+        if self.columns.dtype == np.float64:
+            return self.columns if len(units) == self.size else rows_of(self.columns, units)
+        return self.given.block(units)
+
+    def allowed(self, tolerance: float) -> Floats:
+        """The scaled miss up to which each row counts as met; of a target, a relative error of ``tolerance``."""
+        count = len(self.denominators)
+        shares = np.where(self.counted, self.scale[:count] * self.denominators, np.inf)
+        return tolerance * np.concatenate([shares, np.ones(self.rows - count)])
 
     def misses(self, estimates: Floats) -> Floats:
         """How far scaled estimates lie outside their targets, with sign."""

@@ -87,7 +87,8 @@ def report_html(
         pictures.append(_picture(history_plot(result.rows), "error and households over time"))
     warnings = [*notes]
     if not result.converged:
-        warnings.insert(0, f"The fit did not converge: {result.reason}")
+        what = "The fit did not converge" if result.verdict == "met" else "Targets are missed"
+        warnings.insert(0, f"{what}: {result.reason}")
     if result.unreachable:
         names = ", ".join(str(name) for name in result.unreachable[:20])
         warnings.append(f"{len(result.unreachable):,} targets that no allowed weights can meet: {names}")

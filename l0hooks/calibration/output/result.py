@@ -13,6 +13,7 @@ import numpy as np
 from l0hooks._files import save_figure
 from l0hooks.calibration.data.inputs import Inputs
 from l0hooks.calibration.data.names import few
+from l0hooks.calibration.fit.polished import Verdict
 from l0hooks.calibration.fit.progress import percent
 from l0hooks.calibration.numerics.columns import Floats, Integers
 from l0hooks.calibration.numerics.problem import larger_ends
@@ -43,7 +44,8 @@ class CalibrationResult:
     stage : str
         The stage whose weights these are.
     converged : bool
-        Whether the last fit reached its optimum for the households chosen.
+        Whether all targets are met, unless a price was asked for, and the last fit reached its optimum for the
+        households chosen.
     reason : str
         Why the fit ended, in words.
     rows : sequence of mappings
@@ -52,6 +54,9 @@ class CalibrationResult:
         The error of every candidate; ``stage`` is the best of them.
     offset : float, > 0
         What is added to \\|y\\| where errors are divided by it.
+    verdict : "met", "impossible" or "unknown"
+        All targets are met; or it is proved that no weights of the chosen households within the bounds meet them; or
+        it is not known whether they can.
 
     Examples
     --------
@@ -71,6 +76,7 @@ class CalibrationResult:
     rows: Sequence[Mapping[str, Any]]
     candidates: Mapping[str, float] = field(default_factory=dict)
     offset: float = 1.0
+    verdict: Verdict = "unknown"
 
     @cached_property
     def chosen(self) -> Integers:
@@ -94,6 +100,14 @@ class CalibrationResult:
         misses = self.estimates - np.clip(self.estimates, lower, upper)
         errors: Floats = misses / (larger_ends(lower, upper) + self.offset)
         return errors
+
+    def missed(self, tolerance: float) -> str:
+        """How many targets of importance are missed by more than ``tolerance``, and the worst of them, in words."""
+        errors = np.where(self.inputs.importance > 0, np.abs(self.relative_errors), 0.0)
+        worst = int(errors.argmax())
+        count = int((errors > tolerance).sum())
+        label = self.inputs.targets.labels[worst]
+        return f"{count:,} of {len(errors):,} targets missed, {label!r} by {percent(float(errors[worst]))}"
 
     @property
     def error(self) -> float:

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from scipy import optimize, sparse
 
-from l0hooks.calibration.fit.polish import PolishLimits, polish
+from l0hooks.calibration.fit.polish import polish
+from l0hooks.calibration.fit.polished import PolishLimits
 from l0hooks.calibration.fit.stage import Selection
 from l0hooks.calibration.numerics.certificate import can_be_met, proves_impossible
 from l0hooks.calibration.numerics.preparation import UnitOptions, prepare
