@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -10,11 +9,13 @@ import numpy as np
 from l0hooks.calibration.data.households import GivenHouseholds, check_count
 from l0hooks.calibration.data.inputs import Inputs, read_inputs
 from l0hooks.calibration.data.matrix import read_matrix
-from l0hooks.calibration.data.targets import CalibrationWarning, GivenTargets
+from l0hooks.calibration.data.targets import GivenTargets
+from l0hooks.calibration.data.units import warn_of_units
 from l0hooks.calibration.fit.checkpoint import Checkpoint
-from l0hooks.calibration.fit.driver import Driver, Outcome, prepared
+from l0hooks.calibration.fit.driver import Driver, Outcome, conflicting, prepared
 from l0hooks.calibration.fit.progress import Display
 from l0hooks.calibration.numerics.columns import Floats
+from l0hooks.calibration.output.misses import warn_of_misses
 from l0hooks.calibration.output.result import CalibrationResult
 from l0hooks.calibration.settings import Settings
 from l0hooks.errors import InvalidValueError, StateError, explain
@@ -26,30 +27,27 @@ class Calibrator(Settings):
     Parameters
     ----------
     k : int, optional
-        How many households have a positive weight, exactly. Without ``k`` and ``l0`` all of them: plain calibration.
+        How many households have a positive weight. Without ``k`` and ``l0`` all of them: plain calibration.
     l0 : float, > 0, optional
-        Instead of ``k``: the price of one household in the loss, as in the earlier library. The search begins with
-        gates and, with up to 200 targets, greedy search. Then households are added and dropped while the loss plus the
-        price of all falls.
+        Instead of ``k``: the price of one household in the loss. The search begins with gates and, with up to 200
+        targets, greedy search. Then households are added and dropped while the loss plus the price of all falls.
     bounds : (lo, hi)
-        Of a chosen household's weight: numbers, or one for each household by name. ``hi`` may be infinite.
+        Of a chosen household's weight: numbers, or one for each by name. ``hi`` may be infinite.
     bounds_on : "ratio" or "weight"
         Whether bounds hold for weight / design weight, or for the weight.
     distance : "chi_square" or "raking"
-        From the design weights, where the targets leave a choice.
+        From the design weights.
     rescale_design : bool
-        False: weights are nearest to the design weights. True: nearest to the design weights times one number, with
-        which the chosen households meet the targets in the median; for design weights that are right up to a factor.
+        Nearest to the design weights times the one number with which the targets are met in the median.
     loss : "relative" or "squared"
         Errors are divided by \|y\| + ``error_offset`` of each target, or by one number for all.
     error_offset : float, > 0
         Relative errors are (estimate − y) / (\|y\| + ``error_offset``), in the units of the targets: 1 suits counts and
         sums. For targets far below 1, such as shares, give the size of an error that would still matter.
     method : "auto", "gates", "greedy" or "dense"
-        How households are chosen: "auto" tries all that could be best, and keeps the best.
+        How households are chosen: "auto" keeps the best of all that could be best.
     objective : "auto", "least_squares" or "distance"
-        Of the last fit: the smallest error, or the smallest distance that meets the targets; by the number of
-        households if "auto".
+        Of the last fit: the smallest error, or the smallest distance that meets the targets.
     groups : array_like, Series or mapping, optional
         A label for each target. Errors are averaged within a group, so each group counts the same.
     group_multipliers : mapping from label to float >= 0, optional
@@ -61,24 +59,22 @@ class Calibrator(Settings):
     consistency : float, >= 0
         What a squared error of such a sum counts, against 1 for a target.
     importance : array_like, Series or mapping, >= 0, optional
-        What the squared error of each target counts; 1 for those that a mapping does not name.
+        What the squared error of each target counts; 1 if not named.
     tolerance : float, > 0
         A target is met if its relative error is not larger.
     max_epochs : int, > 0
         Of the gates.
     patience : int, > 0, optional
         Early stopping: gates (once their number is the final one) and swaps end after this many steps in which the
-        error did not fall by 1 %. The fit goes on with their selection. Without it gates take all their epochs, and
-        swaps go on while they gain.
+        error did not fall by 1 %. Without it gates take all their epochs, and swaps go on while they gain.
     device : "cpu"
         Where the fit runs; no other device is supported.
     dtype : "float32" or "float64"
-        Of the matrix during the fit; sums are taken in float64.
+        Of the matrix during the search; the last fit is in float64.
     random_state : int, >= 0
-        Equal numbers give equal results.
     checkpoint : path-like, optional
-        A file for the state of a long fit. If it exists, the fit goes on from it, with the same result as a fit that
-        was not stopped. It is deleted at the end.
+        A file for the state of a long fit. If it exists, the fit goes on from it, to the same result. It is deleted at
+        the end.
     checkpoint_interval : float, >= 0
         Seconds between two writings.
     callbacks : iterable of callables
@@ -143,7 +139,7 @@ class Calibrator(Settings):
             Households that must, and that must not, be chosen.
         clusters : array_like, Series or mapping, optional
             Labels: households of one label share one weight, and count as one in ``k``. Bounds on ratios hold for that
-            weight over the mean of their design weights.
+            weight over their mean design weight.
 
         Returns
         -------
@@ -159,8 +155,8 @@ class Calibrator(Settings):
         Warns
         -----
         CalibrationWarning
-            Of targets out of reach, of targets missed unless a price was asked for, of parents that are not the sum of
-            their children, and if the fit did not converge.
+            Of targets out of reach or in another unit than their rows, of parents that are not the sum of their
+            children, of targets missed unless a price was asked for, and if the fit did not converge.
         """
         inputs = self._read(
             M,
@@ -185,7 +181,7 @@ class Calibrator(Settings):
         leave_out: object = None,
         clusters: object = None,
     ) -> dict[int, CalibrationResult]:
-        """Fit for several numbers of households in one run, the largest first; each fit may start from the one before.
+        """Fit for several numbers of households, the largest first; each fit may start from the one before.
 
         Parameters
         ----------
@@ -264,7 +260,9 @@ class Calibrator(Settings):
 
     def _read(self, matrix: object, targets: GivenTargets, households: GivenHouseholds, k: int | None) -> Inputs:
         selects = k is not None or self.l0 is not None
-        return read_inputs(matrix, targets, households, k=k, selects=selects, dtype=self.dtype)
+        inputs = read_inputs(matrix, targets, households, k=k, selects=selects, dtype=self.dtype)
+        warn_of_units(inputs)
+        return inputs
 
     def _run(self, inputs: Inputs, sizes: Sequence[int | None]) -> list[Outcome]:
         options = self.solver_options()
@@ -296,16 +294,7 @@ class Calibrator(Settings):
             candidates=outcome.candidates,
             offset=self.error_offset,
             verdict=outcome.verdict,
+            conflict=conflicting(inputs, outcome),
         )
-        if outcome.verdict != "met" and self.l0 is None:  # a price is paid in misses
-            message = explain(
-                "Calibrator.fit",
-                f"every target should be met within a relative error of {self.tolerance:g}.",
-                got=f"{result.missed(self.tolerance)}; {outcome.reason}",
-                hint="target_report shows each target; more households, wider bounds, or intervals",
-            )
-            warnings.warn(message, CalibrationWarning, stacklevel=3)
-        elif not outcome.optimal:
-            message = explain("Calibrator.fit", "the fit must converge.", got=outcome.reason)
-            warnings.warn(message, CalibrationWarning, stacklevel=3)
+        warn_of_misses(result, self.tolerance, priced=self.l0 is not None)
         return result

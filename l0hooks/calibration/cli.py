@@ -60,6 +60,7 @@ def _calibrate(options: argparse.Namespace, caught: Sequence[warnings.WarningMes
         bounds=tuple(options.bounds),
         bounds_on=options.bounds_on,
         distance=options.distance,
+        rescale_design=options.rescale_design,
         loss=options.loss,
         method=options.method,
         groups=targets.pop("groups"),

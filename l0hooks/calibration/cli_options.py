@@ -37,7 +37,8 @@ files
 
 exit codes
   0 done; 2 a usage or an input that is wrong, nothing written;
-  3 written, but the fit did not converge; 130 interrupted
+  3 written, but targets are missed or the fit did not converge;
+  130 interrupted
 """
 
 
@@ -88,6 +89,9 @@ def _add_fit(group: Any) -> None:
         "--bounds-on", choices=get_args(BoundsOn), default="ratio", help="weight / design weight, or weight"
     )
     group.add_argument("--distance", choices=get_args(Distance), default="chi_square", help="from the design weights")
+    group.add_argument(
+        "--rescale-design", action="store_true", help="nearest to the design weights times one number that fits"
+    )
     group.add_argument("--loss", choices=get_args(Loss), default="relative")
     group.add_argument("--method", choices=get_args(Method), default="auto", help="how households are chosen (auto)")
     group.add_argument("--hierarchy", metavar="FILE", type=Path, help="columns parent, child of targets that add up")

@@ -137,7 +137,9 @@ def test_nobody_is_chosen_only_where_nobody_is_worth_the_price():
 def test_least_squares_for_targets_of_zero_is_certified():
     rng = np.random.default_rng(0)
     matrix = rng.random((12, 10)) - 0.5
-    result = quick(bounds=(0.5, 50), objective="least_squares", dtype="float64").fit(matrix, np.zeros(12))
+    result = quick(bounds=(0.5, 50), objective="least_squares", loss="squared", dtype="float64").fit(
+        matrix, np.zeros(12)
+    )
     best = lsq_linear(matrix, np.zeros(12), (0.5, 50), tol=1e-12)
     assert result.verdict == "impossible"
     assert result.reason.endswith("least squares, optimality conditions met")

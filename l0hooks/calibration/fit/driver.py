@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -18,7 +18,7 @@ from l0hooks.calibration.fit.saved import Fields
 from l0hooks.calibration.fit.saved_solver import read_outcomes, read_rows
 from l0hooks.calibration.fit.solver import Solver
 from l0hooks.calibration.fit.stage import Selection, State
-from l0hooks.calibration.numerics.columns import Floats, shared
+from l0hooks.calibration.numerics.columns import Floats, Integers, shared
 from l0hooks.calibration.numerics.preparation import ErrorOptions, UnitOptions, prepare
 from l0hooks.calibration.numerics.problem import Loss, Problem
 
@@ -39,6 +39,8 @@ class Outcome:
         The best candidate.
     verdict : "met", "impossible" or "unknown"
         Whether all targets are met; if not, whether it is proved that the chosen units cannot.
+    conflict : float64, shape (Q,), or None
+        Multipliers of the proof.
     optimal : bool
         Whether the optimum of the last fit is certified.
     reason : str
@@ -53,6 +55,7 @@ class Outcome:
     selection: Selection
     stage: str
     verdict: Verdict
+    conflict: Floats | None
     optimal: bool
     reason: str
     candidates: dict[str, float]
@@ -61,13 +64,10 @@ class Outcome:
 
 def prepared(inputs: Inputs, *, loss: Loss, consistency: float, offset: float = 1.0) -> Problem:
     """The problem that the stages work on, of the targets that have importance, parents or children."""
-    people = inputs.people
-    counts = inputs.importance > 0
-    related = [number for parent, children in inputs.hierarchy for number in (parent, *children)]
-    counts[related] = True
-    rows = np.flatnonzero(counts)
-    place = np.cumsum(counts) - 1
-    whole = len(rows) == len(counts)
+    people, rows = inputs.people, rows_of_problem(inputs)
+    whole = len(rows) == len(inputs.importance)
+    place = np.zeros(len(inputs.importance), np.int64)
+    place[rows] = np.arange(len(rows))
     problem = prepare(
         inputs.matrix if whole else inputs.matrix[rows],
         inputs.lower[rows],
@@ -91,6 +91,22 @@ def prepared(inputs: Inputs, *, loss: Loss, consistency: float, offset: float = 
     low /= problem.design
     high /= problem.design
     return replace(problem, low=shared(low), high=shared(high))
+
+
+def rows_of_problem(inputs: Inputs) -> Integers:
+    """The targets that have importance, parents or children."""
+    counts = inputs.importance > 0
+    counts[[number for parent, children in inputs.hierarchy for number in (parent, *children)]] = True
+    return np.flatnonzero(counts)
+
+
+def conflicting(inputs: Inputs, outcome: Outcome) -> tuple[Hashable, ...]:
+    """The targets that a proof needs, those with the largest multipliers first; parents for their conditions."""
+    if outcome.conflict is None:
+        return ()
+    rows = np.concatenate([rows_of_problem(inputs), [parent for parent, _ in inputs.hierarchy]]).astype(np.int64)
+    order = np.argsort(-np.abs(outcome.conflict), kind="stable")[: np.count_nonzero(outcome.conflict)]
+    return tuple(dict.fromkeys(inputs.targets.labels[int(rows[place])] for place in order))
 
 
 class Driver:
@@ -181,6 +197,7 @@ class Driver:
             selection=selection,
             stage=best.name,
             verdict=polished.verdict,
+            conflict=polished.conflict,
             optimal=polished.converged,
             reason=polished.reason + (f"; {self._stopped}" if self._stopped else ""),
             candidates={candidate.name: candidate.polished.error for candidate in solver.candidates},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+from scipy import sparse
 
 from l0hooks.calibration.fit.polished import Objective, Polished, PolishLimits
 from l0hooks.calibration.fit.stage import Refit, Selection, refit
@@ -81,7 +82,8 @@ class _Polish:
         self.problem, self.selection, self.units = problem, selection, selection.units
         self.distance, self.limits = distance, limits
         self.allowed = problem.allowed(tolerance)
-        self.tolerance = tolerance * float(np.clip(self.allowed.min() / tolerance, _MOST_PRECISE, 1.0))
+        least = float((self.allowed * problem.damping).min()) / tolerance
+        self.tolerance = tolerance * float(np.clip(least, _MOST_PRECISE, 1.0))
         self.violation = min(limits.violation, tolerance)
         self.block = problem.exactly(self.units)
         self.factor = _common_factor(problem, self.block) if rescale else 1 / problem.factor
@@ -95,6 +97,8 @@ class _Polish:
         nearest: Polished | None = None
         if objective == "distance" or (objective == "auto" and per_target > limits.distance_from):
             nearest = self.nearest()
+            if not nearest.feasible and (problem.damping > 1).any():
+                nearest = self.nearest(damped=True)
             if objective == "distance" or nearest.converged:
                 return nearest
         fitted = self.least_squares()
@@ -122,7 +126,7 @@ class _Polish:
         return self.result(
             fitted.g,
             feasible=False,
-            impossible=answer.impossible,
+            conflict=answer.conflict,
             converged=converged,
             certificate=certificate,
             reason=f"{self.known(answer)}: {how}",
@@ -165,20 +169,24 @@ class _Polish:
         estimates = np.asarray(self.block.T @ g, np.float64)
         return np.clip(estimates, self.problem.lower, self.problem.upper)
 
-    def nearest(self, estimates: Floats | None = None) -> Polished:
-        """The nearest weights that meet the targets; with ``estimates``, those that give these."""
+    def nearest(self, estimates: Floats | None = None, *, damped: bool = False) -> Polished:
+        """The nearest weights that meet the targets; with ``estimates``, those that give these.
+
+        ``damped`` says how rows are scaled, which matters for the compromise where targets cannot all be met.
+        """
         problem, units = self.problem, self.units
+        scale = np.ones(problem.rows) if damped else problem.damping
         found = nearest_weights(
-            self.block,
-            problem.lower if estimates is None else estimates,
-            problem.upper if estimates is None else estimates,
+            self.block if (scale == 1).all() else _scaled(self.block, scale),
+            scale * (problem.lower if estimates is None else estimates),
+            scale * (problem.upper if estimates is None else estimates),
             problem.low[units],
             problem.high[units],
             problem.strength(units),
             self.factor,
             NearestOptions(distance=self.distance, tolerance=self.tolerance),
         )
-        converged, impossible = abs(found.gap) <= self.limits.gap, False
+        converged, conflict = abs(found.gap) <= self.limits.gap, None
         misses = problem.misses(np.asarray(self.block.T @ found.g, np.float64))
         feasible = self.meets(misses)
         reason = f"{_MET}, nearest to the design weights"
@@ -188,7 +196,7 @@ class _Polish:
             answer = self.answer(misses)
             if answer.g is not None and estimates is None:
                 return self.from_point(answer.g)
-            worst, impossible = float(np.max(np.abs(misses), initial=0.0)), answer.impossible
+            worst, conflict = float(np.max(np.abs(misses), initial=0.0)), answer.conflict
             reason = f"{self.known(answer)}: soft compromise, largest scaled miss {worst:.2e}"
         if not converged:
             known = _MET if feasible else self.known(answer)
@@ -197,7 +205,7 @@ class _Polish:
             found.g,
             "distance",
             feasible=feasible,
-            impossible=impossible,
+            conflict=conflict,
             converged=converged,
             certificate=found.gap,
             reason=reason,
@@ -220,7 +228,7 @@ class _Polish:
         objective: str = "least_squares",
         *,
         feasible: bool,
-        impossible: bool = False,
+        conflict: Floats | None = None,
         converged: bool = True,
         certificate: float = 0.0,
         reason: str,
@@ -237,11 +245,16 @@ class _Polish:
             deff=deff,
             objective=objective,
             feasible=feasible,
-            impossible=impossible,
+            conflict=conflict,
             converged=converged,
             certificate=certificate,
             reason=reason,
         )
+
+
+def _scaled(block: Sparse, scale: Floats) -> Sparse:
+    """``block`` with its columns multiplied by numbers."""
+    return sparse.csr_array((block.data * scale[block.indices], block.indices, block.indptr), shape=block.shape)
 
 
 def _common_factor(problem: Problem, block: Sparse) -> float:

@@ -58,8 +58,8 @@ class Polished:
     feasible : bool
         Whether every target is met: by the matrix as it was given, in float64, with a relative error within the
         tolerance.
-    impossible : bool
-        Whether it is proved that these units cannot meet all targets.
+    conflict : float64, shape (Q,), or None
+        Multipliers which prove that these units cannot meet all targets: those that are not zero contradict each other.
     converged : bool
         Whether the optimum is certified, whatever the targets.
     certificate : float
@@ -74,7 +74,7 @@ class Polished:
     deff: float
     objective: str
     feasible: bool
-    impossible: bool
+    conflict: Floats | None
     converged: bool
     certificate: float
     reason: str
@@ -82,4 +82,4 @@ class Polished:
     @property
     def verdict(self) -> Verdict:
         """What is known about whether these units can meet all targets."""
-        return "met" if self.feasible else "impossible" if self.impossible else "unknown"
+        return "met" if self.feasible else "unknown" if self.conflict is None else "impossible"

@@ -10,6 +10,7 @@ from l0hooks.calibration.fit.candidates import Candidate, Chain, Pending
 from l0hooks.calibration.fit.polished import Polished, Verdict
 from l0hooks.calibration.fit.saved import Fields, each, selection_of
 from l0hooks.calibration.fit.stage import Selection
+from l0hooks.calibration.numerics.columns import Floats
 from l0hooks.calibration.numerics.problem import Problem
 from l0hooks.errors import StateError, explain
 
@@ -83,7 +84,7 @@ def read_outcomes(
     ------
     StateError
     """
-    names = ("keep", "weights", "selection", "stage", "verdict", "optimal", "reason", "candidates", "rows")
+    names = ("keep", "weights", "selection", "stage", "verdict", "optimal", "conflict", "reason", "candidates", "rows")
     if len(outcomes) >= len(sizes):
         raise _refusal(f"fewer than {len(sizes)} outcomes", str(len(outcomes)))
     found = []
@@ -100,6 +101,7 @@ def read_outcomes(
                 "stage": one.text("stage"),
                 "verdict": one.text("verdict", get_args(Verdict)),
                 "optimal": one.flag("optimal"),
+                "conflict": _conflict(one, problem),
                 "reason": one.text("reason"),
                 "candidates": {name: errors.number(name, infinite=True) for name in tried},
                 "rows": read_rows(one.listed("rows"), columns),
@@ -138,11 +140,15 @@ def _polished(state: object, problem: Problem) -> Polished:
         deff=one.number("deff", infinite=True),
         objective=one.text("objective", ("least_squares", "distance")),
         feasible=one.flag("feasible"),
-        impossible=one.flag("impossible"),
+        conflict=_conflict(one, problem),
         converged=one.flag("converged"),
         certificate=one.number("certificate", infinite=True),
         reason=one.text("reason"),
     )
+
+
+def _conflict(one: Fields, problem: Problem) -> Floats | None:
+    return None if one.any("conflict") is None else one.array("conflict", (problem.rows,))
 
 
 def _refusal(expected: str, got: str) -> StateError:

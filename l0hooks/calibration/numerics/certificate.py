@@ -28,12 +28,17 @@ class Answer:
     ----------
     g : float64, shape (n,), or None
         A point within bounds that meets all targets.
-    impossible : bool
-        Whether it is proved that there is none.
+    conflict : float64, shape (Q,), or None
+        u that proves that there is none; zero for targets that the proof does not need.
     """
 
     g: Floats | None
-    impossible: bool
+    conflict: Floats | None
+
+    @property
+    def impossible(self) -> bool:
+        """Whether it is proved that no weights meet all targets."""
+        return self.conflict is not None
 
 
 def proves_impossible(
@@ -120,7 +125,7 @@ def can_be_met(
     *,
     most_entries: int = PROGRAMME_ENTRIES,
 ) -> Answer:
-    """Whether targets can be met: the misses of a fit may prove that they cannot; else a linear programme, if small.
+    """Whether targets can be met: by a linear programme, if small; else the misses of a fit may prove that they cannot.
 
     Parameters
     ----------
@@ -139,11 +144,35 @@ def can_be_met(
     >>> can_be_met(block, end / 2, end / 2, low, high, np.array([0.3, 0.2]), 1e-9).g.round(6)
     array([0.5, 1. ])
     """
-    if proves_impossible(block, -misses, lower, upper, low, high, tolerance):
-        return Answer(None, True)
-    if block.nnz > most_entries:
-        return Answer(None, False)
-    return _by_programme(block, lower, upper, low, high, tolerance)
+    ends = (lower, upper, low, high, tolerance)
+    if block.nnz <= most_entries:
+        answer = _by_programme(block, *ends)  # its multipliers name fewer targets than the misses of a fit
+        if answer.g is not None or answer.impossible:
+            return answer
+    if proves_impossible(block, -misses, *ends):
+        return Answer(None, _smallest(block, -misses, misses, *ends))
+    return Answer(None, None)
+
+
+def _smallest(
+    block: Sparse,
+    u: Floats,
+    misses: Floats,
+    lower: Floats,
+    upper: Floats,
+    low: Floats,
+    high: Floats,
+    tolerance: float | Floats,
+) -> Floats:
+    """The proof with as many multipliers as it needs: of the 1, 2, 4 and so on targets that are missed most, or all."""
+    order, count = np.argsort(-np.abs(u * misses), kind="stable"), 1
+    while count < np.count_nonzero(u):
+        part = np.zeros_like(u)
+        part[order[:count]] = u[order[:count]]
+        if proves_impossible(block, part, lower, upper, low, high, tolerance):
+            return part
+        count *= 2
+    return u
 
 
 def _by_programme(
@@ -166,12 +195,14 @@ def _by_programme(
         options={"time_limit": _PROGRAMME_SECONDS},
     )
     if solved.x is None:
-        return Answer(None, False)
+        return Answer(None, None)
     g = np.clip(solved.x[:n], low, high)
     reached = np.asarray(block.T @ g, np.float64)
-    if bool((np.abs(reached - np.clip(reached, lower, upper)) <= tolerance).all()):
-        return Answer(g, False)
+    missed = reached - np.clip(reached, lower, upper)
+    if bool((np.abs(missed) <= tolerance).all()):
+        return Answer(g, None)
     u = np.zeros(rows)
     np.add.at(u, over, solved.ineqlin.marginals[: len(over)])
     np.subtract.at(u, under, solved.ineqlin.marginals[len(over) :])
-    return Answer(None, proves_impossible(block, u, lower, upper, low, high, tolerance))
+    ends = (lower, upper, low, high, tolerance)
+    return Answer(None, _smallest(block, u, missed, *ends) if proves_impossible(block, u, *ends) else None)

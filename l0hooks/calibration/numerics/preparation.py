@@ -23,6 +23,7 @@ from l0hooks.calibration.numerics.given import GivenMatrix
 from l0hooks.calibration.numerics.problem import BoundsOn, Loss, Precision, Problem, larger_ends, median_factor
 from l0hooks.errors import InvalidValueError, explain
 
+_DESIGN_SHARE = 0.5  # of a design-weighted estimate that an error is divided by, if the target is smaller
 _UNCOUNTED = 1e-9  # of the largest importance: a target of no more is there for the sums of others
 
 
@@ -33,8 +34,9 @@ class ErrorOptions:
     Attributes
     ----------
     loss : "relative" or "squared"
-        Relative: errors are divided by \|y\| + ``offset``, for an interval with the larger finite end. Squared: they
-        are divided by one number, the mean of that, which only makes figures comparable.
+        Relative: errors are divided by \|y\| + ``offset``, for an interval with the larger finite end; where targets
+        cannot all be met, by no less than half of what the design weights give, up to one factor for all. Squared:
+        they are divided by one number, the mean of \|y\| + ``offset``, which only makes figures comparable.
     offset : float, > 0
         In the units of the targets.
     importance : array_like, >= 0, shape (T,), optional
@@ -124,7 +126,10 @@ def prepare(
     high_target = low_target if upper is None else np.asarray(upper, np.float64)
     rows = sparse.csr_array(matrix)
     denominators = larger_ends(low_target, high_target) + errors.offset
-    scale = _row_scale(denominators, errors)
+    damping = np.maximum(1.0, _design_sizes(rows, units, low_target, high_target) / denominators)
+    if errors.loss == "squared":
+        damping = np.ones(len(denominators))
+    scale = _row_scale(denominators, errors) / damping
     if errors.hierarchy:
         rows, low_target, high_target, scale = _with_conditions(
             rows, low_target, high_target, scale, denominators, errors
@@ -146,6 +151,7 @@ def prepare(
             upper=scale * high_target,
             scale=scale,
             denominators=denominators,
+            damping=np.concatenate([damping, np.ones(len(scale) - len(damping))]),
             counted=_counted(errors.importance, len(denominators)),
             low=shared(units.bounds[0] / per_g),
             high=shared(units.bounds[1] / per_g),
@@ -165,6 +171,16 @@ def _row_scale(denominators: Floats, errors: ErrorOptions) -> Floats:
     given = np.asarray(errors.importance, np.float64)
     weighted: Floats = scale * np.sqrt(given / given.mean())
     return weighted
+
+
+def _design_sizes(rows: Sparse, units: UnitOptions, lower: Floats, upper: Floats) -> Floats:
+    """A share of what the design weights give for each target: one far from it must not count above all others."""
+    design = np.ones(rows.shape[1]) if units.design_weights is None else np.array(units.design_weights, np.float64)
+    design[np.asarray(units.leave_out, np.int64)] = 0.0
+    estimates = np.asarray(rows.astype(np.float64, copy=False) @ design, np.float64)
+    factor = median_factor(estimates, lower, upper)
+    sizes: Floats = _DESIGN_SHARE * np.abs(estimates) * (1.0 if factor is None else factor)
+    return sizes
 
 
 def _counted(importance: ArrayLike | None, count: int) -> Flags:

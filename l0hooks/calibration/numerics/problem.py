@@ -1,7 +1,8 @@
 """The prepared problem that every stage works on, in units that all stages share.
 
 Unit i (a household, or a cluster that shares one weight) gets the weight wᵢ = gᵢ·dᵢ, dᵢ its scaled design weight. With
-s the row scale (1/(\\|y\\| + offset) for the relative loss, times the square root of the target's importance)
+s the row scale (1/(\\|y\\| + offset) for the relative loss, times the square root of the target's importance, over the
+damping)
 
     B = diag(s)·M·diag(d),  l = s·lower,  u = s·upper,  loss(g) = ½ Σ dist(B g, [l, u])²
 
@@ -39,6 +40,8 @@ class Problem:
         s.
     denominators : float64, shape (T,)
         \\|y\\| + offset of the T <= Q targets that were given; the other rows are consistency conditions.
+    damping : float64, >= 1, shape (Q,)
+        What s is smaller by for targets far below their design-weighted estimates.
     counted : bool, shape (T,)
         Targets that are to be met; the others are there for the sums of their hierarchy.
     low, high : float64, shape (n,)
@@ -62,6 +65,7 @@ class Problem:
     upper: Floats
     scale: Floats
     denominators: Floats
+    damping: Floats
     counted: Flags
     low: Floats
     high: Floats

@@ -27,6 +27,7 @@ def target_columns(inputs: Inputs, weights: Floats, estimates: Floats, relative_
     group = {} if inputs.groups is None else {"group": list(inputs.groups)}
     return {
         **asked,
+        "design_estimate": np.asarray(matrix.astype(np.float64, copy=False) @ inputs.people.design, np.float64),
         "estimate": estimates,
         "relative_error": relative_errors,
         **group,

@@ -57,6 +57,8 @@ class CalibrationResult:
     verdict : "met", "impossible" or "unknown"
         All targets are met; or it is proved that no weights of the chosen households within the bounds meet them; or
         it is not known whether they can.
+    conflict : tuple of labels
+        Of a proof that they cannot: targets that contradict each other, the ones that pull most first.
 
     Examples
     --------
@@ -77,6 +79,7 @@ class CalibrationResult:
     candidates: Mapping[str, float] = field(default_factory=dict)
     offset: float = 1.0
     verdict: Verdict = "unknown"
+    conflict: tuple[Hashable, ...] = ()
 
     @cached_property
     def chosen(self) -> Integers:
@@ -279,6 +282,8 @@ class CalibrationResult:
         ]
         if self.unreachable:
             lines.append(f"  out of reach    {len(self.unreachable):,}: {few(self.unreachable)}")
+        if self.conflict:
+            lines.append(f"  in conflict     {len(self.conflict):,}: {few(self.conflict)}")
         others = [f"{name} {percent(error)}" for name, error in self.candidates.items() if name != self.stage]
         lines.append(f"  stage           {self.stage}" + (f" (others: {', '.join(others)})" if others else ""))
         lines.append(f"  converged       {'yes' if self.converged else 'no'}: {self.reason}")

@@ -171,7 +171,7 @@ def test_intervals_zero_and_negative_targets():
     assert result.error < 1e-6
     assert (result.estimates >= lower - 1e-4 * np.abs(y) - 1e-4).all()
     assert (result.estimates <= upper + 1e-4 * np.abs(y) + 1e-4).all()
-    assert list(result.target_report.columns[:3]) == ["lower", "upper", "estimate"]
+    assert list(result.target_report.columns[:3]) == ["lower", "upper", "design_estimate"]
 
 
 def test_a_hierarchy_pulls_sums_together():
@@ -324,7 +324,7 @@ def test_the_tables_say_what_the_weights_do(fitted):
     matrix, report = fitted.inputs.matrix.toarray(), fitted.target_report
     assert list(report.index) == [f"t{i}" for i in range(T)]
     assert list(report.columns) == [
-        *("value", "estimate", "relative_error", "group", "support", "chosen", "reachable"),
+        *("value", "design_estimate", "estimate", "relative_error", "group", "support", "chosen", "reachable"),
     ]
     np.testing.assert_allclose(report["estimate"], matrix @ fitted.weights)
     np.testing.assert_allclose(report["relative_error"], (report["estimate"] - report["value"]) / (report["value"] + 1))

@@ -122,6 +122,49 @@ def test_a_target_of_little_importance_is_met_too_or_told():
     assert float(np.abs(found.relative_errors).max()) <= 1e-6
 
 
+def counts_and(row, value, *, bounds=(0.3, 3.0)):
+    """Twelve counts that can be met, and another target."""
+    rng = np.random.default_rng(0)
+    matrix, design = (rng.random((12, 500)) < 0.3).astype(float), np.full(500, 50.0)
+    y = matrix @ (design * rng.uniform(0.9, 1.1, 500))
+    return fit(np.vstack([matrix, row(matrix, rng)]), np.r_[y, value(y)], design_weights=design, bounds=bounds)
+
+
+@pytest.mark.filterwarnings("ignore:y. targets should lie within")
+def test_a_target_in_thousands_is_named_and_leaves_the_others_alone():
+    with pytest.warns(CalibrationWarning) as caught:
+        found = counts_and(lambda matrix, rng: (rng.random(500) < 0.3).astype(float), lambda y: y[0] / 1000)
+    said = " ".join(str(one.message) for one in caught)
+    assert "should have the units of their rows" in said
+    assert "an order of magnitude off: 12" in said
+    assert 12 in found.conflict
+    assert "in conflict" in str(found)
+    assert float(np.abs(found.relative_errors[:12]).max()) < 0.02
+    estimates = found.columns("targets")["design_estimate"]
+    assert estimates[12] == pytest.approx(estimates[0], rel=0.2)
+
+
+@pytest.mark.filterwarnings("ignore:Calibrator.fit. every target should", "ignore:y. targets should lie within")
+def test_a_zero_in_large_units_is_met_or_leaves_the_others_near():
+    incomes = {"met": 0.0, "impossible": 20_000.0}
+    for verdict, mean in incomes.items():
+        found = counts_and(lambda matrix, rng, mean=mean: rng.normal(mean, 5000, 500), lambda y: 0.0)
+        assert found.verdict == verdict
+        assert float(np.abs(found.relative_errors[:12]).max()) < (1e-6 if verdict == "met" else 0.35)
+
+
+def test_the_smallest_conflict_is_named():
+    matrix = np.vstack([np.eye(6), np.ones((1, 6)), np.ones((1, 6))])
+    y = {**{f"part {n}": 1.0 for n in range(6)}, "sum": 6.0, "other sum": 9.0}
+    with pytest.warns(CalibrationWarning, match=r"(?s)in conflict: .*'other sum'"):
+        found = fit(np.asarray(matrix), y)
+    assert "other sum" in found.conflict
+    used = [place for place, name in enumerate(y) if name in found.conflict]
+    values = np.array(list(y.values()))
+    alone = linprog(np.zeros(6), A_eq=matrix[used], b_eq=values[used], bounds=(0, None), method="highs")
+    assert alone.status == 2  # infeasible already without the other targets
+
+
 # against a linear programme
 
 
@@ -160,7 +203,7 @@ def least_miss(matrix, lower, upper, bounds):
     return solved.fun
 
 
-@pytest.mark.filterwarnings("ignore:y. targets should lie within", "ignore:M. every target should have a household")
+@pytest.mark.filterwarnings("ignore:y. targets should", "ignore:M. every target should have a household")
 @pytest.mark.parametrize(("first", "count"), [(0, 60), pytest.param(60, 440, marks=pytest.mark.slow)])
 def test_verdicts_agree_with_a_linear_programme(first, count):
     verdicts = []
