@@ -27,14 +27,14 @@ class Calibrator(Settings):
     Parameters
     ----------
     k : int, optional
-        How many households have a positive weight. Without ``k`` and ``l0`` all of them: plain calibration.
+        How many households have a positive weight. Without ``k`` and ``l0`` all.
     l0 : float, > 0, optional
-        Instead of ``k``: the price of one household in the loss. The search begins with gates and, with up to 200
-        targets, greedy search. Then households are added and dropped while the loss plus the price of all falls.
+        Instead of ``k``: the price of one household in the loss. Households are added and dropped while the loss plus
+        the price of all falls; the search begins with gates and, with up to 200 targets, greedy search.
     bounds : (lo, hi)
         Of a chosen household's weight: numbers, or one for each by name. ``hi`` may be infinite.
     bounds_on : "ratio" or "weight"
-        Whether bounds hold for weight / design weight, or for the weight.
+        Weight / design weight, or the weight.
     distance : "chi_square" or "raking"
         From the design weights.
     rescale_design : bool
@@ -42,46 +42,45 @@ class Calibrator(Settings):
     loss : "relative" or "squared"
         Errors are divided by \|y\| + ``error_offset`` of each target, or by one number for all.
     error_offset : float, > 0
-        Relative errors are (estimate − y) / (\|y\| + ``error_offset``), in the units of the targets: 1 suits counts and
-        sums. For targets far below 1, such as shares, give the size of an error that would still matter.
+        Relative errors are (estimate − y) / (\|y\| + ``error_offset``). 1 suits counts and sums; for targets far below
+        1, such as shares, give the size of an error that would still matter.
     method : "auto", "gates", "greedy" or "dense"
         How households are chosen: "auto" keeps the best of all that could be best.
     objective : "auto", "least_squares" or "distance"
         Of the last fit: the smallest error, or the smallest distance that meets the targets.
     groups : array_like, Series or mapping, optional
-        A label for each target. Errors are averaged within a group, so each group counts the same.
+        A label for each target. Errors are averaged within a group: each counts the same.
     group_multipliers : mapping from label to float >= 0, optional
         A factor for what each group counts.
     normalize_groups : bool
-        False: targets count by themselves, whatever the size of their group.
+        False: targets count by themselves.
     hierarchy : mapping, optional
         Parent → [children] or child → parent, by target: the estimates of children should add up to their parent's.
     consistency : float, >= 0
         What a squared error of such a sum counts, against 1 for a target.
     importance : array_like, Series or mapping, >= 0, optional
-        What the squared error of each target counts; 1 if not named.
+        What each target's squared error counts; 1 if not named.
     tolerance : float, > 0
-        A target is met if its relative error is not larger.
+        The relative error up to which a target is met.
     max_epochs : int, > 0
-        Of the gates.
     patience : int, > 0, optional
         Early stopping: gates (once their number is the final one) and swaps end after this many steps in which the
         error did not fall by 1 %. Without it gates take all their epochs, and swaps go on while they gain.
     device : "cpu"
-        Where the fit runs; no other device is supported.
+        Where the fit runs.
     dtype : "float32" or "float64"
         Of the matrix during the search; the last fit is in float64.
     random_state : int, >= 0
     checkpoint : path-like, optional
-        A file for the state of a long fit. If it exists, the fit goes on from it, to the same result. It is deleted at
-        the end.
+        A file for the state of a long fit. If it exists, the fit goes on from it, to the same result.
     checkpoint_interval : float, >= 0
         Seconds between two writings.
+    keep_checkpoint : bool
+        Leave it at the end, until you have written the results; else it is deleted.
     callbacks : iterable of callables
-        Called with an :class:`~l0hooks.calibration.fit.progress.Update` after each step; one that returns True ends the
-        search.
+        Called with an :class:`~l0hooks.calibration.fit.progress.Update` after each step; True ends the search.
     progress : bool, optional
-        Whether to show it. If not given: a line in a terminal, else ``logging`` (``l0hooks.calibration``, INFO).
+        If not given: a line in a terminal, else ``logging`` (``l0hooks.calibration``, INFO).
 
     Attributes
     ----------
@@ -280,6 +279,7 @@ class Calibrator(Settings):
             callbacks=self.callbacks,
             display=Display(self.progress),
             checkpoint=checkpoint,
+            keep_checkpoint=bool(self.keep_checkpoint),
         )
         return driver.run()
 

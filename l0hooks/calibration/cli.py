@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import logging
 import math
+import os
 import sys
+import tempfile
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -76,6 +78,7 @@ def _calibrate(options: argparse.Namespace, caught: Sequence[warnings.WarningMes
         random_state=options.random_state,
         checkpoint=options.checkpoint,
         checkpoint_interval=options.checkpoint_interval,
+        keep_checkpoint=True,  # until the results are written
         progress=False if options.quiet else None,
     )
     result = calibrator.fit(
@@ -90,6 +93,8 @@ def _calibrate(options: argparse.Namespace, caught: Sequence[warnings.WarningMes
     _write(result, options, notes)
     for note in notes:
         _say(f"warning: {note}")
+    if options.checkpoint is not None:
+        options.checkpoint.unlink(missing_ok=True)
     if not options.quiet:
         sys.stdout.write(f"{result}\n")
     return OK if result.converged else NOT_CONVERGED
@@ -173,6 +178,8 @@ def _check_outputs(options: argparse.Namespace) -> None:
             )
         if path is not None and not path.absolute().parent.is_dir():
             raise InvalidValueError(explain(option, "its folder must exist.", got=str(path.absolute().parent)))
+        if path is not None:
+            _try(path, option)
     written = [*kinds, "checkpoint"]
     paths = {name: path.resolve() for name, path in vars(options).items() if isinstance(path, Path)}
     for name in written:
@@ -180,6 +187,18 @@ def _check_outputs(options: argparse.Namespace) -> None:
         if same:  # writing the second would destroy the first
             names = " and ".join("--" + one.replace("_", "-") for one in (name, same[0]))
             raise InvalidValueError(explain(names, "files must be distinct.", got=paths[name].name))
+
+
+def _try(path: Path, option: str) -> None:
+    """Refuse a path where no file can be written."""
+    if path.is_dir() or (path.exists() and not os.access(path, os.W_OK)):
+        raise InvalidValueError(explain(option, "it must be possible to write this file.", got=str(path)))
+    try:
+        with tempfile.NamedTemporaryFile(dir=path.absolute().parent) as file:
+            file.write(b"\0")
+    except OSError as error:
+        got = str(error)
+        raise InvalidValueError(explain(option, "it must be possible to write into its folder.", got=got)) from error
 
 
 def _write(result: CalibrationResult, options: argparse.Namespace, notes: Sequence[str]) -> None:

@@ -59,6 +59,7 @@ class Settings:
         random_state: int = 0,
         checkpoint: str | os.PathLike[str] | None = None,
         checkpoint_interval: float = 60.0,
+        keep_checkpoint: bool = False,
         callbacks: Iterable[Callback] = (),
         progress: bool | None = None,
     ) -> None:
@@ -71,6 +72,7 @@ class Settings:
         self.tolerance, self.max_epochs, self.patience = tolerance, max_epochs, patience
         self.device, self.dtype, self.random_state = device, dtype, random_state
         self.checkpoint, self.checkpoint_interval = checkpoint, checkpoint_interval
+        self.keep_checkpoint = keep_checkpoint
         self.callbacks = tuple(callbacks)
         self.progress = progress
         self._check_options()

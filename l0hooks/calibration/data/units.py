@@ -6,8 +6,8 @@ import warnings
 
 import numpy as np
 
+from l0hooks.calibration.data.frames import few
 from l0hooks.calibration.data.inputs import Inputs
-from l0hooks.calibration.data.names import few
 from l0hooks.calibration.data.targets import CalibrationWarning
 from l0hooks.errors import explain
 

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,11 @@ from typing import Any
 import numpy as np
 
 from l0hooks._files import replacing
+from l0hooks.calibration.data.targets import CalibrationWarning
 from l0hooks.calibration.fit.stage import State
 from l0hooks.errors import InvalidValueError, StateError, explain
 
-_FORMAT = 2  # of the file
+_FORMAT = 3  # of the file
 _HEADER = "header"
 
 
@@ -68,6 +70,7 @@ class Checkpoint:
         self.fingerprint, self.interval = fingerprint, interval
         self._clock = clock
         self._next = clock() + interval
+        self._failed = False
 
     @property
     def due(self) -> bool:
@@ -86,6 +89,25 @@ class Checkpoint:
         with replacing(self.path) as temporary:
             temporary.write_bytes(buffer.getbuffer())
         self._next = self._clock() + self.interval
+
+    def try_to_write(self, state: State) -> None:
+        """As :meth:`write`; where the file cannot be written, the fit goes on, and a warning says so once.
+
+        Warns
+        -----
+        CalibrationWarning
+        """
+        try:
+            self.write(state)
+        except OSError as error:
+            self._next = self._clock() + self.interval
+            if not self._failed:
+                self._failed = True
+                hint = "free some space: it is tried again"
+                message = explain("checkpoint", "it must be possible to write it.", got=str(error), hint=hint)
+                warnings.warn(f"{message}\n  the fit goes on without", CalibrationWarning, stacklevel=2)
+        else:
+            self._failed = False
 
     def read(self) -> State | None:
         """The state of the file; None if there is no file.

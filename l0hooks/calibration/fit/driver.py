@@ -122,6 +122,8 @@ class Driver:
     callbacks : sequence of Callback
     display : Display
     checkpoint : Checkpoint, optional
+    keep_checkpoint : bool
+        Leave it at the end, with all that was found.
     """
 
     def __init__(
@@ -133,10 +135,12 @@ class Driver:
         callbacks: Sequence[Callback] = (),
         display: Display,
         checkpoint: Checkpoint | None = None,
+        keep_checkpoint: bool = False,
     ) -> None:
         self.options, self.sizes = options, list(sizes)
         self._problems = [problem] * len(self.sizes)  # each solver takes one away, so that the last one can free memory
         self.callbacks, self.display, self.checkpoint = callbacks, display, checkpoint
+        self.keep_checkpoint = keep_checkpoint
         self.outcomes: list[Outcome] = []
         self._rows: list[dict[str, Any]] = []
         self._stopped = ""
@@ -161,7 +165,7 @@ class Driver:
                 self._rows = []
         finally:
             self.display.close()
-        if self.checkpoint is not None:
+        if self.checkpoint is not None and not self.keep_checkpoint:
             self.checkpoint.remove()
         return self.outcomes
 
@@ -177,7 +181,9 @@ class Driver:
             self.display.show(update)
             self._call_callbacks(update, solver)
             if self.checkpoint is not None and self.checkpoint.due and solver.resumable:
-                self.checkpoint.write(self._state(solver))
+                self.checkpoint.try_to_write(self._state(solver))
+        if self.checkpoint is not None and self.keep_checkpoint and solver.resumable:
+            self.checkpoint.try_to_write(self._state(solver))
         return self._outcome(solver)
 
     def _call_callbacks(self, update: Update, solver: Solver) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 
-from l0hooks.calibration.data.names import few
+from l0hooks.calibration.data.frames import few
 from l0hooks.calibration.data.targets import CalibrationWarning
 from l0hooks.calibration.output.result import CalibrationResult
 from l0hooks.errors import explain

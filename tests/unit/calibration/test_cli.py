@@ -17,7 +17,9 @@ from scipy.io import mmwrite
 
 from l0hooks.calibration import Calibrator, cli
 from l0hooks.calibration.cli import main
+from l0hooks.calibration.fit.checkpoint import Checkpoint
 from l0hooks.calibration.fit.polished import PolishLimits
+from l0hooks.calibration.fit.solver import Solver
 from l0hooks.calibration.output.html_report import report_html
 
 T, N = 6, 40
@@ -37,6 +39,7 @@ def folder(tmp_path, monkeypatch):
     frame.to_csv("M.csv")
     frame.to_parquet("M.parquet")
     frame.T.rename_axis("household").to_csv("MT.csv")
+    frame.T.rename_axis("household").to_parquet("MT.parquet")
     frame.reset_index().to_parquet("plain.parquet")
     table = pd.DataFrame({"target": targets, "value": y, "group": ["a", "b"] * 3, "source": "census"})
     table.to_csv("targets.csv", index=False)
@@ -74,11 +77,10 @@ def weights_from_arrays():
     return []
 
 
-@pytest.mark.parametrize("matrix", ["M.npz", "M.mtx", "M.csv", "M.parquet", "plain.parquet", "MT.csv"])
+@pytest.mark.parametrize("matrix", ["M.npz", "M.mtx", "M.csv", "M.parquet", "plain.parquet", "MT.csv", "MT.parquet"])
 @pytest.mark.parametrize("targets", ["targets.csv", "targets.parquet"])
 def test_every_kind_of_file_gives_the_same(folder, matrix, targets, weights_from_arrays, capsys):
-    options = ["--transpose"] if matrix == "MT.csv" else []
-    options += ["--keep", "9", "--method", "greedy"]
+    options = ["--keep", "9", "--method", "greedy"]
     assert call(matrix, targets, *options, "--out", "w.parquet", "--chosen-only", "--quiet") == 0
     assert capsys.readouterr() == ("", "")
     found = pd.read_parquet("w.parquet")["weight"].to_numpy()
@@ -122,7 +124,8 @@ BAD = {
     "an array's npz": (["array.npz", "targets.csv"], r"must be a file of scipy\.sparse\.save_npz"),
     "no Matrix Market": (["broken.mtx", "targets.csv"], r"must be Matrix Market"),
     "no Parquet": (["broken.parquet", "targets.csv"], r"must be Parquet"),
-    "transposed": (["MT.csv", "targets.csv"], r"looks transposed.*--transpose"),
+    "transposed": (["turned.csv", "targets.csv"], r"looks transposed.*--transpose"),
+    "transposed twice": (["M.csv", "targets.csv", "--transpose"], r"one row for each target.*leave --transpose out"),
     "k": (["M.npz", "targets.csv", "--keep", "41"], r"k: it must lie between 1.*1 to 40"),
     "word": (["M.npz", "word.csv"], r"word\.csv, row 2 of column 'value': it must be a number.*'many'"),
     "hole": (["M.npz", "hole.csv"], r"hole\.csv, line 3: every line must have all columns"),
@@ -148,6 +151,7 @@ def test_an_error_is_one_message_and_writes_nothing(folder, name, capsys):
     (folder / "word.csv").write_text("value\n3\nmany\n")
     (folder / "hole.csv").write_text("target,value\na,3\nb\n")
     (folder / "w.txt.csv").write_text("target,amount\na,3\n")
+    pd.read_csv(folder / "MT.csv").drop(columns="household").to_csv(folder / "turned.csv", index=False)
     (folder / "empty.csv").write_text("")
     (folder / "twice.csv").write_text("target,value\n" + "t0,3\n" * T)
     (folder / "strangers.csv").write_text("household\nx\n")
@@ -266,3 +270,43 @@ def test_the_page_is_whole_self_contained_and_escaped():
     assert "@import" not in text
     assert "url(" not in text
     assert "ü" in text
+
+
+def test_a_checkpoint_stays_until_the_results_are_written(folder, monkeypatch, capsys):
+    def full(*arguments, **options):
+        raise OSError(28, "No space left on device")
+
+    call_it = lambda: call("M.csv", "targets.csv", "--keep", "9", "--checkpoint", "c", "--out", "out.csv", "--quiet")  # noqa: E731
+    with monkeypatch.context() as patched:
+        patched.setattr(cli.CalibrationResult, "to_csv", full)
+        assert call_it() == 2
+    assert "No space left" in capsys.readouterr().err
+    assert (folder / "c").exists()
+    steps = []
+    monkeypatch.setattr(Solver, "advance", lambda solver: steps.append(solver) or pytest.fail("nothing is done again"))
+    assert call_it() == 0
+    assert not steps
+    assert not (folder / "c").exists()
+    assert (folder / "out.csv").exists()
+
+
+def test_a_fit_goes_on_where_its_checkpoint_cannot_be_written(folder, monkeypatch, capsys):
+    def full(*arguments, **options):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Checkpoint, "write", full)
+    options = ("--keep", "9", "--checkpoint", "c", "--checkpoint-interval", "0", "--out", "out.csv", "--quiet")
+    assert call("M.csv", "targets.csv", *options) == 0
+    said = capsys.readouterr().err
+    assert said.count("it must be possible to write it") == 1
+    assert "No space left" in said
+    assert (folder / "out.csv").exists()
+
+
+@pytest.mark.parametrize("option", ["--out", "--report", "--target-report"])
+def test_a_path_that_cannot_be_written_is_refused_before_the_work(folder, option, monkeypatch, capsys):
+    name = {"--report": "taken.html"}.get(option, "taken.csv")
+    (folder / name).mkdir()
+    monkeypatch.setattr(cli, "read_matrix_file", lambda *a, **o: pytest.fail("the work has begun"))
+    assert call("M.csv", "targets.csv", option, name) == 2
+    assert f"{option}: it must be possible to write this file" in capsys.readouterr().err
