@@ -16,6 +16,7 @@ from typing import Any
 from l0hooks.calibration.calibrator import Calibrator
 from l0hooks.calibration.cli_options import parser
 from l0hooks.calibration.data.files import TextTable, as_names, read_matrix_file, read_table
+from l0hooks.calibration.data.margin_files import read_margins
 from l0hooks.calibration.data.targets import CalibrationWarning
 from l0hooks.calibration.output.html_report import write_report
 from l0hooks.calibration.output.result import CalibrationResult, Table
@@ -54,8 +55,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _calibrate(options: argparse.Namespace, caught: Sequence[warnings.WarningMessage]) -> int:
     _check_outputs(options)
-    matrix = read_matrix_file(options.matrix, transpose=options.transpose)
-    targets = _targets(read_table(options.targets))
+    if options.margins:
+        matrix, targets, weights = read_margins(options.matrix, options.targets, options.weight_column)
+    else:
+        matrix, weights = read_matrix_file(options.matrix, transpose=options.transpose), None
+        targets = _targets(read_table(options.targets))
     calibrator = Calibrator(
         options.keep,
         l0=options.l0,
@@ -84,7 +88,7 @@ def _calibrate(options: argparse.Namespace, caught: Sequence[warnings.WarningMes
     result = calibrator.fit(
         matrix,
         **targets,
-        design_weights=_households(options.design_weights, "weight"),
+        design_weights=_households(options.design_weights, "weight") if weights is None else weights,
         keep=_listed(options.must_keep),
         leave_out=_listed(options.leave_out),
         clusters=_households(options.clusters, "cluster"),
@@ -180,6 +184,9 @@ def _check_outputs(options: argparse.Namespace) -> None:
             raise InvalidValueError(explain(option, "its folder must exist.", got=str(path.absolute().parent)))
         if path is not None:
             _try(path, option)
+    if options.weight_column is not None and (not options.margins or options.design_weights is not None):
+        must = "it names a column of HOUSEHOLDS, with --margins and without --design-weights."
+        raise InvalidValueError(explain("--weight-column", must, got=options.weight_column))
     written = [*kinds, "checkpoint"]
     paths = {name: path.resolve() for name, path in vars(options).items() if isinstance(path, Path)}
     for name in written:

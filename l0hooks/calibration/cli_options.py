@@ -35,6 +35,16 @@ files
   Names are matched, whatever the order. If the matrix has none, rows of
   TARGETS and of --design-weights stand in its order.
 
+  With --margins MATRIX has one row for each household, and columns as they
+  were asked; TARGETS says what they must add up to:
+
+      households.csv:  household,region,age,income,weight
+                       17,north,young,31000,1041.5
+      targets.csv:     margin,category,value
+                       region:age,north:young,812000
+                       income by region,north,4.1e10
+                       mean(income),,38000
+
 exit codes
   0 done; 2 a usage or an input that is wrong, nothing written;
   3 written, but targets are missed or the fit did not converge;
@@ -56,6 +66,10 @@ def parser() -> argparse.ArgumentParser:
     calibrate.add_argument("matrix", metavar="MATRIX", type=Path, help="what each household adds to each target")
     calibrate.add_argument("targets", metavar="TARGETS", type=Path, help="what is to be met")
     calibrate.add_argument("--transpose", action="store_true", help="MATRIX has one row for each household")
+    calibrate.add_argument(
+        "--margins", action="store_true", help="MATRIX is microdata, TARGETS has columns margin, category, value"
+    )
+    calibrate.add_argument("--weight-column", metavar="NAME", help="of the microdata: design weights")
     _add_choice(calibrate.add_argument_group("choice of households"))
     _add_fit(calibrate.add_argument_group("the fit"))
     _add_output(calibrate.add_argument_group("output"))
