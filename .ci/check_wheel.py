@@ -11,6 +11,7 @@ import l0hooks  # noqa: E402  # what it adds is what is being looked at
 
 OPTIONAL = (
     "sklearn",
+    "narwhals",
     "pandas",
     "matplotlib",
     "tqdm",

@@ -127,9 +127,10 @@ class Calibrator(Settings):
 
         Parameters
         ----------
-        M : scipy.sparse array or matrix of any format, array_like, DataFrame or NamedMatrix; shape (T, N)
-            What one household adds to each target.
-        y : array_like, Series, mapping or DataFrame; shape (T,)
+        M : scipy.sparse array or matrix of any format, array_like, tensor, data frame or NamedMatrix; shape (T, N)
+            What one household adds to each target. A frame, of pandas, polars, pyarrow or others, names its rows in a
+            column ``target``, or ``household`` if it has one row for each household.
+        y : array_like, Series, mapping or data frame; shape (T,)
             Targets, by name where they have names. A frame has a column ``value``, or ``lower`` and ``upper``, and
             perhaps ``target``, ``group`` and ``importance``.
         lower, upper : as ``y``, optional

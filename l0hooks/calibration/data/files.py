@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from scipy import sparse
-
+from l0hooks.calibration.data.csv_files import csv_matrix, csv_rows
+from l0hooks.calibration.data.frames import NAME_COLUMNS, VALUE_COLUMNS, array_of, columns_of_numbers, few, opened
 from l0hooks.calibration.data.indices import load_sparse
 from l0hooks.calibration.data.matrix import NamedMatrix
-from l0hooks.calibration.data.names import few
 from l0hooks.errors import InvalidValueError, explain, import_extra, near_names
 
 _MATRIX_SUFFIXES = (".npz", ".mtx", ".mtx.gz", ".parquet", ".csv")
-_VALUE_COLUMNS = ("value", "lower", "upper", "group", "importance", "weight", "cluster")  # columns that hold no names
-_NAME_COLUMNS = ("target", "household")  # columns that name the rows of a matrix
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,7 +67,7 @@ class TextTable:
     def by_name(self, key: str, values: Sequence[Any]) -> Any:
         """``values`` under the names in column ``key``, or in their order if there is none."""
         if key not in self.columns:
-            others = [name for name in self.columns if name not in _VALUE_COLUMNS]
+            others = [name for name in self.columns if name not in VALUE_COLUMNS]
             if others and len(self.columns) > 1:  # one of them may hold the names: the order is not guessed
                 must = f"it needs a column {key!r}, or no column but those that are read."
                 raise InvalidValueError(explain(str(self.path), must, got=few(others)))
@@ -115,28 +110,9 @@ def read_table(path: Path) -> TextTable:
     """
     _check_file(path)
     if path.suffix == ".parquet":
-        return TextTable(path, _parquet(path))
-    with path.open(newline="", encoding="utf-8-sig") as file:
-        try:
-            header = file.readline()
-            delimiter = max(",;\t", key=header.count)
-            file.seek(0)
-            rows = [row for row in csv.reader(file, delimiter=delimiter) if row]
-        except (UnicodeDecodeError, csv.Error) as error:
-            raise InvalidValueError(explain(str(path), "it must be CSV in UTF-8.", got=str(error))) from error
-    if len(rows) < 2:
-        raise InvalidValueError(explain(str(path), "it must have a header and rows.", got=f"{len(rows)} lines"))
-    names = [name.strip() for name in rows[0]]
-    if len(set(names)) < len(names):
-        raise InvalidValueError(explain(str(path), "columns must have distinct names.", got=few(names)))
-    for number, row in enumerate(rows[1:], 2):
-        if len(row) != len(names):
-            raise InvalidValueError(
-                explain(
-                    f"{path}, line {number}", "every line must have all columns.", expected=len(names), got=len(row)
-                )
-            )
-    return TextTable(path, {name: [row[place].strip() for row in rows[1:]] for place, name in enumerate(names)})
+        return TextTable(path, read_parquet(path).to_pydict())
+    names, *rows = csv_rows(path)
+    return TextTable(path, {name: [row[place].strip() for row in rows] for place, name in enumerate(names)})
 
 
 def read_matrix_file(path: Path, *, transpose: bool = False) -> NamedMatrix:
@@ -148,7 +124,7 @@ def read_matrix_file(path: Path, *, transpose: bool = False) -> NamedMatrix:
         ``.npz`` of ``scipy.sparse.save_npz``, Matrix Market (``.mtx``, ``.mtx.gz``), or a table (``.parquet``,
         ``.csv``) whose column ``target`` or ``household`` names the rows.
     transpose : bool
-        Whether the file has one row for each household.
+        Whether the file has one row for each household; one whose rows are named by a column ``household`` has.
 
     Returns
     -------
@@ -162,11 +138,17 @@ def read_matrix_file(path: Path, *, transpose: bool = False) -> NamedMatrix:
     _check_file(path)
     if not path.name.endswith(_MATRIX_SUFFIXES):
         raise InvalidValueError(explain(str(path), "its kind must be known.", expected=", ".join(_MATRIX_SUFFIXES)))
-    if path.suffix in (".parquet", ".csv"):
-        matrix, rows, columns = _from_table(read_table(path))
-    else:
-        matrix, rows, columns = _sparse(path), None, None
-    return NamedMatrix(matrix.T, columns, rows) if transpose else NamedMatrix(matrix, rows, columns)
+    if path.suffix not in (".parquet", ".csv"):
+        matrix = _sparse(path)
+        return NamedMatrix(matrix.T if transpose else matrix)
+    matrix, columns, rows, key = _from_parquet(path) if path.suffix == ".parquet" else csv_matrix(path, NAME_COLUMNS)
+    if key == "target" and transpose:
+        must = "a file with a column 'target' has one row for each target."
+        raise InvalidValueError(explain("--transpose", must, got=str(path), hint="leave --transpose out"))
+    names = None if rows is None else as_names(rows)
+    if transpose or key == "household":
+        return NamedMatrix(matrix.T, as_names(columns), names)
+    return NamedMatrix(matrix, names, as_names(columns))
 
 
 def _sparse(path: Path) -> Any:
@@ -183,27 +165,38 @@ def _sparse(path: Path) -> Any:
         raise InvalidValueError(explain(str(path), "it must be Matrix Market.", got=got)) from error
 
 
-def _from_table(table: TextTable) -> tuple[Any, list[Hashable] | None, list[Hashable]]:
-    key = next((name for name in _NAME_COLUMNS if name in table.columns), None)
-    rows = None if key is None else table.names(key)
-    columns = [name for name in table.columns if name != key]
+def _from_parquet(path: Path) -> tuple[Any, list[Any], list[Any] | None, str | None]:
+    """As :func:`csv_matrix`."""
+    frame = opened(read_parquet(path))
+    key = next((name for name in NAME_COLUMNS if name in frame.columns), None)
+    columns = [name for name in frame.columns if name != key]
     if not columns:
-        raise InvalidValueError(explain(str(table.path), "a matrix needs columns of numbers.", got=few([key])))
-    matrix = np.column_stack([table.numbers(name) for name in columns])
-    return sparse.csr_array(matrix), rows, as_names(columns)
+        raise InvalidValueError(explain(str(path), "a matrix needs columns of numbers.", got=few([key])))
+    rows = None if key is None else array_of(frame[key], str(path)).tolist()
+    return columns_of_numbers(frame, columns, str(path)), columns, rows, key
 
 
-def _parquet(path: Path) -> dict[str, list[Any]]:
+def read_parquet(path: Path) -> Any:
+    """A Parquet file as an Arrow table; the nameless index of pandas is called ``target``, or ``household``.
+
+    Raises
+    ------
+    InvalidValueError
+        If it is another file.
+    MissingExtraError
+        If pyarrow is not installed.
+    """
     arrow = import_extra("pyarrow", extra="calibration", where=str(path))
     parquet = import_extra("pyarrow.parquet", extra="calibration", where=str(path))
     try:
-        columns: dict[str, list[Any]] = parquet.read_table(path).to_pydict()
+        table = parquet.read_table(path)
     except (arrow.ArrowException, OSError) as error:
         raise InvalidValueError(explain(str(path), "it must be Parquet.", got=str(error))) from error
-    if "__index_level_0__" in columns:  # pandas' nameless index
-        index = columns.pop("__index_level_0__")
-        columns = {"household" if "target" in columns else "target": index, **columns}
-    return columns
+    names = table.column_names
+    if "__index_level_0__" in names:  # pandas' nameless index
+        index = "household" if "target" in names else "target"
+        table = table.rename_columns([index if name == "__index_level_0__" else name for name in names])
+    return table
 
 
 def _check_file(path: Path) -> None:

@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from l0hooks.calibration.data.names import Axis, few
+from l0hooks.calibration.data.frames import few
+from l0hooks.calibration.data.names import Axis
 from l0hooks.calibration.data.targets import CalibrationWarning
 from l0hooks.calibration.numerics.columns import Floats
 from l0hooks.errors import InvalidValueError, explain

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from l0hooks.calibration.data.names import Axis, is_frame
+from l0hooks.calibration.data.names import Axis
 from l0hooks.calibration.numerics.columns import Flags, Floats, Integers
 from l0hooks.calibration.numerics.problem import BoundsOn
 from l0hooks.errors import InvalidValueError, explain
@@ -145,8 +145,6 @@ def check_count(k: object, households: Households) -> int:
 def _design(given: object, axis: Axis) -> Floats:
     if given is None:
         return np.ones(axis.count)
-    if is_frame(given):
-        given = _weights_of_frame(given)
     design = axis.values(given, "design_weights")
     bad = np.flatnonzero(~np.isfinite(design) | (design <= 0))
     if len(bad):
@@ -159,12 +157,6 @@ def _design(given: object, axis: Axis) -> Floats:
             )
         )
     return design
-
-
-def _weights_of_frame(frame: Any) -> Any:
-    if "household" in frame.columns:
-        frame = frame.set_index("household")
-    return frame["weight"] if "weight" in frame.columns else frame
 
 
 def _bounds(given: object, bounds_on: object, axis: Axis) -> tuple[Floats, Floats]:
@@ -193,7 +185,7 @@ def _one_bound(given: object, name: str, axis: Axis) -> Floats:
         given = 0.0 if name == "lo" else math.inf
     if isinstance(given, Real) and not isinstance(given, bool):
         return np.broadcast_to(np.float64(given), axis.count)
-    return axis.values(given, f"bounds ({name})")
+    return axis.values(given, f"bounds ({name})", column=name)
 
 
 def _refuse(bad: Flags, values: Floats, axis: Axis, must: str) -> None:
@@ -205,7 +197,7 @@ def _refuse(bad: Flags, values: Floats, axis: Axis, must: str) -> None:
 
 def _clusters(given: object, axis: Axis) -> Integers:
     """Numbers of clusters; a household without a label (None, NaN) is a cluster of its own."""
-    labels = axis.objects(given, "clusters", fill=math.nan).tolist()
+    labels = axis.objects(given, "clusters", fill=math.nan, column="cluster").tolist()
     numbers: dict[Any, int] = {}
     found = np.empty(axis.count, np.int64)
     for place, label in enumerate(labels):

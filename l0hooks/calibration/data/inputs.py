@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import warnings
-from collections.abc import Hashable, Mapping
-from dataclasses import dataclass
+from collections.abc import Hashable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
+from l0hooks.calibration.data.frames import Named, few, read_values
 from l0hooks.calibration.data.hierarchy import Conditions, read_hierarchy
 from l0hooks.calibration.data.households import GivenHouseholds, Households, check_count, read_households
 from l0hooks.calibration.data.matrix import read_matrix
-from l0hooks.calibration.data.names import Axis, few, is_frame, is_series
+from l0hooks.calibration.data.names import Axis
 from l0hooks.calibration.data.reach import reachable_range, weight_limits, within
 from l0hooks.calibration.data.targets import (
     CalibrationWarning,
@@ -130,9 +131,12 @@ def read_inputs(
     """
     _check_precision(dtype)
     given, about = take_apart(given_targets), given_households or GivenHouseholds()
+    if about.design_weights is not None:
+        weights = read_values(about.design_weights, "household", "weight", "design_weights")
+        about = replace(about, design_weights=weights)
     values, targets, households = read_matrix(matrix)
     _refuse_transposed(given.first, about.design_weights, targets, households)
-    targets, households = targets.adopt(given.first), households.adopt(_weights(about.design_weights))
+    targets, households = targets.adopt(given.first), households.adopt(about.design_weights)
     low, high = read_ends(given, targets)
     labels = read_groups(given.groups, targets)
     counts = read_importance(given, labels, targets)
@@ -165,22 +169,17 @@ def _zero_unless_kept(least: Floats, people: Households) -> Floats:
     return lowered
 
 
-def _weights(given: Any) -> object:
-    return given.set_index("household") if is_frame(given) and "household" in given.columns else given
-
-
 def _length(given: Any) -> int | None:
-    if isinstance(given, Mapping) or is_series(given) or is_frame(given):
-        return len(given)
-    shape = np.shape(given)
-    return shape[0] if shape else None
+    if isinstance(given, Named):
+        return len(given.names)
+    return given.shape[0] if given.ndim else None
 
 
 def _refuse_transposed(y: Any, design_weights: Any, targets: Axis, households: Axis) -> None:
     """Refuse lengths, or names, that fit the other axis of the matrix only."""
     signs = []
-    if isinstance(y, Mapping) or is_series(y):
-        names = list(y.index if is_series(y) else y)
+    if isinstance(y, Named):
+        names = y.names
         if names and households.names and not set(names) & set(targets.labels) and set(names) <= set(households.names):
             signs.append(f"y names {few(names)}, which are columns of M")
     size = _length(y)

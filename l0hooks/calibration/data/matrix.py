@@ -8,11 +8,23 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from scipy import sparse
 
+from l0hooks.calibration.data.frames import (
+    NAME_COLUMNS,
+    array_of,
+    columns_of_numbers,
+    few,
+    is_frame,
+    is_pandas,
+    opened,
+    sparse_of_tensor,
+    tensor_values,
+)
 from l0hooks.calibration.data.indices import check_indices
-from l0hooks.calibration.data.names import Axis, check_distinct, few, is_frame
+from l0hooks.calibration.data.names import Axis, check_distinct
 from l0hooks.calibration.numerics.columns import Sparse, pieces
 from l0hooks.errors import InvalidValueError, explain
 
@@ -47,8 +59,9 @@ def read_matrix(given: object) -> tuple[Sparse, Axis, Axis]:
 
     Parameters
     ----------
-    given : scipy.sparse array or matrix of any format, array_like, DataFrame or NamedMatrix; shape (T, N)
-        What one household adds to each target. The index of a frame names the targets, its columns the households.
+    given : scipy.sparse array or matrix of any format, array_like, tensor, frame or NamedMatrix; shape (T, N)
+        What one household adds to each target. A frame's columns are the households, and its column ``target``, else
+        the index of pandas, names the targets. If that is called ``household``, rows and columns are exchanged.
 
     Returns
     -------
@@ -71,9 +84,17 @@ def read_matrix(given: object) -> tuple[Sparse, Axis, Axis]:
     rows: tuple[Hashable, ...] | None = None
     columns: tuple[Hashable, ...] | None = None
     if isinstance(given, NamedMatrix):
-        rows, columns, given = _names(given.targets, "targets"), _names(given.households, "households"), given.matrix
+        rows, columns = _names(given.targets, "targets of M"), _names(given.households, "households of M")
+        given = given.matrix
+    given = opened(given)
     if is_frame(given):
-        rows, columns, given = _from_frame(given)
+        found = _from_frame(given)
+        given = found.matrix
+        rows = _names(found.targets, "M's rows (targets)") if rows is None else rows
+        columns = _names(found.households, "M's columns (households)") if columns is None else columns
+    if isinstance(given, torch.Tensor):
+        strided = given.layout is torch.strided or given.ndim != 2
+        given = tensor_values(given, _WHERE) if strided else sparse_of_tensor(given)
     matrix: Any = given if sparse.issparse(given) else _dense(given)
     if sparse.issparse(matrix):
         check_indices(matrix, _WHERE)
@@ -111,7 +132,7 @@ def _distinct(matrix: Any) -> bool:
 
 
 def _names(given: Sequence[Hashable] | None, what: str) -> tuple[Hashable, ...] | None:
-    return None if given is None else check_distinct(list(given), f"{what} of M")
+    return None if given is None else check_distinct(list(given), what)
 
 
 def _dense(given: object) -> NDArray[Any]:
@@ -123,11 +144,23 @@ def _dense(given: object) -> NDArray[Any]:
         raise InvalidValueError(explain(_WHERE, "it must be a matrix.", got=str(error))) from error
 
 
-def _from_frame(frame: Any) -> tuple[tuple[Hashable, ...], tuple[Hashable, ...], Any]:
+def _from_frame(frame: Any) -> NamedMatrix:
+    """A frame with one row for each target, or for each household if that is what its names are called."""
+    pandas = is_pandas(frame, "DataFrame")
+    key = next((name for name in NAME_COLUMNS if name in frame.columns), None)
+    if pandas and key is not None:
+        frame = frame.set_index(key)
+    elif pandas and frame.index.name in NAME_COLUMNS:
+        key = frame.index.name
+    names = [name for name in frame.columns if name != key]
+    rows = frame.index.tolist() if pandas else None if key is None else array_of(frame[key], _WHERE).tolist()
+    matrix = _from_pandas(frame) if pandas else columns_of_numbers(frame, names, _WHERE)
+    return NamedMatrix(matrix.T, names, rows) if key == "household" else NamedMatrix(matrix, rows, names)
+
+
+def _from_pandas(frame: Any) -> Any:
     pandas = sys.modules["pandas"]
-    rows = check_distinct(frame.index.tolist(), "M's rows (targets)")
-    columns = check_distinct(frame.columns.tolist(), "M's columns (households)")
-    strange = [name for name, kind in zip(columns, frame.dtypes, strict=True) if not _real(kind)]
+    strange = [name for name, kind in zip(frame.columns, frame.dtypes, strict=True) if not _real(kind)]
     if strange:
         raise InvalidValueError(
             explain(
@@ -138,8 +171,8 @@ def _from_frame(frame: Any) -> tuple[tuple[Hashable, ...], tuple[Hashable, ...],
             )
         )
     if all(isinstance(kind, pandas.SparseDtype) and kind.fill_value == 0 for kind in frame.dtypes):
-        return rows, columns, frame.sparse.to_coo()
-    return rows, columns, frame.to_numpy(dtype=np.float64, na_value=np.nan)
+        return frame.sparse.to_coo()
+    return frame.to_numpy(dtype=np.float64, na_value=np.nan)
 
 
 def _real(kind: Any) -> bool:

@@ -2,46 +2,34 @@
 
 from __future__ import annotations
 
-import sys
 from collections import Counter
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from numbers import Integral
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
+from l0hooks.calibration.data.frames import (
+    Kind,
+    Named,
+    array_of,
+    few,
+    is_frame,
+    is_pandas,
+    is_series,
+    opened,
+    plain_scalar,
+    read_values,
+    split_names,
+)
 from l0hooks.calibration.numerics.columns import Floats, Integers
 from l0hooks.errors import InvalidValueError, explain, near_names
 
-Kind = Literal["target", "household"]
-_NAMES_SHOWN = 5
-
-
-def is_frame(given: object) -> bool:
-    """Whether it is a pandas DataFrame; does not import pandas."""
-    pandas = sys.modules.get("pandas")
-    return pandas is not None and isinstance(given, pandas.DataFrame)
-
-
-def is_series(given: object) -> bool:
-    """Whether it is a pandas Series."""
-    pandas = sys.modules.get("pandas")
-    return pandas is not None and isinstance(given, pandas.Series)
-
-
-def few(items: Sequence[object]) -> str:
-    """The first few, and how many more there are.
-
-    Examples
-    --------
-    >>> few(["a", "b", "c", "d", "e", "f", "g"])
-    "'a', 'b', 'c', 'd', 'e' and 2 more"
-    """
-    shown = ", ".join(repr(_plain(item)) for item in items[:_NAMES_SHOWN])
-    return shown + (f" and {len(items) - _NAMES_SHOWN:,} more" if len(items) > _NAMES_SHOWN else "")
+_COLUMNS = {"target": "value", "household": "weight"}  # what a frame's column of values is called
 
 
 def check_distinct(names: Iterable[Hashable], what: str) -> tuple[Hashable, ...]:
@@ -105,17 +93,20 @@ class Axis:
 
         Names that are the numbers 0, 1, … in any order are not adopted: they say which entry is meant.
         """
-        names = _names_of(given)
-        if self.names is not None or names is None or len(names) != self.count or _numbers(names, self.count):
+        if self.names is not None or given is None:
+            return self
+        found = read_values(given, self.kind, _COLUMNS[self.kind], f"{self.kind}s")
+        names = found.names if isinstance(found, Named) else None
+        if names is None or len(names) != self.count or _numbers(names, self.count):
             return self
         return Axis(self.kind, self.count, check_distinct(names, f"{self.kind}s"))
 
-    def values(self, given: object, what: str, *, fill: float | None = None) -> Floats:
+    def values(self, given: object, what: str, *, fill: float | None = None, column: str | None = None) -> Floats:
         """Numbers, one for each entry: float64, shape (count,).
 
         Parameters
         ----------
-        given : array_like, Series, mapping, or DataFrame of one column
+        given : array_like, tensor, Series, mapping or frame
             Aligned by name if it has names.
         what : str
             Its name in messages.
@@ -127,15 +118,15 @@ class Axis:
         InvalidValueError
             If lengths or names do not fit, a name occurs twice, or something is not a number.
         """
-        return _floats(self.objects(given, what, fill=fill), what)
+        return _floats(self.objects(given, what, fill=fill, column=column), what)
 
-    def objects(self, given: object, what: str, *, fill: object = None) -> NDArray[Any]:
+    def objects(self, given: object, what: str, *, fill: object = None, column: str | None = None) -> NDArray[Any]:
         """As :meth:`values`, for entries of any type."""
-        names = _names_of(given)
-        if names is None:
-            return self._by_position(given, what)
+        found = read_values(given, self.kind, column or _COLUMNS[self.kind], what)
+        if not isinstance(found, Named):
+            return self._by_position(found, what)
+        names, content = found.names, found.values
         check_distinct(names, what)
-        content = _content(given, what)
         unknown = [name for name in names if name not in self.index]
         if unknown:
             raise InvalidValueError(self._unknown_names(unknown, what))
@@ -160,14 +151,9 @@ class Axis:
         InvalidValueError
             If a name is unknown or occurs twice, or flags are not one for each entry.
         """
-        if isinstance(given, str):
-            given = [given]
-        if is_series(given) or isinstance(given, Mapping):
-            given = self.objects(given, what, fill=False)
-        if not isinstance(given, Iterable):
-            raise InvalidValueError(explain(what, f"it must list {self.kind}s.", got=repr(given)))
+        given = self._flags_or_names(given, what)
         array = given if isinstance(given, np.ndarray) else None
-        listed = [_plain(name) for name in given]
+        listed = [plain_scalar(name) for name in given]
         if (array is not None and array.dtype.kind == "b") or (listed and all(type(n) is bool for n in listed)):
             if len(listed) != self.count:
                 raise InvalidValueError(
@@ -180,12 +166,45 @@ class Axis:
             raise InvalidValueError(self._unknown_names(unknown, what))
         return np.sort(np.fromiter((self.index[name] for name in listed), np.int64, len(listed)))
 
-    def _by_position(self, given: object, what: str) -> NDArray[Any]:
-        content = _content(given, what)
+    def _flags_or_names(self, given: object, what: str) -> Iterable[Any]:
+        """Names, or flags in the order of the axis."""
+        if isinstance(given, str):
+            return [given]
+        given = opened(given)
+        if is_frame(given):
+            given = self._of_frame(given, what)
+        elif isinstance(given, Mapping):
+            given = read_values(given, self.kind, "", what)
+        elif is_series(given):
+            values = array_of(given, what)
+            flags = values.dtype.kind == "b" and is_pandas(given, "Series")
+            given = Named(given.index.tolist(), values) if flags else values
+        elif isinstance(given, torch.Tensor):
+            given = array_of(given, what)
+        if isinstance(given, Named) and all(isinstance(flag, (bool, np.bool_)) for flag in given.values):
+            return self.objects(given, what, fill=False).astype(np.bool_)
+        if not isinstance(given, Iterable) or (isinstance(given, np.ndarray) and given.ndim != 1):
+            shown = given.values if isinstance(given, Named) else given
+            must = f"it must list {self.kind}s, or hold one flag for each."
+            raise InvalidValueError(explain(what, must, got=str(shown)[:60]))
+        return given
+
+    def _of_frame(self, frame: Any, what: str) -> Any:
+        """The names in a frame, or its one column of flags."""
+        names, columns = split_names(frame, self.kind, (), what)
+        if not columns and names is not None:
+            return names
+        if len(columns) != 1:
+            must = f"a frame must have a column {self.kind!r}, and no other than one of flags."
+            raise InvalidValueError(explain(what, must, got=few(columns)))
+        values = array_of(frame[columns[0]], what)
+        return values if names is None else Named(names, values)
+
+    def _by_position(self, content: NDArray[Any], what: str) -> NDArray[Any]:
         if content.ndim == 2 and 1 in content.shape:
             content = content.ravel()
         if content.shape != (self.count,):
-            got = f"{len(content):,}" if content.ndim == 1 else f"shape {content.shape}"
+            got = f"{len(content):,}" if content.ndim == 1 else f"shape {content.shape}" if content.ndim else content
             raise InvalidValueError(
                 explain(what, f"there must be one for each {self.kind}.", expected=f"{self.count:,}", got=got)
             )
@@ -196,34 +215,11 @@ class Axis:
         hint = near_names(str(unknown[0]), texts) if texts else None
         if self.names is None:
             hint = f"the matrix has no names: {self.kind}s are numbered 0 to {self.count - 1}"
+        elif str(unknown[0]) in map(str, self.labels):
+            hint = "they are numbers in one and text in the other: cast one of them"
         elif len(unknown) == self.count and _numbers(unknown, self.count):
             hint = "it has numbers where the matrix has names; if the order is right, pass .to_numpy()"
         return explain(what, f"names must be those of the matrix's {self.kind}s.", got=few(unknown), hint=hint)
-
-
-def _names_of(given: Any) -> list[Hashable] | None:
-    if isinstance(given, Mapping):
-        return [_plain(name) for name in given]
-    if is_series(given) or is_frame(given):
-        index: list[Hashable] = given.index.tolist()
-        return index
-    return None
-
-
-def _content(given: Any, what: str) -> NDArray[Any]:
-    if isinstance(given, Mapping):
-        content = np.empty(len(given), object)
-        content[:] = list(given.values())
-        return content
-    if is_frame(given) and given.shape[1] != 1:
-        raise InvalidValueError(explain(what, "a frame must have one column.", got=few(list(given.columns))))
-    if isinstance(given, np.ma.MaskedArray):
-        given = np.ma.filled(given.astype(np.float64), np.nan)  # masked values are missing
-    try:
-        array = np.asarray(given.to_numpy() if is_series(given) or is_frame(given) else given)
-    except (ValueError, TypeError) as error:
-        raise InvalidValueError(explain(what, "it must be one plain list of values.", got=str(error))) from error
-    return array.ravel() if is_frame(given) else array
 
 
 def _floats(content: NDArray[Any], what: str) -> Floats:
@@ -242,8 +238,3 @@ def _numbers(names: Sequence[Hashable], count: int) -> bool:
 
 def _number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def _plain(value: Any) -> Any:
-    """A NumPy scalar as one of Python's, whose ``repr`` is easier to read."""
-    return value.item() if isinstance(value, np.generic) else value

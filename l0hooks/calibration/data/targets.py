@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from l0hooks.calibration.data.names import Axis, few, is_frame
+from l0hooks.calibration.data.frames import Named, array_of, few, is_frame, opened, read_values, split_names
+from l0hooks.calibration.data.names import Axis
 from l0hooks.calibration.numerics.columns import Flags, Floats
 from l0hooks.errors import InvalidValueError, explain, near_names
 
@@ -81,38 +82,60 @@ def take_apart(given: GivenTargets) -> GivenTargets:
     InvalidValueError
         If something is given twice, or nothing.
     """
-    if is_frame(given.y):
-        given = _from_frame(given)
+    if is_frame(frame := opened(given.y)):
+        given = _from_frame(frame, given)
     if given.first is None:
         raise InvalidValueError(explain("y", "targets must be given.", hint="y=, or lower= and upper="))
-    return given
+    ends = {"y": "value", "lower": "lower", "upper": "upper"}
+    read = {
+        name: read_values(vars(given)[name], "target", column, name)
+        for name, column in ends.items()
+        if vars(given)[name] is not None
+    }
+    return replace(given, **read)
 
 
-def _from_frame(given: GivenTargets) -> GivenTargets:
-    frame: Any = given.y
-    if "target" in frame.columns:
-        frame = frame.set_index("target")
-    known = [name for name in _TARGET_COLUMNS if name in frame.columns]
+def _from_frame(frame: Any, given: GivenTargets) -> GivenTargets:
+    names, present = split_names(frame, "target", _TARGET_COLUMNS, "y")
+    known = [name for name in _TARGET_COLUMNS if name in present]
     if not {"value", "lower", "upper"} & set(known):
-        if frame.shape[1] != 1:
-            raise InvalidValueError(
-                explain("y", "a frame of targets needs a column 'value'.", got=few(list(frame.columns)))
-            )
-        return replace(given, y=frame.iloc[:, 0])
+        if len(present) != 1:
+            raise InvalidValueError(explain("y", "a frame of targets needs a column 'value'.", got=few(present)))
+        return replace(given, y=_column(frame, names, present[0]))
     said = {"lower": given.lower, "upper": given.upper, "group": given.groups, "importance": given.importance}
     for name, other in said.items():
         if other is not None and (name in known or name in ("lower", "upper")):
             got = f"columns {few(known)} of y, and an argument for {name}"
             raise InvalidValueError(explain("y", "everything must be given once.", got=got))
-    columns = {name: frame[name] for name in known}
+    columns = {name: _column(frame, names, name) for name in known}
     points = columns.get("value")
     if points is not None and ("lower" in known or "upper" in known):
         for name, infinite in (("lower", -math.inf), ("upper", math.inf)):
-            columns[name] = points.where(points.notna(), columns.get(name, infinite))
+            columns[name] = _or_ends(points, columns.get(name), infinite)
         points = None
     group, importance = columns.get("group", given.groups), columns.get("importance", given.importance)
     lower, upper = columns.get("lower"), columns.get("upper")
     return replace(given, y=points, lower=lower, upper=upper, groups=group, importance=importance)
+
+
+def _column(frame: Any, names: list[Hashable] | None, name: Hashable) -> Any:
+    values = array_of(frame[name], "y")
+    return values if names is None else Named(names, values)
+
+
+def _or_ends(points: Any, ends: Any, infinite: float) -> Any:
+    """The points, and where they are empty the ends of intervals."""
+    given, others = (one.values if isinstance(one, Named) else one for one in (points, ends))
+    values = _numbers(given)
+    filled = np.where(np.isnan(values), infinite if others is None else _numbers(others), values)
+    return Named(points.names, filled) if isinstance(points, Named) else filled
+
+
+def _numbers(values: NDArray[Any]) -> Floats:
+    try:
+        return values.astype(np.float64)
+    except (TypeError, ValueError) as error:
+        raise InvalidValueError(explain("y", "values must be real numbers.", got=str(error))) from error
 
 
 def read_ends(given: GivenTargets, axis: Axis) -> tuple[Floats, Floats]:
@@ -133,8 +156,8 @@ def read_ends(given: GivenTargets, axis: Axis) -> tuple[Floats, Floats]:
         points = axis.values(given.y, "y")
         _refuse(~np.isfinite(points), points, axis, "y", "targets must be finite.")
         return points, points
-    lower = np.full(axis.count, -np.inf) if given.lower is None else axis.values(given.lower, "lower")
-    upper = np.full(axis.count, np.inf) if given.upper is None else axis.values(given.upper, "upper")
+    lower = np.full(axis.count, -np.inf) if given.lower is None else axis.values(given.lower, "lower", column="lower")
+    upper = np.full(axis.count, np.inf) if given.upper is None else axis.values(given.upper, "upper", column="upper")
     _refuse(np.isnan(lower) | (lower == np.inf), lower, axis, "lower", "it must be a number or -inf.")
     _refuse(np.isnan(upper) | (upper == -np.inf), upper, axis, "upper", "it must be a number or inf.")
     _refuse(lower > upper, lower, axis, "lower", "it must not be above upper.")
@@ -147,7 +170,7 @@ def read_groups(given: object, axis: Axis) -> tuple[Hashable, ...] | None:
     """The group of every target."""
     if given is None:
         return None
-    labels = axis.objects(given, "groups")
+    labels = axis.objects(given, "groups", column="group")
     found = tuple(label.item() if isinstance(label, np.generic) else label for label in labels.tolist())
     missing = [place for place, label in enumerate(found) if label is None or label != label]
     if missing:
@@ -164,7 +187,11 @@ def read_importance(given: GivenTargets, groups: tuple[Hashable, ...] | None, ax
         If something is negative or not finite, nothing counts, a group is unknown, or multipliers have no groups.
     """
     importance, multipliers = given.importance, given.group_multipliers
-    counts = np.ones(axis.count) if importance is None else axis.values(importance, "importance", fill=1.0)
+    counts = (
+        np.ones(axis.count)
+        if importance is None
+        else axis.values(importance, "importance", fill=1.0, column="importance")
+    )
     _refuse(~np.isfinite(counts) | (counts < 0), counts, axis, "importance", "it must be finite and not negative.")
     if groups is None:
         if multipliers:

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import numpy as np
 
 from l0hooks._files import save_figure
+from l0hooks.calibration.data.frames import few
 from l0hooks.calibration.data.inputs import Inputs
-from l0hooks.calibration.data.names import few
 from l0hooks.calibration.fit.progress import percent
 from l0hooks.calibration.numerics.columns import Floats, Integers
 from l0hooks.calibration.numerics.problem import larger_ends

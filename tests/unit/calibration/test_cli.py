@@ -37,6 +37,7 @@ def folder(tmp_path, monkeypatch):
     frame.to_csv("M.csv")
     frame.to_parquet("M.parquet")
     frame.T.rename_axis("household").to_csv("MT.csv")
+    frame.T.rename_axis("household").to_parquet("MT.parquet")
     frame.reset_index().to_parquet("plain.parquet")
     table = pd.DataFrame({"target": targets, "value": y, "group": ["a", "b"] * 3, "source": "census"})
     table.to_csv("targets.csv", index=False)
@@ -74,11 +75,10 @@ def weights_from_arrays():
     return []
 
 
-@pytest.mark.parametrize("matrix", ["M.npz", "M.mtx", "M.csv", "M.parquet", "plain.parquet", "MT.csv"])
+@pytest.mark.parametrize("matrix", ["M.npz", "M.mtx", "M.csv", "M.parquet", "plain.parquet", "MT.csv", "MT.parquet"])
 @pytest.mark.parametrize("targets", ["targets.csv", "targets.parquet"])
 def test_every_kind_of_file_gives_the_same(folder, matrix, targets, weights_from_arrays, capsys):
-    options = ["--transpose"] if matrix == "MT.csv" else []
-    options += ["--keep", "9", "--method", "greedy"]
+    options = ["--keep", "9", "--method", "greedy"]
     assert call(matrix, targets, *options, "--out", "w.parquet", "--chosen-only", "--quiet") == 0
     assert capsys.readouterr() == ("", "")
     found = pd.read_parquet("w.parquet")["weight"].to_numpy()
@@ -122,7 +122,8 @@ BAD = {
     "an array's npz": (["array.npz", "targets.csv"], r"must be a file of scipy\.sparse\.save_npz"),
     "no Matrix Market": (["broken.mtx", "targets.csv"], r"must be Matrix Market"),
     "no Parquet": (["broken.parquet", "targets.csv"], r"must be Parquet"),
-    "transposed": (["MT.csv", "targets.csv"], r"looks transposed.*--transpose"),
+    "transposed": (["turned.csv", "targets.csv"], r"looks transposed.*--transpose"),
+    "transposed twice": (["M.csv", "targets.csv", "--transpose"], r"one row for each target.*leave --transpose out"),
     "k": (["M.npz", "targets.csv", "--keep", "41"], r"k: it must lie between 1.*1 to 40"),
     "word": (["M.npz", "word.csv"], r"word\.csv, row 2 of column 'value': it must be a number.*'many'"),
     "hole": (["M.npz", "hole.csv"], r"hole\.csv, line 3: every line must have all columns"),
@@ -148,6 +149,7 @@ def test_an_error_is_one_message_and_writes_nothing(folder, name, capsys):
     (folder / "word.csv").write_text("value\n3\nmany\n")
     (folder / "hole.csv").write_text("target,value\na,3\nb\n")
     (folder / "w.txt.csv").write_text("target,amount\na,3\n")
+    pd.read_csv(folder / "MT.csv").drop(columns="household").to_csv(folder / "turned.csv", index=False)
     (folder / "empty.csv").write_text("")
     (folder / "twice.csv").write_text("target,value\n" + "t0,3\n" * T)
     (folder / "strangers.csv").write_text("household\nx\n")
