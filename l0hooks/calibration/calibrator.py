@@ -37,6 +37,9 @@ class Calibrator(Settings):
         Whether bounds hold for weight / design weight, or for the weight.
     distance : "chi_square" or "raking"
         From the design weights, where the targets leave a choice.
+    cluster_distance : "once" or "members"
+        Whether a cluster counts in the distance as one household, or once for each of its households, as in R's
+        ``survey`` with ``aggregate.stage``.
     loss : "relative" or "squared"
         Errors are divided by \|y\| + ``error_offset`` of each target, or by one number for all.
     error_offset : float, > 0
@@ -67,7 +70,7 @@ class Calibrator(Settings):
         Early stopping: gates (once their number is the final one) and swaps end after this many steps in which the
         error did not fall by 1 %. The fit goes on with their selection. Without it gates take all their epochs, and
         swaps go on while they gain.
-    device : "cpu"
+    device : "cpu" or torch.device
         Where the fit runs; no other device is supported.
     dtype : "float32" or "float64"
         Of the matrix during the fit; sums are taken in float64.
@@ -75,7 +78,7 @@ class Calibrator(Settings):
         Equal numbers give equal results.
     checkpoint : path-like, optional
         A file for the state of a long fit. If it exists, the fit goes on from it, with the same result as a fit that
-        was not stopped. It is deleted at the end.
+        was not stopped. It is deleted at the end, unless ``keep_checkpoint``: the same fit then ends at once.
     checkpoint_interval : float, >= 0
         Seconds between two writings.
     callbacks : iterable of callables
@@ -135,8 +138,8 @@ class Calibrator(Settings):
             perhaps ``target``, ``group`` and ``importance``.
         lower, upper : as ``y``, optional
             Intervals instead of points; an end that is not given is infinite.
-        design_weights : array_like, Series, mapping or DataFrame, > 0, shape (N,), optional
-            One each if not given.
+        design_weights : array_like, Series, mapping or data frame, >= 0, shape (N,), optional
+            One each if not given. A household with zero, as in replicate weights, stays at zero.
         keep, leave_out : names, numbers or flags of households, optional
             Households that must, and that must not, be chosen.
         clusters : array_like, Series or mapping, optional
@@ -267,18 +270,17 @@ class Calibrator(Settings):
         options = self.solver_options()
         checkpoint = None
         if self.checkpoint is not None:
-            settings = (
-                f"{inputs.fingerprint()} {options} {self.loss} {self.error_offset} {self.consistency} {list(sizes)}"
-            )
+            settings = f"{inputs.fingerprint()} {options} {self.problem_options()} {list(sizes)}"
             checkpoint = Checkpoint(self.checkpoint, settings, interval=self.checkpoint_interval)
             checkpoint.read()  # one of other data is refused before any work
         driver = Driver(
-            prepared(inputs, loss=self.loss, consistency=self.consistency, offset=self.error_offset),
+            prepared(inputs, **self.problem_options()),
             options,
             sizes,
             callbacks=self.callbacks,
             display=Display(self.progress),
             checkpoint=checkpoint,
+            keep_checkpoint=self.keep_checkpoint,
         )
         return driver.run()
 

@@ -11,13 +11,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from l0hooks._files import check_writable
 from l0hooks.calibration.calibrator import Calibrator
 from l0hooks.calibration.cli_options import parser
 from l0hooks.calibration.data.files import TextTable, as_names, read_matrix_file, read_table
 from l0hooks.calibration.data.targets import CalibrationWarning
 from l0hooks.calibration.output.html_report import write_report
 from l0hooks.calibration.output.result import CalibrationResult, Table
-from l0hooks.errors import InvalidValueError, L0HooksError, explain
+from l0hooks.calibration.output.tables import EXTRA
+from l0hooks.errors import InvalidValueError, L0HooksError, explain, import_extra
 
 OK, BAD, NOT_CONVERGED, INTERRUPTED = 0, 2, 3, 130
 
@@ -43,6 +45,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _calibrate(options, caught)
     except (L0HooksError, OSError, MemoryError) as error:
         _say(f"error: {error}" if str(error) else f"error: {type(error).__name__}")
+        if options.checkpoint is not None and options.checkpoint.is_file() and isinstance(error, OSError):
+            _say(f"the fit is kept: the same command goes on from {options.checkpoint}")
         return BAD
     except KeyboardInterrupt:
         saved = f"; the same command goes on from {options.checkpoint}" if options.checkpoint else ""
@@ -60,6 +64,7 @@ def _calibrate(options: argparse.Namespace, caught: Sequence[warnings.WarningMes
         bounds=tuple(options.bounds),
         bounds_on=options.bounds_on,
         distance=options.distance,
+        cluster_distance=options.cluster_distance,
         loss=options.loss,
         method=options.method,
         groups=targets.pop("groups"),
@@ -75,6 +80,7 @@ def _calibrate(options: argparse.Namespace, caught: Sequence[warnings.WarningMes
         random_state=options.random_state,
         checkpoint=options.checkpoint,
         checkpoint_interval=options.checkpoint_interval,
+        keep_checkpoint=True,  # until the results are written
         progress=False if options.quiet else None,
     )
     result = calibrator.fit(
@@ -87,6 +93,8 @@ def _calibrate(options: argparse.Namespace, caught: Sequence[warnings.WarningMes
     )
     notes = [str(one.message) for one in caught if issubclass(one.category, CalibrationWarning)]
     _write(result, options, notes)
+    if options.checkpoint is not None:
+        options.checkpoint.unlink(missing_ok=True)
     for note in notes:
         _say(f"warning: {note}")
     if not options.quiet:
@@ -170,8 +178,14 @@ def _check_outputs(options: argparse.Namespace) -> None:
             raise InvalidValueError(
                 explain(option, "its kind must be known.", expected=" or ".join(known), got=path.name)
             )
-        if path is not None and not path.absolute().parent.is_dir():
-            raise InvalidValueError(explain(option, "its folder must exist.", got=str(path.absolute().parent)))
+        if path is not None:
+            check_writable(path, option)
+            if path.suffix == ".parquet":
+                import_extra("pyarrow.parquet", extra=EXTRA, where=option)
+    if options.report is not None:
+        import_extra("matplotlib", extra=EXTRA, where="--report")
+    if options.checkpoint is not None:
+        check_writable(options.checkpoint, "--checkpoint")
     written = [*kinds, "checkpoint"]
     paths = {name: path.resolve() for name, path in vars(options).items() if isinstance(path, Path)}
     for name in written:

@@ -9,7 +9,7 @@ from typing import Any, get_args
 
 from l0hooks.calibration.fit.candidates import Method
 from l0hooks.calibration.numerics.dual import Distance
-from l0hooks.calibration.numerics.problem import BoundsOn, Loss, Precision
+from l0hooks.calibration.numerics.problem import BoundsOn, ClusterDistance, Loss, Precision
 
 _EPILOG = """\
 example: 5,000 of the households of a survey, and a report
@@ -88,6 +88,12 @@ def _add_fit(group: Any) -> None:
         "--bounds-on", choices=get_args(BoundsOn), default="ratio", help="weight / design weight, or weight"
     )
     group.add_argument("--distance", choices=get_args(Distance), default="chi_square", help="from the design weights")
+    group.add_argument(
+        "--cluster-distance",
+        choices=get_args(ClusterDistance),
+        default="once",
+        help="count a cluster once, or each of its members as R's survey does (once)",
+    )
     group.add_argument("--loss", choices=get_args(Loss), default="relative")
     group.add_argument("--method", choices=get_args(Method), default="auto", help="how households are chosen (auto)")
     group.add_argument("--hierarchy", metavar="FILE", type=Path, help="columns parent, child of targets that add up")

@@ -20,7 +20,7 @@ from l0hooks.calibration.fit.solver import Solver
 from l0hooks.calibration.fit.stage import Selection, State
 from l0hooks.calibration.numerics.columns import Floats, shared
 from l0hooks.calibration.numerics.preparation import ErrorOptions, UnitOptions, prepare
-from l0hooks.calibration.numerics.problem import Loss, Problem
+from l0hooks.calibration.numerics.problem import ClusterDistance, Loss, Problem
 
 _LEAST_IMPORTANCE = 1e-12  # of a target that is only part of the hierarchy, as a share of the largest
 HISTORY_COLUMNS = ("stage", "step", "steps", "error", "active", "seconds")
@@ -55,7 +55,14 @@ class Outcome:
     rows: list[dict[str, Any]] = field(default_factory=list)
 
 
-def prepared(inputs: Inputs, *, loss: Loss, consistency: float, offset: float = 1.0) -> Problem:
+def prepared(
+    inputs: Inputs,
+    *,
+    loss: Loss,
+    consistency: float,
+    offset: float = 1.0,
+    cluster_distance: ClusterDistance = "once",
+) -> Problem:
     """The problem that the stages work on, of the targets that have importance, parents or children."""
     people = inputs.people
     counts = inputs.importance > 0
@@ -86,7 +93,10 @@ def prepared(inputs: Inputs, *, loss: Loss, consistency: float, offset: float = 
         low, high = low[first], high[first]
     low /= problem.design
     high /= problem.design
-    return replace(problem, low=shared(low), high=shared(high))
+    sizes = None
+    if people.clusters is not None and cluster_distance == "members":
+        sizes = np.bincount(problem.members[problem.members >= 0], minlength=problem.size).astype(np.float64)
+    return replace(problem, low=shared(low), high=shared(high), counts=sizes)
 
 
 class Driver:
@@ -102,6 +112,8 @@ class Driver:
     callbacks : sequence of Callback
     display : Display
     checkpoint : Checkpoint, optional
+    keep_checkpoint : bool
+        Whether its file stays at the end, with the outcomes, instead of being deleted.
     """
 
     def __init__(
@@ -113,10 +125,12 @@ class Driver:
         callbacks: Sequence[Callback] = (),
         display: Display,
         checkpoint: Checkpoint | None = None,
+        keep_checkpoint: bool = False,
     ) -> None:
         self.options, self.sizes = options, list(sizes)
         self._problems = [problem] * len(self.sizes)  # each solver takes one away, so that the last one can free memory
         self.callbacks, self.display, self.checkpoint = callbacks, display, checkpoint
+        self.keep_checkpoint = keep_checkpoint
         self.outcomes: list[Outcome] = []
         self._rows: list[dict[str, Any]] = []
         self._stopped = ""
@@ -141,7 +155,9 @@ class Driver:
                 self._rows = []
         finally:
             self.display.close()
-        if self.checkpoint is not None:
+        if self.checkpoint is not None and self.keep_checkpoint:
+            self.checkpoint.try_to_write(self._state(None))
+        elif self.checkpoint is not None:
             self.checkpoint.remove()
         return self.outcomes
 
@@ -157,7 +173,7 @@ class Driver:
             self.display.show(update)
             self._call_callbacks(update, solver)
             if self.checkpoint is not None and self.checkpoint.due and solver.resumable:
-                self.checkpoint.write(self._state(solver))
+                self.checkpoint.try_to_write(self._state(solver))
         return self._outcome(solver)
 
     def _call_callbacks(self, update: Update, solver: Solver) -> None:
@@ -182,14 +198,14 @@ class Driver:
             rows=self._rows,
         )
 
-    def _state(self, solver: Solver) -> State:
+    def _state(self, solver: Solver | None) -> State:
         outcomes = [{**vars(one), "selection": vars(one.selection)} for one in self.outcomes]
         return {
             "outcomes": outcomes,
             "rows": self._rows,
             "seconds": self._watch.seconds(),
             "stopped": self._stopped,
-            "solver": solver.state(),
+            "solver": None if solver is None else solver.state(),  # of a finished fit there is none
         }
 
     def _restore(self, saved: State) -> None:
@@ -198,6 +214,8 @@ class Driver:
         finished = read_outcomes(state.listed("outcomes"), self.sizes, len(problem.members), problem, HISTORY_COLUMNS)
         rows, seconds = read_rows(state.listed("rows"), HISTORY_COLUMNS), state.number("seconds", least=0)
         self._rows, self._stopped = rows, state.text("stopped")
+        over = len(finished) == len(self.sizes)
+        state.check("solver", (state.any("solver") is None) is over, "none if all outcomes are there, else one")
         self.outcomes = [Outcome(**one) for one in finished]
         del self._problems[: len(self.outcomes)]
         self._watch = Watch(before=seconds)

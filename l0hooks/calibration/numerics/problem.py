@@ -21,6 +21,7 @@ from l0hooks.calibration.numerics.columns import Flags, Floats, Integers, Sparse
 
 Loss = Literal["relative", "squared"]
 BoundsOn = Literal["ratio", "weight"]
+ClusterDistance = Literal["once", "members"]
 Precision = Literal["float32", "float64"]
 
 
@@ -48,6 +49,8 @@ class Problem:
         Units that must be chosen.
     members : int64, shape (n_households,)
         Unit of each household, −1 for one left out.
+    counts : float64, shape (n,), optional
+        How often each unit counts in the distance to the design weights; once if not given.
     """
 
     columns: Sparse
@@ -61,6 +64,7 @@ class Problem:
     norms: Floats
     kept: Flags
     members: Integers
+    counts: Floats | None = None
 
     @property
     def size(self) -> int:
@@ -94,8 +98,9 @@ class Problem:
 
     def strength(self, units: Integers) -> Floats:
         """The factor of each unit's distance to its design weight; its mean over all units is 1."""
-        counts: Floats = self.design[units] / self.design.mean()
-        return counts
+        weighted: Floats = self.design if self.counts is None else self.design * self.counts
+        strength: Floats = weighted[units] / weighted.mean()
+        return strength
 
     def error(self, misses: Floats) -> float:
         """Mean \\|relative error\\| over the targets, for scaled misses."""

@@ -8,6 +8,7 @@ import sys
 import xml.etree.ElementTree as ElementTree
 from dataclasses import replace
 from html.parser import HTMLParser
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -268,3 +269,36 @@ def test_the_page_is_whole_self_contained_and_escaped():
     assert "@import" not in text
     assert "url(" not in text
     assert "ü" in text
+
+
+@pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="needs a folder that takes no files, whoever asks")
+@pytest.mark.parametrize("option", ["--out", "--target-report", "--report", "--checkpoint"])
+def test_paths_that_cannot_be_written_are_refused_before_the_matrix_is_read(folder, monkeypatch, capsys, option):
+    monkeypatch.setattr(cli, "read_matrix_file", lambda *args, **options: pytest.fail("the work has begun"))
+    ending = ".html" if option == "--report" else ".csv"
+    assert call("M.csv", "targets.csv", option, f"/proc/x{ending}") == 2
+    assert re.search(f"{option}: its folder must take new files", capsys.readouterr().err)
+    (folder / f"a{ending}").mkdir()
+    assert call("M.csv", "targets.csv", option, f"a{ending}") == 2
+    assert f"{option}: it must be a file" in capsys.readouterr().err
+    if option != "--checkpoint":
+        needed = "matplotlib" if option == "--report" else "pyarrow"
+        monkeypatch.setitem(sys.modules, needed, None)
+        assert call("M.csv", "targets.csv", option, "w.html" if option == "--report" else "w.parquet") == 2
+        assert f"the package '{needed}' must be installed" in capsys.readouterr().err
+
+
+def test_a_finished_fit_keeps_its_checkpoint_until_its_results_are_written(folder, monkeypatch, capsys):
+    def full(*args, **options):
+        raise OSError(28, "No space left on device")
+
+    arguments = ("M.csv", "targets.csv", "--keep", "9", "--checkpoint", "c", "--out", "w.csv")
+    with monkeypatch.context() as patch:
+        patch.setattr(cli.CalibrationResult, "to_csv", full)
+        assert call(*arguments) == 2
+    assert re.search("No space left.*goes on from c", capsys.readouterr().err, re.DOTALL)
+    steps = []
+    monkeypatch.setattr("l0hooks.calibration.fit.solver.Solver.advance", lambda self: steps.append(1))
+    assert call(*arguments) == 0
+    assert (steps, (folder / "c").exists()) == ([], False)  # nothing is done again
+    assert (pd.read_csv("w.csv")["weight"] > 0).sum() == 9
