@@ -1,10 +1,20 @@
 """Survey calibration: few households, non-negative bounded weights, thousands of targets."""
 
 from l0hooks.calibration.calibrator import Calibrator
+from l0hooks.calibration.data.margins import Margins, margins
 from l0hooks.calibration.data.matrix import NamedMatrix
 from l0hooks.calibration.data.targets import CalibrationWarning
 from l0hooks.calibration.fit.progress import Update
 from l0hooks.calibration.output.html_report import write_report
 from l0hooks.calibration.output.result import CalibrationResult
 
-__all__ = ["CalibrationResult", "CalibrationWarning", "Calibrator", "NamedMatrix", "Update", "write_report"]
+__all__ = [
+    "CalibrationResult",
+    "CalibrationWarning",
+    "Calibrator",
+    "Margins",
+    "NamedMatrix",
+    "Update",
+    "margins",
+    "write_report",
+]

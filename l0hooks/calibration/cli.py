@@ -15,6 +15,9 @@ from l0hooks._files import check_writable
 from l0hooks.calibration.calibrator import Calibrator
 from l0hooks.calibration.cli_options import parser
 from l0hooks.calibration.data.files import TextTable, as_names, read_matrix_file, read_table
+from l0hooks.calibration.data.frames import few
+from l0hooks.calibration.data.margin_files import read_margins, read_microdata
+from l0hooks.calibration.data.matrix import NamedMatrix
 from l0hooks.calibration.data.targets import CalibrationWarning
 from l0hooks.calibration.output.html_report import write_report
 from l0hooks.calibration.output.result import CalibrationResult, Table
@@ -56,8 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _calibrate(options: argparse.Namespace, caught: Sequence[warnings.WarningMessage]) -> int:
     _check_outputs(options)
-    matrix = read_matrix_file(options.matrix, transpose=options.transpose)
-    targets = _targets(read_table(options.targets))
+    matrix, targets, weights = _data(options)
     calibrator = Calibrator(
         options.keep,
         l0=options.l0,
@@ -86,7 +88,7 @@ def _calibrate(options: argparse.Namespace, caught: Sequence[warnings.WarningMes
     result = calibrator.fit(
         matrix,
         **targets,
-        design_weights=_households(options.design_weights, "weight"),
+        design_weights=weights,
         keep=_listed(options.must_keep),
         leave_out=_listed(options.leave_out),
         clusters=_households(options.clusters, "cluster"),
@@ -100,6 +102,33 @@ def _calibrate(options: argparse.Namespace, caught: Sequence[warnings.WarningMes
     if not options.quiet:
         sys.stdout.write(f"{result}\n")
     return OK if result.converged else NOT_CONVERGED
+
+
+def _data(options: argparse.Namespace) -> tuple[NamedMatrix, dict[str, Any], Any]:
+    """Matrix, targets and design weights; the targets say whether the first file holds a matrix or microdata."""
+    table = read_table(options.targets)
+    given: Path | None = options.design_weights
+    if "margin" not in table.columns:
+        for option in ("unit", "partial", "drop_empty"):
+            if vars(options)[option]:
+                must = "it needs a column 'margin' in TARGETS."
+                raise InvalidValueError(explain("--" + option.replace("_", "-"), must, got=few(list(table.columns))))
+        matrix = read_matrix_file(options.matrix, transpose=options.transpose)
+        return matrix, _targets(table), _households(given, "weight")
+    data = read_microdata(options.matrix)
+    column = None if given is None or str(given) not in data.columns else str(given)
+    found = read_margins(
+        data,
+        table,
+        design_weights=column,
+        unit=options.unit,
+        partial=options.partial,
+        drop_empty=options.drop_empty,
+    )
+    weights = found.design_weights if column is not None or given is None else _households(given, "weight")
+    if found.dropped:
+        _say(f"dropped, as no household is in them: {few(found.dropped)}")
+    return found.matrix, {"y": found.targets, "groups": found.groups, "importance": None}, weights
 
 
 def _targets(table: TextTable) -> dict[str, Any]:

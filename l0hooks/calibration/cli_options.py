@@ -32,6 +32,15 @@ files
              people/age 0-17,73100000,age
              income/total,1.2e13,income
 
+  MATRIX may be the households themselves, and TARGETS their margins:
+             household,region,age,income        margin,category,value
+             h1,north,old,20000                 region:age,north:old,4100
+             h2,south,young,31000               income by region,north,9e7
+                                                share age,old,0.4
+                                                count,,10000
+  See l0hooks.calibration.margins for all kinds. Categories of a crossing
+  are joined by ':'.
+
   Names are matched, whatever the order. If the matrix has none, rows of
   TARGETS and of --design-weights stand in its order.
 
@@ -55,10 +64,17 @@ def parser() -> argparse.ArgumentParser:
     calibrate.add_argument("matrix", metavar="MATRIX", type=Path, help="what each household adds to each target")
     calibrate.add_argument("targets", metavar="TARGETS", type=Path, help="what is to be met")
     calibrate.add_argument("--transpose", action="store_true", help="MATRIX has one row for each household")
+    _add_margins(calibrate.add_argument_group("margins, where MATRIX holds households"))
     _add_choice(calibrate.add_argument_group("choice of households"))
     _add_fit(calibrate.add_argument_group("the fit"))
     _add_output(calibrate.add_argument_group("output"))
     return top
+
+
+def _add_margins(group: Any) -> None:
+    group.add_argument("--unit", metavar="COLUMN", help="rows are persons: which household each is in")
+    group.add_argument("--partial", action="store_true", help="categories without a total are left free")
+    group.add_argument("--drop-empty", action="store_true", help="leave out cells that no household is in")
 
 
 def _add_choice(group: Any) -> None:
@@ -75,7 +91,12 @@ def _add_choice(group: Any) -> None:
 
 
 def _add_fit(group: Any) -> None:
-    group.add_argument("--design-weights", metavar="FILE", type=Path, help="columns household, weight; 1 if not given")
+    group.add_argument(
+        "--design-weights",
+        metavar="FILE",
+        type=Path,
+        help="columns household, weight; with margins, also the name of a column of MATRIX; 1 if not given",
+    )
     group.add_argument(
         "--bounds",
         metavar=("LO", "HI"),
