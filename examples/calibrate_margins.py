@@ -40,7 +40,7 @@ def run(options):
         },
     }
     found = margins(persons, totals, unit="home", partial=True)
-    result = Calibrator(groups=found.groups, progress=False).fit(
+    result = Calibrator(groups=found.groups, progress=False if options.quiet else None).fit(
         found.matrix, found.targets, design_weights=np.full(options.households, 100.0)
     )
     print(result)
@@ -54,6 +54,7 @@ def run(options):
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--quiet", action="store_true", help="no progress")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "output" / "calibrate_margins")
     parser.add_argument("--households", type=int, default=500)
     run(parser.parse_args())

@@ -1,4 +1,4 @@
-"""``examples/calibrate_survey.py``, ``calibrate_margins.py`` and ``calibrate_nation.py`` meet their targets, and write what they say."""
+"""The examples of calibration meet their targets, and write what they say."""
 
 from pathlib import Path
 from typing import Any

@@ -35,6 +35,16 @@ class Margins:
     design_weights : float64, shape (N,), or None
     dropped : tuple of str
         Cells that no household is in, left out.
+
+    Examples
+    --------
+    >>> import pandas as pd
+    >>> found = margins(pd.DataFrame({"age": ["old", "young", "old"]}), {"age": {"old": 7, "young": 5, "baby": 0}})
+    >>> found.matrix.matrix.toarray()
+    array([[1., 0., 1.],
+           [0., 1., 0.]])
+    >>> found.groups, found.dropped
+    ({'age=old': 'age', 'age=young': 'age'}, ('age=baby',))
     """
 
     matrix: NamedMatrix
