@@ -54,6 +54,38 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         _sync(final.parent)  # the new name, too, survives a loss of power
 
 
+def check_writable(path: str | os.PathLike[str], where: str) -> None:
+    """Refuse a path that :func:`replacing` could not write to; it is tried beside it, and nothing is left.
+
+    Raises
+    ------
+    InvalidValueError
+        If its folder does not exist or takes no files, or it is a folder.
+
+    Examples
+    --------
+    >>> check_writable("no such folder/w.csv", "--out")  # doctest: +ELLIPSIS
+    Traceback (most recent call last):
+    l0hooks.errors.InvalidValueError: --out: its folder must exist.
+      got: ...no such folder
+    """
+    final = Path(path).resolve()
+    if not final.parent.is_dir():
+        raise InvalidValueError(explain(where, "its folder must exist.", got=str(final.parent)))
+    if final.is_dir():
+        raise InvalidValueError(explain(where, "it must be a file.", got=f"the folder {final}"))
+    if final.exists() and not final.is_file():  # a device or a pipe is not touched
+        return
+    probe = final.with_name(f".{uuid.uuid4().hex[:12]}.part")
+    try:
+        probe.touch()
+    except OSError as error:
+        got = f"{final}: {error.strerror or error}"
+        raise InvalidValueError(explain(where, "its folder must take new files.", got=got)) from error
+    finally:
+        probe.unlink(missing_ok=True)
+
+
 def save_figure(figure: Figure, path: str | os.PathLike[str], dpi: int) -> None:
     """Write a figure; the suffix of ``path`` says in which format, and without one it gets matplotlib's usual one.
 

@@ -6,6 +6,7 @@ from l0hooks.calibration.data.matrix import NamedMatrix
 from l0hooks.calibration.data.targets import CalibrationWarning
 from l0hooks.calibration.fit.progress import Update
 from l0hooks.calibration.output.html_report import write_report
+from l0hooks.calibration.output.integers import integer_weights
 from l0hooks.calibration.output.result import CalibrationResult
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "Margins",
     "NamedMatrix",
     "Update",
+    "integer_weights",
     "margins",
     "write_report",
 ]

@@ -39,6 +39,8 @@ class Calibrator(Settings):
         From the design weights.
     rescale_design : bool
         Nearest to the design weights times the one number with which the targets are met in the median.
+    cluster_distance : "once" or "members"
+        Whether a cluster counts in the distance once, or once for each member, as R's ``aggregate.stage``.
     loss : "relative" or "squared"
         Errors are divided by \|y\| + ``error_offset`` of each target, or by one number for all.
     error_offset : float, > 0
@@ -51,7 +53,6 @@ class Calibrator(Settings):
     groups : array_like, Series or mapping, optional
         A label for each target. Errors are averaged within a group: each counts the same.
     group_multipliers : mapping from label to float >= 0, optional
-        A factor for what each group counts.
     normalize_groups : bool
         False: targets count by themselves.
     hierarchy : mapping, optional
@@ -66,7 +67,7 @@ class Calibrator(Settings):
     patience : int, > 0, optional
         Early stopping: gates (once their number is the final one) and swaps end after this many steps in which the
         error did not fall by 1 %. Without it gates take all their epochs, and swaps go on while they gain.
-    device : "cpu"
+    device : "cpu" or torch.device
         Where the fit runs.
     dtype : "float32" or "float64"
         Of the matrix during the search; the last fit is in float64.
@@ -125,15 +126,16 @@ class Calibrator(Settings):
 
         Parameters
         ----------
-        M : scipy.sparse array or matrix of any format, array_like, DataFrame or NamedMatrix; shape (T, N)
-            What one household adds to each target.
-        y : array_like, Series, mapping or DataFrame; shape (T,)
+        M : scipy.sparse array or matrix of any format, array_like, tensor, data frame or NamedMatrix; shape (T, N)
+            What one household adds to each target. A frame, of pandas, polars, pyarrow or others, names its rows in a
+            column ``target``, or ``household`` if it has one row for each household.
+        y : array_like, Series, mapping or data frame; shape (T,)
             Targets, by name where they have names. A frame has a column ``value``, or ``lower`` and ``upper``, and
             perhaps ``target``, ``group`` and ``importance``.
         lower, upper : as ``y``, optional
             Intervals instead of points; an end that is not given is infinite.
-        design_weights : array_like, Series, mapping or DataFrame, > 0, shape (N,), optional
-            One each if not given.
+        design_weights : array_like, Series, mapping or data frame, >= 0, shape (N,), optional
+            One each if not given. A household with zero, as in replicate weights, stays at zero.
         keep, leave_out : names, numbers or flags of households, optional
             Households that must, and that must not, be chosen.
         clusters : array_like, Series or mapping, optional
@@ -267,19 +269,17 @@ class Calibrator(Settings):
         options = self.solver_options()
         checkpoint = None
         if self.checkpoint is not None:
-            settings = (
-                f"{inputs.fingerprint()} {options} {self.loss} {self.error_offset} {self.consistency} {list(sizes)}"
-            )
+            settings = f"{inputs.fingerprint()} {options} {self.problem_options()} {list(sizes)}"
             checkpoint = Checkpoint(self.checkpoint, settings, interval=self.checkpoint_interval)
             checkpoint.read()  # one of other data is refused before any work
         driver = Driver(
-            prepared(inputs, loss=self.loss, consistency=self.consistency, offset=self.error_offset),
+            prepared(inputs, **self.problem_options()),
             options,
             sizes,
             callbacks=self.callbacks,
             display=Display(self.progress),
             checkpoint=checkpoint,
-            keep_checkpoint=bool(self.keep_checkpoint),
+            keep_checkpoint=self.keep_checkpoint,
         )
         return driver.run()
 

@@ -13,14 +13,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from l0hooks._files import check_writable
 from l0hooks.calibration.calibrator import Calibrator
 from l0hooks.calibration.cli_options import parser
 from l0hooks.calibration.data.files import TextTable, as_names, read_matrix_file, read_table
-from l0hooks.calibration.data.margin_files import read_margins
+from l0hooks.calibration.data.frames import few
+from l0hooks.calibration.data.margin_files import read_margins, read_microdata
+from l0hooks.calibration.data.matrix import NamedMatrix
 from l0hooks.calibration.data.targets import CalibrationWarning
 from l0hooks.calibration.output.html_report import write_report
 from l0hooks.calibration.output.result import CalibrationResult, Table
-from l0hooks.errors import InvalidValueError, L0HooksError, explain
+from l0hooks.calibration.output.tables import EXTRA
+from l0hooks.errors import InvalidValueError, L0HooksError, explain, import_extra
 
 OK, BAD, NOT_CONVERGED, INTERRUPTED = 0, 2, 3, 130
 
@@ -46,6 +50,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _calibrate(options, caught)
     except (L0HooksError, OSError, MemoryError) as error:
         _say(f"error: {error}" if str(error) else f"error: {type(error).__name__}")
+        if options.checkpoint is not None and options.checkpoint.is_file() and isinstance(error, OSError):
+            _say(f"the fit is kept: the same command goes on from {options.checkpoint}")
         return BAD
     except KeyboardInterrupt:
         saved = f"; the same command goes on from {options.checkpoint}" if options.checkpoint else ""
@@ -55,11 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _calibrate(options: argparse.Namespace, caught: Sequence[warnings.WarningMessage]) -> int:
     _check_outputs(options)
-    if options.margins:
-        matrix, targets, weights = read_margins(options.matrix, options.targets, options.weight_column)
-    else:
-        matrix, weights = read_matrix_file(options.matrix, transpose=options.transpose), None
-        targets = _targets(read_table(options.targets))
+    matrix, targets, weights = _data(options)
     calibrator = Calibrator(
         options.keep,
         l0=options.l0,
@@ -67,6 +69,7 @@ def _calibrate(options: argparse.Namespace, caught: Sequence[warnings.WarningMes
         bounds_on=options.bounds_on,
         distance=options.distance,
         rescale_design=options.rescale_design,
+        cluster_distance=options.cluster_distance,
         loss=options.loss,
         method=options.method,
         groups=targets.pop("groups"),
@@ -88,7 +91,7 @@ def _calibrate(options: argparse.Namespace, caught: Sequence[warnings.WarningMes
     result = calibrator.fit(
         matrix,
         **targets,
-        design_weights=_households(options.design_weights, "weight") if weights is None else weights,
+        design_weights=weights,
         keep=_listed(options.must_keep),
         leave_out=_listed(options.leave_out),
         clusters=_households(options.clusters, "cluster"),
@@ -102,6 +105,33 @@ def _calibrate(options: argparse.Namespace, caught: Sequence[warnings.WarningMes
     if not options.quiet:
         sys.stdout.write(f"{result}\n")
     return OK if result.converged else NOT_CONVERGED
+
+
+def _data(options: argparse.Namespace) -> tuple[NamedMatrix, dict[str, Any], Any]:
+    """Matrix, targets and design weights; the targets say whether the first file holds a matrix or microdata."""
+    table = read_table(options.targets)
+    given: Path | None = options.design_weights
+    if "margin" not in table.columns:
+        for option in ("unit", "partial", "drop_empty"):
+            if vars(options)[option]:
+                must = "it needs a column 'margin' in TARGETS."
+                raise InvalidValueError(explain("--" + option.replace("_", "-"), must, got=few(list(table.columns))))
+        matrix = read_matrix_file(options.matrix, transpose=options.transpose)
+        return matrix, _targets(table), _households(given, "weight")
+    data = read_microdata(options.matrix)
+    column = None if given is None or str(given) not in data.columns else str(given)
+    found = read_margins(
+        data,
+        table,
+        design_weights=column,
+        unit=options.unit,
+        partial=options.partial,
+        drop_empty=options.drop_empty,
+    )
+    weights = found.design_weights if column is not None or given is None else _households(given, "weight")
+    if found.dropped:
+        _say(f"dropped, as no household is in them: {few(found.dropped)}")
+    return found.matrix, {"y": found.targets, "groups": found.groups, "importance": None}, weights
 
 
 def _targets(table: TextTable) -> dict[str, Any]:
@@ -180,13 +210,14 @@ def _check_outputs(options: argparse.Namespace) -> None:
             raise InvalidValueError(
                 explain(option, "its kind must be known.", expected=" or ".join(known), got=path.name)
             )
-        if path is not None and not path.absolute().parent.is_dir():
-            raise InvalidValueError(explain(option, "its folder must exist.", got=str(path.absolute().parent)))
         if path is not None:
-            _try(path, option)
-    if options.weight_column is not None and (not options.margins or options.design_weights is not None):
-        must = "it names a column of HOUSEHOLDS, with --margins and without --design-weights."
-        raise InvalidValueError(explain("--weight-column", must, got=options.weight_column))
+            check_writable(path, option)
+            if path.suffix == ".parquet":
+                import_extra("pyarrow.parquet", extra=EXTRA, where=option)
+    if options.report is not None:
+        import_extra("matplotlib", extra=EXTRA, where="--report")
+    if options.checkpoint is not None:
+        check_writable(options.checkpoint, "--checkpoint")
     written = [*kinds, "checkpoint"]
     paths = {name: path.resolve() for name, path in vars(options).items() if isinstance(path, Path)}
     for name in written:

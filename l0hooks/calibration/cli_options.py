@@ -9,7 +9,7 @@ from typing import Any, get_args
 
 from l0hooks.calibration.fit.candidates import Method
 from l0hooks.calibration.numerics.dual import Distance
-from l0hooks.calibration.numerics.problem import BoundsOn, Loss, Precision
+from l0hooks.calibration.numerics.problem import BoundsOn, ClusterDistance, Loss, Precision
 
 _EPILOG = """\
 example: 5,000 of the households of a survey, and a report
@@ -31,6 +31,15 @@ files
              target,value,group
              people/age 0-17,73100000,age
              income/total,1.2e13,income
+
+  MATRIX may be the households themselves, and TARGETS their margins:
+             household,region,age,income        margin,category,value
+             h1,north,old,20000                 region:age,north:old,4100
+             h2,south,young,31000               income by region,north,9e7
+                                                share age,old,0.4
+                                                count,,10000
+  See l0hooks.calibration.margins for all kinds. Categories of a crossing
+  are joined by ':'.
 
   Names are matched, whatever the order. If the matrix has none, rows of
   TARGETS and of --design-weights stand in its order.
@@ -66,14 +75,17 @@ def parser() -> argparse.ArgumentParser:
     calibrate.add_argument("matrix", metavar="MATRIX", type=Path, help="what each household adds to each target")
     calibrate.add_argument("targets", metavar="TARGETS", type=Path, help="what is to be met")
     calibrate.add_argument("--transpose", action="store_true", help="MATRIX has one row for each household")
-    calibrate.add_argument(
-        "--margins", action="store_true", help="MATRIX is microdata, TARGETS has columns margin, category, value"
-    )
-    calibrate.add_argument("--weight-column", metavar="NAME", help="of the microdata: design weights")
+    _add_margins(calibrate.add_argument_group("margins, where MATRIX holds households"))
     _add_choice(calibrate.add_argument_group("choice of households"))
     _add_fit(calibrate.add_argument_group("the fit"))
     _add_output(calibrate.add_argument_group("output"))
     return top
+
+
+def _add_margins(group: Any) -> None:
+    group.add_argument("--unit", metavar="COLUMN", help="rows are persons: which household each is in")
+    group.add_argument("--partial", action="store_true", help="categories without a total are left free")
+    group.add_argument("--drop-empty", action="store_true", help="leave out cells that no household is in")
 
 
 def _add_choice(group: Any) -> None:
@@ -90,7 +102,12 @@ def _add_choice(group: Any) -> None:
 
 
 def _add_fit(group: Any) -> None:
-    group.add_argument("--design-weights", metavar="FILE", type=Path, help="columns household, weight; 1 if not given")
+    group.add_argument(
+        "--design-weights",
+        metavar="FILE",
+        type=Path,
+        help="columns household, weight; with margins, also the name of a column of MATRIX; 1 if not given",
+    )
     group.add_argument(
         "--bounds",
         metavar=("LO", "HI"),
@@ -103,8 +120,12 @@ def _add_fit(group: Any) -> None:
         "--bounds-on", choices=get_args(BoundsOn), default="ratio", help="weight / design weight, or weight"
     )
     group.add_argument("--distance", choices=get_args(Distance), default="chi_square", help="from the design weights")
+    group.add_argument("--rescale-design", action="store_true", help="to the design weights times one number")
     group.add_argument(
-        "--rescale-design", action="store_true", help="nearest to the design weights times one number that fits"
+        "--cluster-distance",
+        choices=get_args(ClusterDistance),
+        default="once",
+        help="count a cluster once, or each of its members as R's survey does (once)",
     )
     group.add_argument("--loss", choices=get_args(Loss), default="relative")
     group.add_argument("--method", choices=get_args(Method), default="auto", help="how households are chosen (auto)")

@@ -10,18 +10,20 @@ from numbers import Integral, Real
 from typing import Any, Self, get_args
 
 import numpy as np
+import torch
 
 from l0hooks.calibration.fit.candidates import Method, Options
 from l0hooks.calibration.fit.polished import Objective
 from l0hooks.calibration.fit.progress import Callback
 from l0hooks.calibration.numerics.dual import Distance
-from l0hooks.calibration.numerics.problem import BoundsOn, Loss, Precision
+from l0hooks.calibration.numerics.problem import BoundsOn, ClusterDistance, Loss, Precision
 from l0hooks.errors import InvalidValueError, explain
 
 _LONGEST_SHOWN = 60  # characters of an option in repr
 _CHOICES: dict[str, tuple[object, ...]] = {
     "bounds_on": get_args(BoundsOn),
     "distance": get_args(Distance),
+    "cluster_distance": get_args(ClusterDistance),
     "loss": get_args(Loss),
     "method": get_args(Method),
     "objective": get_args(Objective),
@@ -41,6 +43,7 @@ class Settings:
         bounds_on: BoundsOn = "ratio",
         distance: Distance = "chi_square",
         rescale_design: bool = False,
+        cluster_distance: ClusterDistance = "once",
         loss: Loss = "relative",
         error_offset: float = 1.0,
         method: Method = "auto",
@@ -54,7 +57,7 @@ class Settings:
         tolerance: float = 1e-6,
         max_epochs: int = 200,
         patience: int | None = None,
-        device: str = "cpu",
+        device: str | torch.device = "cpu",
         dtype: Precision = "float32",
         random_state: int = 0,
         checkpoint: str | os.PathLike[str] | None = None,
@@ -67,6 +70,7 @@ class Settings:
         self.bounds, self.bounds_on = bounds, bounds_on
         self.distance, self.loss, self.method, self.objective = distance, loss, method, objective
         self.error_offset, self.rescale_design = error_offset, rescale_design
+        self.cluster_distance = cluster_distance
         self.groups, self.group_multipliers, self.normalize_groups = groups, group_multipliers, normalize_groups
         self.hierarchy, self.consistency, self.importance = hierarchy, consistency, importance
         self.tolerance, self.max_epochs, self.patience = tolerance, max_epochs, patience
@@ -115,13 +119,22 @@ class Settings:
             patience=None if self.patience is None else int(self.patience),
         )
 
+    def problem_options(self) -> dict[str, Any]:
+        """What the numerical problem depends on, beside the data."""
+        return {
+            "loss": self.loss,
+            "consistency": self.consistency,
+            "offset": self.error_offset,
+            "cluster_distance": self.cluster_distance,
+        }
+
     def _check_options(self) -> None:
         for name, known in _CHOICES.items():
             if vars(self)[name] not in known:
                 raise InvalidValueError(explain(name, "it must be known.", expected=known, got=repr(vars(self)[name])))
         if self.k is not None and self.l0 is not None:
             raise InvalidValueError(explain("Calibrator", "give either k or l0, not both.", got="both"))
-        if self.device != "cpu":
+        if str(self.device) not in ("cpu", "cpu:0"):
             raise InvalidValueError(
                 explain("device", "the fit runs on the CPU.", expected="'cpu'", got=repr(self.device))
             )

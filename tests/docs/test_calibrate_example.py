@@ -1,4 +1,4 @@
-"""``examples/calibrate_survey.py`` and ``calibrate_nation.py`` meet their targets, and write what they say."""
+"""The examples of calibration meet their targets, and write what they say."""
 
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,13 @@ def test_a_quarter_of_the_respondents_keeps_the_margins(run_example: Any, tmp_pa
     assert weights["weight"].sum() == pytest.approx(944, rel=1e-3)
     assert pd.read_csv(output / "targets.csv")["relative_error"].abs().max() < 1e-2
     assert "236 of 944 households" in printed
+
+
+def test_persons_in_households_meet_their_margins(run_example: Any, tmp_path: Path) -> None:
+    figures, printed = run_example("calibrate_margins", output=tmp_path)
+    assert (figures["targets"], figures["error"] < 1e-5) == (14, True)
+    assert len(pd.read_csv(tmp_path / "weights.csv")) == 500
+    assert "14 targets, 500 of 500 households" in printed
 
 
 @pytest.mark.slow

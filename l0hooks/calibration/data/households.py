@@ -22,7 +22,7 @@ class GivenHouseholds:
 
     Attributes
     ----------
-    design_weights : array_like, Series, mapping or DataFrame, > 0, shape (N,), optional
+    design_weights : array_like, Series, mapping or data frame, >= 0, shape (N,), optional
     bounds : (lo, hi)
         Numbers, or one for each household, of its ratio to the design weight or of its weight.
     bounds_on : "ratio" or "weight"
@@ -44,7 +44,8 @@ class Households:
 
     Attributes
     ----------
-    design : float64, > 0, shape (N,)
+    design : float64, >= 0, shape (N,)
+        Households with zero are left out.
     low, high : float64, shape (N,)
         Bounds of a chosen household's ratio or weight.
     keep, leave_out : int64
@@ -80,7 +81,7 @@ def read_households(axis: Axis, given: GivenHouseholds) -> Households:
     Raises
     ------
     InvalidValueError
-        If design weights are not positive and finite, bounds negative, reversed or empty, a household both in and out,
+        If design weights are negative or not finite, bounds negative, reversed or empty, a household both in and out,
         or all out.
 
     Examples
@@ -93,7 +94,12 @@ def read_households(axis: Axis, given: GivenHouseholds) -> Households:
     none = np.zeros(0, np.int64)
     kept = none if given.keep is None else axis.places(given.keep, "keep")
     out = none if given.leave_out is None else axis.places(given.leave_out, "leave_out")
+    zero = np.flatnonzero(design == 0)  # replicate weights have them: such households stay at zero
+    if len(torn := np.intersect1d(kept, zero)):
+        must = "a household with design weight zero stays at zero."
+        raise InvalidValueError(explain("keep", must, got=f"to be kept: {axis.shown(torn)}"))
     both = np.intersect1d(kept, out)
+    out = np.union1d(out, zero)
     if len(both):
         raise InvalidValueError(
             explain("keep and leave_out", "a household is either in or out.", got=f"both: {axis.shown(both)}")
@@ -103,6 +109,10 @@ def read_households(axis: Axis, given: GivenHouseholds) -> Households:
     numbers = None if given.clusters is None else _clusters(given.clusters, axis)
     if numbers is not None:
         low, high = _in_common(low, high, numbers, axis)
+        if len(mixed := np.intersect1d(numbers[zero], np.delete(numbers, zero))):
+            places = zero[np.isin(numbers[zero], mixed)]
+            must = "design weights within a cluster are all zero, or none is."
+            raise InvalidValueError(explain("clusters", must, got=f"zero, unlike others: {axis.shown(places)}"))
         torn = np.flatnonzero(np.isin(numbers, numbers[kept]) & np.isin(numbers, numbers[out]))
         if len(kept) and len(out) and len(torn):
             raise InvalidValueError(
@@ -146,16 +156,12 @@ def _design(given: object, axis: Axis) -> Floats:
     if given is None:
         return np.ones(axis.count)
     design = axis.values(given, "design_weights")
-    bad = np.flatnonzero(~np.isfinite(design) | (design <= 0))
+    bad = np.flatnonzero(~np.isfinite(design) | (design < 0))
     if len(bad):
-        raise InvalidValueError(
-            explain(
-                "design_weights",
-                "they must be positive and finite.",
-                got=f"{design[bad[0]]:g} for {axis.shown(bad)}",
-                hint="leave_out= for households that are not to be used" if not design[bad].any() else None,
-            )
-        )
+        must = "they must be finite and not negative."
+        raise InvalidValueError(explain("design_weights", must, got=f"{design[bad[0]]:g} for {axis.shown(bad)}"))
+    if not design.any():
+        raise InvalidValueError(explain("design_weights", "some must be positive.", got="zero for all"))
     return design
 
 

@@ -1,70 +1,67 @@
-"""Microdata and a long table of totals from files, for the command line."""
+"""Margins from two files: microdata, and a long table of totals."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
+from l0hooks.calibration.data.files import TextTable, read_parquet
+from l0hooks.calibration.data.margin_rows import Empty
+from l0hooks.calibration.data.margin_terms import read_term
+from l0hooks.calibration.data.margins import Margins, margins_of
+from l0hooks.calibration.data.microdata import CsvMicrodata, FrameMicrodata, Microdata
+from l0hooks.errors import InvalidValueError, explain
 
-from l0hooks.calibration.data.files import TextTable, read_table
-from l0hooks.calibration.data.margins import margins
-from l0hooks.calibration.data.matrix import NamedMatrix
-from l0hooks.errors import InvalidValueError, explain, near_names
 
-
-def read_margins(
-    households: Path, totals: Path, weights: str | None = None
-) -> tuple[NamedMatrix, dict[str, Any], list[float] | None]:
-    """Matrix, targets with their groups, and design weights from two files.
-
-    Parameters
-    ----------
-    households : Path
-        One row for each household: ``.csv`` or ``.parquet``.
-    totals : Path
-        Columns ``margin``, ``category`` (empty where a margin has one total) and ``value``.
-    weights : str, optional
-        The column of ``households`` that holds design weights.
+def read_microdata(path: Path) -> Microdata:
+    """The columns of a ``.csv`` or ``.parquet`` file.
 
     Raises
     ------
     InvalidValueError
-        If a file is not such a table, or as :func:`~l0hooks.calibration.margins` does.
+        If it is another file, or there is none.
     """
-    table = read_table(households)
-    columns = {name: _values(values) for name, values in table.columns.items()}
-    found = margins(columns, _totals(read_table(totals)))
-    targets = {"y": found.targets, "lower": None, "upper": None, "groups": found.groups, "importance": None}
-    if weights is not None and weights not in columns:
-        must = f"{weights!r} must be a column."
-        raise InvalidValueError(explain(str(households), must, hint=near_names(weights, columns)))
-    return found.matrix, targets, None if weights is None else table.numbers(weights)
+    if path.suffix not in (".csv", ".parquet") or not path.is_file():
+        must = "households must be a .csv or .parquet file where targets have a column 'margin'."
+        raise InvalidValueError(explain(str(path), must, got="no such file" if not path.is_file() else path.suffix))
+    return FrameMicrodata(read_parquet(path)) if path.suffix == ".parquet" else CsvMicrodata(path)
 
 
-def _totals(table: TextTable) -> dict[str, Any]:
+def read_margins(
+    data: Microdata, table: TextTable, *, design_weights: str | None, unit: str | None, partial: bool, drop_empty: bool
+) -> Margins:
+    """Margins of microdata.
+
+    Parameters
+    ----------
+    data : Microdata
+    table : TextTable
+        Columns ``margin``, ``value``, and ``category``, which is empty for a margin of one number.
+    design_weights, unit : str, optional
+    partial, drop_empty : bool
+
+    Raises
+    ------
+    InvalidValueError
+        As :func:`~l0hooks.calibration.margins`.
+    """
+    taken = {"lower", "upper", "group", "importance"} & set(table.columns)
+    if taken:
+        must = "a file of margins has the columns margin, category and value."
+        raise InvalidValueError(
+            explain(str(table.path), must, got=", ".join(sorted(taken)), hint="a matrix file instead")
+        )
     names, values = table.columns[table.need("margin")], table.numbers(table.need("value"))
-    categories = table.columns.get("category", [""] * len(values))
-    found: dict[str, Any] = {}
+    categories = table.columns.get("category", [""] * len(names))
+    totals: dict[str, dict[str, float]] = {}
     for name, category, value in zip(names, categories, values, strict=True):
-        empty = category is None or category == ""
-        before = found.get(name)
-        if before is not None and (empty or not isinstance(before, dict) or category in before):
-            must = "a category of a margin has one total."
-            raise InvalidValueError(explain(f"{table.path}, margin {name!r}", must, got=f"a second for {category!r}"))
-        if empty:
-            found[name] = value
-        else:
-            found.setdefault(name, {})[category] = value
-    return found
-
-
-def _values(column: list[Any]) -> NDArray[Any]:
-    """Numbers where all that is not empty is a number, empty cells NaN; else as they are."""
-    empty = [value is None or value == "" for value in column]
-    try:
-        numbers = [np.nan if nothing else float(value) for value, nothing in zip(column, empty, strict=True)]
-    except (TypeError, ValueError):
-        return np.array(column, object)
-    return np.array(column, object) if all(empty) else np.array(numbers)
+        cells = totals.setdefault(name, {})
+        category = "" if category is None else category
+        if category in cells:
+            got = f"{name!r}, category {category!r}"
+            raise InvalidValueError(explain(str(table.path), "each total must be given once.", got=f"twice: {got}"))
+        cells[category] = value
+    given: dict[str, Any] = {name: cells[""] if list(cells) == [""] else cells for name, cells in totals.items()}
+    terms = [read_term(name, one, data) for name, one in given.items()]
+    empty: Empty = "drop" if drop_empty else "refuse"
+    return margins_of(data, terms, names=None, design_weights=design_weights, unit=unit, partial=partial, empty=empty)

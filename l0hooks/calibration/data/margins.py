@@ -1,81 +1,94 @@
-r"""Matrix and targets from microdata: counts, sums, means and shares, by categories and in domains.
-
-Each target is one row of M. With \(x_i\) a household's number and \(1_i\) whether it is in a category and a domain:
-
-    count: \(1_i\);  sum: \(1_i x_i\);  mean \(m\): \(1_i (x_i/m - 1)\), target 0;  share \(p\): \(1_i - p\), target 0.
-"""
+"""``margins``: the matrix and the targets of a calibration from microdata and the totals of their categories."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from scipy import sparse
 
-from l0hooks.calibration.data.frames import Named, array_of, few, is_frame, is_pandas, opened, read_values
-from l0hooks.calibration.data.margin_keys import MarginKey, read_key
+from l0hooks.calibration.data.margin_rows import Empty, RowOptions, refuse_missing, rows_of
+from l0hooks.calibration.data.margin_terms import Term, read_term
 from l0hooks.calibration.data.matrix import NamedMatrix
+from l0hooks.calibration.data.microdata import Categories, FrameMicrodata, Microdata, need_column
 from l0hooks.calibration.data.targets import CalibrationWarning
-from l0hooks.calibration.numerics.columns import Flags, Floats
-from l0hooks.errors import InvalidValueError, explain, near_names
+from l0hooks.calibration.numerics.columns import Floats
+from l0hooks.errors import InvalidValueError, explain
 
-_DISAGREE = 1e-6  # relative difference of two totals of all households that is told
-Category = tuple[str, ...]
+_TOTALS_APART = 1e-6  # relative difference of two margins' sums that is told
 
 
 @dataclass(frozen=True, eq=False)
 class Margins:
-    """What :func:`margins` makes of microdata.
+    """What :meth:`~l0hooks.calibration.Calibrator.fit` takes, made of margins.
 
     Attributes
     ----------
     matrix : NamedMatrix
-        Sparse, one row for each target and one column for each household.
-    targets : dict from str to float
-        The targets by name, ``"region:age[north, young]"``.
-    groups : dict from str to str
-        The margin of each target: groups of a calibrator, so that every margin counts alike.
+        Sparse, one row for each target.
+    targets : dict from name to float
+        A target is called ``margin=category``.
+    groups : dict from name to str
+        The margin of each target.
+    design_weights : float64, shape (N,), or None
+    dropped : tuple of str
+        Cells that no household is in, left out.
 
     Examples
     --------
-    >>> found = margins({"tenure": ["own", "rent", "own"]}, {"tenure": {"own": 5, "rent": 2}})
-    >>> found.targets
-    {'tenure[own]': 5.0, 'tenure[rent]': 2.0}
+    >>> import pandas as pd
+    >>> found = margins(pd.DataFrame({"age": ["old", "young", "old"]}), {"age": {"old": 7, "young": 5, "baby": 0}})
     >>> found.matrix.matrix.toarray()
     array([[1., 0., 1.],
            [0., 1., 0.]])
+    >>> found.groups, found.dropped
+    ({'age=old': 'age', 'age=young': 'age'}, ('age=baby',))
     """
 
     matrix: NamedMatrix
     targets: dict[str, float]
     groups: dict[str, str]
+    design_weights: Floats | None
+    dropped: tuple[str, ...]
 
 
-def margins(households: object, totals: Mapping[str, object], *, names: str | None = None) -> Margins:
-    """Matrix, targets and groups for :meth:`Calibrator.fit`, from one row of microdata for each household.
+def margins(
+    households: object,
+    totals: Mapping[str, object],
+    *,
+    names: str | None = None,
+    design_weights: str | None = None,
+    unit: str | None = None,
+    partial: bool = False,
+    empty: Empty = "refuse",
+) -> Margins:
+    r"""Targets from microdata: \(\sum_i w_i x_i\,[i \in c] = t_c\) for each cell \(c\) of each margin.
+
+    Means \(m\) and shares are the conditions \(\sum_i w_i (x_i - m)\,[i \in c] = 0\), divided by the expected
+    \(\sum_i w_i\,[i \in c]\), and means by \(|m|\) too: the error of such a target is about the relative error of the
+    mean, or the error of the share.
 
     Parameters
     ----------
-    households : data frame of any kind, or mapping from column to values
-        One row for each household.
+    households : data frame of any kind
+        One row for each household, or for each person if ``unit`` is given.
     totals : mapping from margin to totals
-        Margins are called
-
-        - ``"tenure"`` or ``"region:age"``: how many households are in each category, or in each pair of categories;
-        - ``"income by region"`` or ``"sum(income)"``: sums of a column;
-        - ``"mean(income) by region"``: means;
-        - ``"share(tenure)"``: proportions, between 0 and 1;
-        - ``"count"``: how many there are;
-
-        each perhaps followed by ``" where employed"``, a column of truth values. Totals are a number, or one for each
-        category: a mapping (several categories as a tuple, or a text with colons), a Series, or a frame with the
-        categories' columns and one of numbers.
+        ``"tenure"`` or ``"region:age"`` counts the cells of columns, ``"count"`` all. ``"income"`` with one number is a
+        sum, ``"income by region"`` one for each cell, ``"mean income by region"`` a mean, and ``"share tenure by
+        region"`` shares, which add up to one within each region. Totals are a number, a mapping or Series by category
+        (tuples for crossed columns, or ``"north:old"``), or a frame with the margin's columns and one of values.
     names : str, optional
-        The column that names households; ``"household"`` if there is one.
+        The column that names the households; ``household`` or the index of pandas if not given.
+    design_weights : str, optional
+        A column.
+    unit : str, optional
+        The column that says which household a person is in. Persons are added up: counts are of persons.
+    partial : bool
+        Whether categories without a total, and rows whose category is missing, are left free.
+    empty : "refuse" or "drop"
+        What becomes of a cell that no household is in, unless its total is zero: then it is dropped.
 
     Returns
     -------
@@ -84,204 +97,115 @@ def margins(households: object, totals: Mapping[str, object], *, names: str | No
     Raises
     ------
     InvalidValueError
-        If a column is unknown or has empty cells, or no household is in a category that has a total.
+        If a column or a category is not there, with near names; if a category has no total, a cell no household, a
+        value is missing, or shares do not add up to one.
 
     Warns
     -----
     CalibrationWarning
-        Of categories without a total, and of margins whose totals of all households differ.
+        If the counts of two margins add up to different populations.
 
     Examples
     --------
-    >>> people = {"region": ["n", "n", "s", "s"], "age": [20, 40, 60, 30], "tenure": ["own", "rent", "own", "own"]}
-    >>> totals = {"region": {"n": 30, "s": 20}, "mean(age)": 35, "share(tenure)": {"own": 0.6, "rent": 0.4}}
-    >>> found = margins(people, totals)
-    >>> found.targets["region[n]"], found.groups["share(tenure)[own]"]
-    (30.0, 'share(tenure)')
+    >>> import pandas as pd
     >>> from l0hooks.calibration import Calibrator
-    >>> weights = Calibrator(groups=found.groups, progress=False).fit(found.matrix, found.targets).weights
-    >>> round(float(weights @ people["age"] / weights.sum()), 3)
-    35.0
+    >>> people = pd.DataFrame({"tenure": ["own", "rent", "own"], "income": [30.0, 20.0, 50.0]})
+    >>> found = margins(people, {"tenure": {"own": 60, "rent": 40}, "income": 3500})
+    >>> found.targets
+    {'tenure=own': 60.0, 'tenure=rent': 40.0, 'income': 3500.0}
+    >>> Calibrator(progress=False, groups=found.groups).fit(found.matrix, found.targets).weights.round(3)
+    array([15., 40., 45.])
+
+    References
+    ----------
+    Deville & Särndal (1992), Calibration estimators in survey sampling, section 1.
     """
-    table = _Table(households)
-    rows: list[Any] = []
-    targets: dict[str, float] = {}
-    groups: dict[str, str] = {}
-    sums: dict[str, float] = {}
-    for key, given in totals.items():
-        margin = read_key(key, table.columns)
-        values = _by_category(given, key, margin)
-        found, complete = _rows(table, key, margin, values)
-        for category, row in found.items():
-            name = f"{key}[{', '.join(category)}]" if category else key
-            rows.append(row)
-            targets[name] = values[category] if margin.statistic in ("count", "sum") else 0.0
-            groups[name] = key
-        if margin.statistic == "count" and margin.where is None and complete:
-            sums[key] = sum(values.values())
-    _compare(sums)
-    if not rows:
-        raise InvalidValueError(explain("margins", "there must be targets.", got="no totals"))
-    matrix = NamedMatrix(sparse.csr_array(sparse.vstack(rows)), list(targets), table.names(names))
-    return Margins(matrix, targets, groups)
+    if not isinstance(totals, Mapping) or not totals:
+        got = f"{type(totals).__name__}: {str(totals)[:60]}"
+        raise InvalidValueError(explain("margins", "totals must be a mapping from margins.", got=got))
+    if empty not in ("refuse", "drop"):
+        raise InvalidValueError(explain("empty", "it must be known.", expected="'refuse' or 'drop'", got=repr(empty)))
+    data = FrameMicrodata(households)
+    terms = [read_term(name, given, data) for name, given in totals.items()]
+    return margins_of(data, terms, names=names, design_weights=design_weights, unit=unit, partial=partial, empty=empty)
 
 
-class _Table:
-    """Columns of microdata by name."""
-
-    def __init__(self, given: object) -> None:
-        frame: Any = opened(given)
-        if not isinstance(given, Mapping) and not is_frame(frame):
-            must = "they must be a data frame, or a mapping from column to values."
-            raise InvalidValueError(explain("households", must, got=type(given).__name__))
-        self._given = frame
-        self.columns = [str(name) for name in (given if isinstance(given, Mapping) else frame.columns)]
-        sizes = {len(self.column(name)) for name in self.columns}
-        if len(sizes) != 1 or not max(sizes):
-            got = f"columns of {few(sorted(sizes))} rows" if sizes else "no columns"
-            raise InvalidValueError(explain("households", "there must be rows, as many in each column.", got=got))
-        (self.size,) = sizes
-
-    def column(self, name: str) -> NDArray[Any]:
-        return array_of(self._given[name], f"households, column {name!r}")
-
-    def names(self, asked: str | None) -> list[Hashable] | None:
-        name = "household" if asked is None and "household" in self.columns else asked
-        if name is not None:
-            if name not in self.columns:
-                hint = near_names(name, self.columns)
-                raise InvalidValueError(explain("names", f"{name!r} must be a column of the households.", hint=hint))
-            found: list[Hashable] = self.column(name).tolist()
-            return found
-        return self._given.index.tolist() if is_pandas(self._given, "DataFrame") else None
-
-    def numbers(self, name: str, key: str) -> Floats:
-        try:
-            values: Floats = self.column(name).astype(np.float64)
-        except (TypeError, ValueError) as error:
-            must = f"column {name!r} must hold numbers."
-            raise InvalidValueError(explain(f"margin {key!r}", must, got=str(error))) from error
-        self._full(~np.isfinite(values), name, key)
-        return values
-
-    def categories(self, name: str, key: str) -> NDArray[Any]:
-        """The categories of a column as texts."""
-        values = self.column(name)
-        self._full(np.array([value is None or value != value or value == "" for value in values.tolist()]), name, key)
-        found, inverse = np.unique(values.astype(str) if values.dtype.kind != "f" else values, return_inverse=True)
-        return np.array([_text(one) for one in found.tolist()], object)[inverse]
-
-    def flags(self, name: str, key: str) -> Flags:
-        values = self.numbers(name, key)
-        if not np.isin(values, (0.0, 1.0)).all():
-            must = f"column {name!r} must hold truth values, or 0 and 1."
-            raise InvalidValueError(explain(f"margin {key!r}", must, got=few(np.unique(values)[:5].tolist())))
-        flags: Flags = values == 1.0
-        return flags
-
-    def _full(self, empty: Flags, name: str, key: str) -> None:
-        if empty.any():
-            must = f"column {name!r} must have a value for every household."
-            got = f"{int(empty.sum()):,} empty cells, the first in row {int(empty.argmax()) + 1:,}"
-            raise InvalidValueError(explain(f"margin {key!r}", must, got=got, hint="fill them, perhaps by 'unknown'"))
+def margins_of(
+    data: Microdata,
+    terms: list[Term],
+    *,
+    names: str | None,
+    design_weights: str | None,
+    unit: str | None,
+    partial: bool,
+    empty: Empty,
+) -> Margins:
+    """As :func:`margins`, of microdata and margins that have been read."""
+    design = None if design_weights is None else _design(data, design_weights)
+    weights = np.ones(data.count) if design is None else design
+    options = RowOptions(partial, empty, weights, _population(terms, partial) / weights.sum())
+    parts, targets, groups, dropped = [], {}, {}, []
+    for term in terms:
+        matrix, asked, without = rows_of(data, term, options)
+        parts.append(matrix)
+        targets.update(asked)
+        groups.update(dict.fromkeys(asked, term.name))
+        dropped += without
+    stacked = sparse.vstack(parts, format="csr")
+    if unit is None:
+        return Margins(
+            NamedMatrix(stacked, list(targets), _names(data, names)), targets, groups, design, tuple(dropped)
+        )
+    people = data.categories(need_column(data, unit, "unit"))
+    refuse_missing(people, unit, "unit")
+    ones = np.ones(data.count)
+    spread = sparse.csr_array((ones, (np.arange(data.count), people.codes)), shape=(data.count, len(people.labels)))
+    if design is not None:
+        design = _of_units(design, people, unit)
+    return Margins(NamedMatrix(stacked @ spread, list(targets), people.labels), targets, groups, design, tuple(dropped))
 
 
-def _by_category(given: object, key: str, margin: MarginKey) -> dict[Category, float]:
-    """The totals of a margin by its categories, as texts."""
-    opened_frame: Any = opened(given)
-    pairs: list[tuple[Any, Any]]
-    if not margin.by:
-        value = read_values(given, "target", "value", f"margin {key!r}")
-        flat = np.asarray(value.values if isinstance(value, Named) else value).ravel()
-        if len(flat) != 1:
-            raise InvalidValueError(explain(f"margin {key!r}", "it has one total.", got=f"{len(flat)}"))
-        return {(): _number(flat[0], key)}
-    if is_frame(opened_frame) and set(margin.by) <= {str(name) for name in opened_frame.columns}:
-        others = [name for name in opened_frame.columns if name not in margin.by]
-        if len(others) != 1:
-            must = "a frame of totals has the categories' columns and one of numbers."
-            raise InvalidValueError(explain(f"margin {key!r}", must, got=few(others)))
-        labels = list(zip(*(array_of(opened_frame[name], key).tolist() for name in margin.by), strict=True))
-        pairs = list(zip(labels, array_of(opened_frame[others[0]], key).tolist(), strict=True))
-    else:
-        named = read_values(given, "target", "value", f"margin {key!r}")
-        if not isinstance(named, Named):
-            must = "its totals must be named by their categories."
-            raise InvalidValueError(explain(f"margin {key!r}", must, expected=" and ".join(margin.by)))
-        pairs = list(zip(named.names, named.values.tolist(), strict=True))
-    found: dict[Category, float] = {}
-    for label, value in pairs:
-        parts = label if isinstance(label, tuple) else str(label).split(":") if len(margin.by) > 1 else (label,)
-        category = tuple(_text(part) for part in parts)
-        if len(category) != len(margin.by) or category in found:
-            must = f"a total belongs to one category of {' and '.join(margin.by)}, and each has one."
-            raise InvalidValueError(explain(f"margin {key!r}", must, got=repr(label)))
-        found[category] = _number(value, key)
+def _population(terms: list[Term], partial: bool) -> float:
+    """How many there are, by the margins that count all; told if they differ. Without one: NaN."""
+    counted = {term.name: sum(term.cells.values()) for term in terms if term.measure == "count"}
+    if not counted or partial:
+        return max(counted.values(), default=float("nan"))
+    first, size = next(iter(counted.items()))
+    for name, other in counted.items():
+        if abs(other - size) > _TOTALS_APART * max(abs(other), abs(size)):
+            must = "margins that count all should add up to one population: no weights can meet both."
+            got = f"{first!r} to {size:,.10g}, {name!r} to {other:,.10g}"
+            warnings.warn(explain("margins", must, got=got), CalibrationWarning, stacklevel=4)
+            break
+    return size
+
+
+def _design(data: Microdata, name: str) -> Floats:
+    design = data.numbers(need_column(data, name, "design_weights"))
+    bad = np.flatnonzero(~np.isfinite(design) | (design < 0))
+    if len(bad) or not design.any():
+        got = f"{design[bad[0]]:g} in row {bad[0] + 1:,}" if len(bad) else "zero for all"
+        raise InvalidValueError(explain("design_weights", "they must be finite and not negative.", got=got))
+    return design
+
+
+def _of_units(design: Floats, people: Categories, unit: str) -> Floats:
+    """The design weight that all persons of a household have."""
+    found = np.zeros(len(people.labels))
+    found[people.codes] = design
+    apart = np.flatnonzero(found[people.codes] != design)
+    if len(apart):
+        must = "all rows of a household must have one design weight."
+        raise InvalidValueError(
+            explain("design_weights", must, got=f"{unit} {people.labels[people.codes[apart[0]]]!r}")
+        )
     return found
 
 
-def _rows(
-    table: _Table, key: str, margin: MarginKey, values: dict[Category, float]
-) -> tuple[dict[Category, Any], bool]:
-    """The row of M for each category that has a total, and whether every category has one."""
-    inside = np.ones(table.size, np.bool_) if margin.where is None else table.flags(margin.where, key)
-    x = np.ones(table.size) if margin.number is None else table.numbers(margin.number, key)
-    columns = [table.categories(name, key) for name in margin.by]
-    labels: list[Category] = [()] * table.size
-    if columns:
-        labels = list(zip(*(column.tolist() for column in columns), strict=True))
-    places: dict[Category, list[int]] = {}
-    for place in np.flatnonzero(inside).tolist():
-        places.setdefault(labels[place], []).append(place)
-    complete = _all_have_totals(key, values, places)
-    rows = {}
-    for category, value in values.items():
-        members = np.array(places.get(category, []), np.int64)
-        if not len(members):
-            continue  # a total of zero that no household adds to
-        row = np.zeros(table.size)
-        row[members] = x[members]
-        if margin.statistic == "mean":
-            row[members] = x[members] / value - 1 if value else x[members]
-        elif margin.statistic == "share":
-            row -= value * inside
-        rows[category] = sparse.csr_array(row[None])
-    return rows, complete
-
-
-def _all_have_totals(key: str, values: dict[Category, float], places: dict[Category, list[int]]) -> bool:
-    """Whether every category has a total; a warning tells which have none."""
-    known = {":".join(category): category for category in places}
-    for category, value in values.items():
-        if category not in places and value != 0:
-            name = ":".join(category)
-            must = f"some household must be in category {name!r}."
-            raise InvalidValueError(explain(f"margin {key!r}", must, got="none", hint=near_names(name, known)))
-    free = [name for name, category in known.items() if category not in values]
-    if free:
-        message = explain(f"margin {key!r}", "every category should have a total.", got=f"none for {few(free)}")
-        warnings.warn(message, CalibrationWarning, stacklevel=4)
-    return not free
-
-
-def _compare(sums: dict[str, float]) -> None:
-    """Tell margins of all households whose totals differ."""
-    if sums and max(sums.values()) - min(sums.values()) > _DISAGREE * abs(max(sums.values())):
-        got = ", ".join(f"{key!r} {value:,.6g}" for key, value in sums.items())
-        message = explain("margins", "counts of all households should add up to one number.", got=got)
-        warnings.warn(message, CalibrationWarning, stacklevel=3)
-
-
-def _text(value: object) -> str:
-    """A category as text: whole numbers without a point."""
-    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value).strip()
-
-
-def _number(value: object, key: str) -> float:
-    try:
-        number = float(value)  # type: ignore[arg-type]
-    except (TypeError, ValueError) as error:
-        raise InvalidValueError(explain(f"margin {key!r}", "totals must be numbers.", got=repr(value))) from error
-    if not np.isfinite(number):
-        raise InvalidValueError(explain(f"margin {key!r}", "totals must be finite.", got=repr(value)))
-    return number
+def _names(data: Microdata, names: str | None) -> list[Hashable] | None:
+    if names is None and "household" not in data.columns:
+        return data.row_names()
+    name = need_column(data, names or "household", "names")
+    column = data.categories(name)
+    refuse_missing(column, name, "names")
+    return [column.labels[code] for code in column.codes.tolist()]

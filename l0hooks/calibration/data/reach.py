@@ -16,7 +16,7 @@ def weight_limits(households: Households, *, on_weight: bool) -> tuple[Floats, F
     if households.clusters is not None and not on_weight:
         count = np.bincount(households.clusters)
         scale = (np.bincount(households.clusters, households.design) / count)[households.clusters]
-    with np.errstate(over="ignore"):
+    with np.errstate(over="ignore", invalid="ignore"):  # of infinite bounds and design weights of zero, left out below
         low, high = households.low * scale, households.high * scale
     low[households.leave_out] = high[households.leave_out] = 0.0
     return low, high

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from l0hooks._files import replacing
+from l0hooks._files import check_writable, replacing
 from l0hooks.calibration.data.targets import CalibrationWarning
 from l0hooks.calibration.fit.stage import State
 from l0hooks.errors import InvalidValueError, StateError, explain
@@ -39,7 +39,7 @@ class Checkpoint:
     Raises
     ------
     InvalidValueError
-        If the folder does not exist, or the interval is negative.
+        If the file could not be written, or the interval is negative.
 
     Examples
     --------
@@ -61,10 +61,7 @@ class Checkpoint:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.path = Path(path)
-        if not self.path.absolute().parent.is_dir():
-            raise InvalidValueError(
-                explain("checkpoint", "its folder must exist.", got=str(self.path.absolute().parent))
-            )
+        check_writable(self.path, "checkpoint")
         if not interval >= 0:
             raise InvalidValueError(explain("checkpoint", "the interval must not be negative.", got=repr(interval)))
         self.fingerprint, self.interval = fingerprint, interval
@@ -91,7 +88,7 @@ class Checkpoint:
         self._next = self._clock() + self.interval
 
     def try_to_write(self, state: State) -> None:
-        """As :meth:`write`; where the file cannot be written, the fit goes on, and a warning says so once.
+        """As :meth:`write`; if the file cannot be written, a warning, and the next try after the interval.
 
         Warns
         -----
@@ -101,13 +98,10 @@ class Checkpoint:
             self.write(state)
         except OSError as error:
             self._next = self._clock() + self.interval
-            if not self._failed:
-                self._failed = True
-                hint = "free some space: it is tried again"
-                message = explain("checkpoint", "it must be possible to write it.", got=str(error), hint=hint)
-                warnings.warn(f"{message}\n  the fit goes on without", CalibrationWarning, stacklevel=2)
-        else:
-            self._failed = False
+            must = "it could not be written; the fit goes on without it."
+            got = f"{self.path}: {error.strerror or error}"
+            hint = "make room: it is tried again after each interval"
+            warnings.warn(explain("checkpoint", must, got=got, hint=hint), CalibrationWarning, stacklevel=2)
 
     def read(self) -> State | None:
         """The state of the file; None if there is no file.

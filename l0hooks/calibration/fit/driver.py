@@ -20,7 +20,7 @@ from l0hooks.calibration.fit.solver import Solver
 from l0hooks.calibration.fit.stage import Selection, State
 from l0hooks.calibration.numerics.columns import Floats, Integers, shared
 from l0hooks.calibration.numerics.preparation import ErrorOptions, UnitOptions, prepare
-from l0hooks.calibration.numerics.problem import Loss, Problem
+from l0hooks.calibration.numerics.problem import ClusterDistance, Loss, Problem
 
 _LEAST_IMPORTANCE = 1e-12  # of a target that is only part of the hierarchy, as a share of the largest
 HISTORY_COLUMNS = ("stage", "step", "steps", "error", "active", "seconds")
@@ -62,7 +62,14 @@ class Outcome:
     rows: list[dict[str, Any]] = field(default_factory=list)
 
 
-def prepared(inputs: Inputs, *, loss: Loss, consistency: float, offset: float = 1.0) -> Problem:
+def prepared(
+    inputs: Inputs,
+    *,
+    loss: Loss,
+    consistency: float,
+    offset: float = 1.0,
+    cluster_distance: ClusterDistance = "once",
+) -> Problem:
     """The problem that the stages work on, of the targets that have importance, parents or children."""
     people, rows = inputs.people, rows_of_problem(inputs)
     whole = len(rows) == len(inputs.importance)
@@ -90,7 +97,10 @@ def prepared(inputs: Inputs, *, loss: Loss, consistency: float, offset: float = 
         low, high = low[first], high[first]
     low /= problem.design
     high /= problem.design
-    return replace(problem, low=shared(low), high=shared(high))
+    sizes = None
+    if people.clusters is not None and cluster_distance == "members":
+        sizes = np.bincount(problem.members[problem.members >= 0], minlength=problem.size).astype(np.float64)
+    return replace(problem, low=shared(low), high=shared(high), counts=sizes)
 
 
 def rows_of_problem(inputs: Inputs) -> Integers:
@@ -123,7 +133,7 @@ class Driver:
     display : Display
     checkpoint : Checkpoint, optional
     keep_checkpoint : bool
-        Leave it at the end, with all that was found.
+        Whether its file stays at the end, with the outcomes, instead of being deleted.
     """
 
     def __init__(
@@ -165,7 +175,9 @@ class Driver:
                 self._rows = []
         finally:
             self.display.close()
-        if self.checkpoint is not None and not self.keep_checkpoint:
+        if self.checkpoint is not None and self.keep_checkpoint:
+            self.checkpoint.try_to_write(self._state(None))
+        elif self.checkpoint is not None:
             self.checkpoint.remove()
         return self.outcomes
 
@@ -182,8 +194,6 @@ class Driver:
             self._call_callbacks(update, solver)
             if self.checkpoint is not None and self.checkpoint.due and solver.resumable:
                 self.checkpoint.try_to_write(self._state(solver))
-        if self.checkpoint is not None and self.keep_checkpoint and solver.resumable:
-            self.checkpoint.try_to_write(self._state(solver))
         return self._outcome(solver)
 
     def _call_callbacks(self, update: Update, solver: Solver) -> None:
@@ -210,14 +220,14 @@ class Driver:
             rows=self._rows,
         )
 
-    def _state(self, solver: Solver) -> State:
+    def _state(self, solver: Solver | None) -> State:
         outcomes = [{**vars(one), "selection": vars(one.selection)} for one in self.outcomes]
         return {
             "outcomes": outcomes,
             "rows": self._rows,
             "seconds": self._watch.seconds(),
             "stopped": self._stopped,
-            "solver": solver.state(),
+            "solver": None if solver is None else solver.state(),  # of a finished fit there is none
         }
 
     def _restore(self, saved: State) -> None:
@@ -226,6 +236,8 @@ class Driver:
         finished = read_outcomes(state.listed("outcomes"), self.sizes, len(problem.members), problem, HISTORY_COLUMNS)
         rows, seconds = read_rows(state.listed("rows"), HISTORY_COLUMNS), state.number("seconds", least=0)
         self._rows, self._stopped = rows, state.text("stopped")
+        over = len(finished) == len(self.sizes)
+        state.check("solver", (state.any("solver") is None) is over, "none if all outcomes are there, else one")
         self.outcomes = [Outcome(**one) for one in finished]
         del self._problems[: len(self.outcomes)]
         self._watch = Watch(before=seconds)

@@ -85,8 +85,8 @@ def read_outcomes(
     StateError
     """
     names = ("keep", "weights", "selection", "stage", "verdict", "optimal", "conflict", "reason", "candidates", "rows")
-    if len(outcomes) >= len(sizes):
-        raise _refusal(f"fewer than {len(sizes)} outcomes", str(len(outcomes)))
+    if len(outcomes) > len(sizes):
+        raise _refusal(f"at most {len(sizes)} outcomes", str(len(outcomes)))
     found = []
     for one, keep in zip(each(outcomes, "outcome", *names), sizes, strict=False):
         if one.any("keep") != keep or isinstance(one.any("keep"), bool):

@@ -23,6 +23,7 @@ from l0hooks.calibration.numerics.given import GivenMatrix
 
 Loss = Literal["relative", "squared"]
 BoundsOn = Literal["ratio", "weight"]
+ClusterDistance = Literal["once", "members"]
 Precision = Literal["float32", "float64"]
 
 
@@ -58,6 +59,8 @@ class Problem:
         Unit of each household, −1 for one left out.
     given : GivenMatrix
         Where the last fit reads its rows from: those of ``columns`` may be rounded.
+    counts : float64, shape (n,), optional
+        How often each unit counts in the distance to the design weights; once if not given.
     """
 
     columns: Sparse
@@ -75,6 +78,7 @@ class Problem:
     kept: Flags
     members: Integers
     given: GivenMatrix
+    counts: Floats | None = None
 
     @property
     def size(self) -> int:
@@ -120,8 +124,9 @@ class Problem:
 
     def strength(self, units: Integers) -> Floats:
         """The factor of each unit's distance to its design weight; its mean over all units is 1."""
-        counts: Floats = self.design[units] / self.design.mean()
-        return counts
+        weighted: Floats = self.design if self.counts is None else self.design * self.counts
+        strength: Floats = weighted[units] / weighted.mean()
+        return strength
 
     def error(self, misses: Floats) -> float:
         """Mean \\|relative error\\| over the targets, for scaled misses."""

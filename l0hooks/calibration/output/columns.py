@@ -12,9 +12,10 @@ from l0hooks.calibration.numerics.columns import Floats
 
 
 def weight_columns(inputs: Inputs, weights: Floats) -> dict[str, Any]:
-    """Weight, design weight and their ratio for every household."""
+    """Weight, design weight and their ratio for every household; NaN for design weights of zero."""
     design = inputs.people.design
-    return {"weight": weights, "design_weight": design, "ratio": weights / design}
+    ratio = np.divide(weights, design, out=np.full(len(design), np.nan), where=design > 0)
+    return {"weight": weights, "design_weight": design, "ratio": ratio}
 
 
 def target_columns(inputs: Inputs, weights: Floats, estimates: Floats, relative_errors: Floats) -> dict[str, Any]:

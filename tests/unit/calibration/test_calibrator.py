@@ -9,6 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from scipy import sparse
 from scipy.optimize import lsq_linear, minimize
 
@@ -124,6 +125,28 @@ def test_who_must_be_in_is_in_and_who_is_out_is_out():
     assert result.active == 30
 
 
+@pytest.mark.parametrize("options", [{}, {"k": 20, "method": "greedy"}, {"bounds": (0.2, 9)}])
+def test_zero_design_weights_stay_zero_and_the_rest_is_as_without_them(options):
+    matrix, y, design = survey(targets=8)
+    zero = np.arange(0, len(design), 7)
+    replicate = design.copy()
+    replicate[zero] = 0.0
+    result = quick(**options).fit(matrix, y, design_weights=replicate)
+    rest = np.setdiff1d(np.arange(len(design)), zero)
+    alone = quick(**options).fit(matrix[:, rest], y, design_weights=design[rest])
+    assert not result.weights[zero].any()
+    np.testing.assert_allclose(result.weights[rest], alone.weights, rtol=1e-6)
+    assert np.isnan(result.columns("weights")["ratio"][zero]).all()
+    assert np.isfinite(result.ratios).all()
+    assert str(result).startswith("8 targets")
+
+
+def test_the_cpu_of_torch_is_a_cpu():
+    assert quick(device=torch.device("cpu")).device == torch.device("cpu")
+    with pytest.raises(InvalidValueError, match="runs on the CPU"):
+        quick(device=torch.device("meta"))
+
+
 def test_a_cluster_shares_one_weight_and_counts_once():
     matrix, y, _ = survey()
     clusters = np.arange(N) // 3
@@ -132,6 +155,25 @@ def test_a_cluster_shares_one_weight_and_counts_once():
     np.testing.assert_array_equal(weights, weights[:, :1] * np.ones(3))
     assert (weights[:, 0] > 0).sum() == 15
     assert result.active == 45
+
+
+@pytest.mark.parametrize("cluster_distance", ["once", "members"])
+def test_clusters_are_nearest_as_asked_by_an_independent_solver(cluster_distance):
+    matrix, y, design = survey(targets=5, households=40)
+    clusters = np.sort(np.random.default_rng(3).integers(0, 15, 40))
+    _, number, size = np.unique(clusters, return_inverse=True, return_counts=True)
+    mean = np.bincount(number, design) / size
+    columns = np.zeros((5, len(size)))
+    np.add.at(columns.T, number, matrix.T)
+    y = columns @ mean * [0.94, 1.0, 1.03, 0.98, 1.05]  # the design weights are right in the median
+    # stationary points of sum q (w - d)^2 / 2d subject to A w = y: w = d + (d / q) A' u
+    strength = size if cluster_distance == "members" else np.ones(len(size))
+    scaled = columns * (mean / strength)
+    expected = mean + scaled.T @ np.linalg.solve(scaled @ columns.T, y - columns @ mean)
+    assert (expected > 0).all()
+    fitted = quick(cluster_distance=cluster_distance, tolerance=1e-9, dtype="float64")
+    found = fitted.fit(matrix, y, design_weights=design, clusters=clusters)
+    np.testing.assert_allclose(found.weights, expected[number], rtol=1e-5)
 
 
 def test_left_out_households_and_bounds_by_household_go_together():
@@ -227,8 +269,6 @@ def test_a_price_chooses_fewer_the_higher_it_is():
 
 
 def test_equal_random_states_give_equal_weights_and_torch_is_left_alone():
-    import torch
-
     matrix, y, _ = survey()
     state = torch.random.get_rng_state()
     runs = [quick(20, method="gates", random_state=seed).fit(matrix, y).weights for seed in (1, 1, 2)]
@@ -498,6 +538,29 @@ def test_a_checkpoint_of_other_data_or_settings_is_refused_before_work(tmp_path,
         Calibrator(**options, checkpoint=path, callbacks=[called.append], progress=False).fit(matrix, y)
     assert not called
     assert path.exists()  # it is someone's work
+
+
+def test_a_full_disk_under_a_checkpoint_is_told_and_the_fit_goes_on(tmp_path, monkeypatch):
+    matrix, y, _ = survey(targets=20)
+
+    def full(*args, **options):
+        raise OSError(28, "No space left on device")
+
+    expected = quick(20, method="gates").fit(matrix, y)
+    with monkeypatch.context() as patch:
+        patch.setattr("l0hooks.calibration.fit.checkpoint.replacing", full)
+        with pytest.warns(CalibrationWarning, match=r"(?s)checkpoint: it could not be written.*No space left"):
+            result = quick(20, method="gates", checkpoint=tmp_path / "c", checkpoint_interval=0).fit(matrix, y)
+    np.testing.assert_array_equal(result.weights, expected.weights)
+
+
+def test_a_finished_fit_can_be_kept(tmp_path):
+    matrix, y, _ = survey(targets=20)
+    options = {"method": "gates", "checkpoint": tmp_path / "c", "keep_checkpoint": True}
+    first, steps = quick(20, **options).fit(matrix, y), []
+    again = quick(20, **options, callbacks=[steps.append]).fit(matrix, y)
+    np.testing.assert_array_equal(again.weights, first.weights)
+    assert (steps, again.stage, again.columns("history")) == ([], first.stage, first.columns("history"))
 
 
 def test_bad_data_is_refused_before_the_checkpoint_is_touched(tmp_path):

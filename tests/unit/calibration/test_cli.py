@@ -8,6 +8,7 @@ import sys
 import xml.etree.ElementTree as ElementTree
 from dataclasses import replace
 from html.parser import HTMLParser
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -17,9 +18,7 @@ from scipy.io import mmwrite
 
 from l0hooks.calibration import Calibrator, cli
 from l0hooks.calibration.cli import main
-from l0hooks.calibration.fit.checkpoint import Checkpoint
 from l0hooks.calibration.fit.polished import PolishLimits
-from l0hooks.calibration.fit.solver import Solver
 from l0hooks.calibration.output.html_report import report_html
 
 T, N = 6, 40
@@ -272,41 +271,34 @@ def test_the_page_is_whole_self_contained_and_escaped():
     assert "ü" in text
 
 
-def test_a_checkpoint_stays_until_the_results_are_written(folder, monkeypatch, capsys):
-    def full(*arguments, **options):
+@pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="needs a folder that takes no files, whoever asks")
+@pytest.mark.parametrize("option", ["--out", "--target-report", "--report", "--checkpoint"])
+def test_paths_that_cannot_be_written_are_refused_before_the_matrix_is_read(folder, monkeypatch, capsys, option):
+    monkeypatch.setattr(cli, "read_matrix_file", lambda *args, **options: pytest.fail("the work has begun"))
+    ending = ".html" if option == "--report" else ".csv"
+    assert call("M.csv", "targets.csv", option, f"/proc/x{ending}") == 2
+    assert re.search(f"{option}: its folder must take new files", capsys.readouterr().err)
+    (folder / f"a{ending}").mkdir()
+    assert call("M.csv", "targets.csv", option, f"a{ending}") == 2
+    assert f"{option}: it must be a file" in capsys.readouterr().err
+    if option != "--checkpoint":
+        needed = "matplotlib" if option == "--report" else "pyarrow"
+        monkeypatch.setitem(sys.modules, needed, None)
+        assert call("M.csv", "targets.csv", option, "w.html" if option == "--report" else "w.parquet") == 2
+        assert f"the package '{needed}' must be installed" in capsys.readouterr().err
+
+
+def test_a_finished_fit_keeps_its_checkpoint_until_its_results_are_written(folder, monkeypatch, capsys):
+    def full(*args, **options):
         raise OSError(28, "No space left on device")
 
-    call_it = lambda: call("M.csv", "targets.csv", "--keep", "9", "--checkpoint", "c", "--out", "out.csv", "--quiet")  # noqa: E731
-    with monkeypatch.context() as patched:
-        patched.setattr(cli.CalibrationResult, "to_csv", full)
-        assert call_it() == 2
-    assert "No space left" in capsys.readouterr().err
-    assert (folder / "c").exists()
+    arguments = ("M.csv", "targets.csv", "--keep", "9", "--checkpoint", "c", "--out", "w.csv")
+    with monkeypatch.context() as patch:
+        patch.setattr(cli.CalibrationResult, "to_csv", full)
+        assert call(*arguments) == 2
+    assert re.search("No space left.*goes on from c", capsys.readouterr().err, re.DOTALL)
     steps = []
-    monkeypatch.setattr(Solver, "advance", lambda solver: steps.append(solver) or pytest.fail("nothing is done again"))
-    assert call_it() == 0
-    assert not steps
-    assert not (folder / "c").exists()
-    assert (folder / "out.csv").exists()
-
-
-def test_a_fit_goes_on_where_its_checkpoint_cannot_be_written(folder, monkeypatch, capsys):
-    def full(*arguments, **options):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(Checkpoint, "write", full)
-    options = ("--keep", "9", "--checkpoint", "c", "--checkpoint-interval", "0", "--out", "out.csv", "--quiet")
-    assert call("M.csv", "targets.csv", *options) == 0
-    said = capsys.readouterr().err
-    assert said.count("it must be possible to write it") == 1
-    assert "No space left" in said
-    assert (folder / "out.csv").exists()
-
-
-@pytest.mark.parametrize("option", ["--out", "--report", "--target-report"])
-def test_a_path_that_cannot_be_written_is_refused_before_the_work(folder, option, monkeypatch, capsys):
-    name = {"--report": "taken.html"}.get(option, "taken.csv")
-    (folder / name).mkdir()
-    monkeypatch.setattr(cli, "read_matrix_file", lambda *a, **o: pytest.fail("the work has begun"))
-    assert call("M.csv", "targets.csv", option, name) == 2
-    assert f"{option}: it must be possible to write this file" in capsys.readouterr().err
+    monkeypatch.setattr("l0hooks.calibration.fit.solver.Solver.advance", lambda self: steps.append(1))
+    assert call(*arguments) == 0
+    assert (steps, (folder / "c").exists()) == ([], False)  # nothing is done again
+    assert (pd.read_csv("w.csv")["weight"] > 0).sum() == 9

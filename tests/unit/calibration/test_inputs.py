@@ -261,12 +261,19 @@ BAD = {
         {"bounds": ([0, 4, 0, 0], [3, 9, 3, 3]), "clusters": [1, 1, 2, 2]},
     ),
     "negative design": (
-        r"design_weights: they must be positive and finite.*-1 for 'h3'",
+        r"design_weights: they must be finite and not negative.*-1 for 'h3'",
         (FRAME, Y),
         {"design_weights": [1, 1, -1, 1]},
     ),
-    "zero design": (r"positive and finite.*0 for 2.*leave_out=", (M, Y), {"design_weights": [1, 1, 0, 1]}),
-    "NaN design": (r"positive and finite.*nan", (M, Y), {"design_weights": [1, np.nan, 1, 1]}),
+    "zero design for all": (r"some must be positive", (M, Y), {"design_weights": [0, 0, 0, 0]}),
+    "zero design of one to keep": (r"stays at zero.*kept: 2", (M, Y), {"design_weights": [1, 1, 0, 1], "keep": [2]}),
+    "zero design within a cluster": (
+        r"all zero, or none.*unlike others: 2",
+        (M, Y),
+        {"design_weights": [1, 1, 0, 1], "clusters": [0, 0, 1, 1]},
+    ),
+    "k above those with design": (r"expected: 1 to 3", (M, Y), {"k": 4, "design_weights": [1, 1, 0, 1]}),
+    "NaN design": (r"finite and not negative.*nan", (M, Y), {"design_weights": [1, np.nan, 1, 1]}),
     "design of others": (
         r"those of the matrix's households.*'h9'",
         (FRAME, Y),
